@@ -1,5 +1,22 @@
 """Ragged layouts, block geometry, masks, the oracle and the plain-torch backend of Native Sparse Attention."""
 
+from nsa_varlen import masks, reference
 from nsa_varlen.__about__ import __version__
+from nsa_varlen.geometry import BlockGeometry
+from nsa_varlen.layout import CompressedLayout, VarlenLayout
+from nsa_varlen.packing import pack, unpack
+from nsa_varlen.paged import PagedKV
+from nsa_varlen.unfold import unfold_blocks
 
-__all__ = ["__version__"]
+__all__ = [
+    "BlockGeometry",
+    "CompressedLayout",
+    "PagedKV",
+    "VarlenLayout",
+    "__version__",
+    "masks",
+    "pack",
+    "reference",
+    "unfold_blocks",
+    "unpack",
+]

@@ -1,0 +1,130 @@
+"""Checks of the operations' arguments, shared by the oracle and every backend: say what was expected and what came."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from nsa_varlen.geometry import BlockGeometry
+from nsa_varlen.layout import VarlenLayout
+from nsa_varlen.paged import PagedKV
+
+KV = Tensor | PagedKV
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_layout(layout: VarlenLayout, blocks: BlockGeometry) -> None:
+    """Raise TypeError unless both are of this package's types."""
+    if not isinstance(layout, VarlenLayout):
+        raise TypeError(f"layout: expected a VarlenLayout, got {type(layout).__name__}")
+    if not isinstance(blocks, BlockGeometry):
+        raise TypeError(f"blocks: expected a BlockGeometry, got {type(blocks).__name__}")
+
+
+def check_rows(name: str, x: Tensor, rows: int, layout: VarlenLayout) -> None:
+    """Raise unless `x` is a floating tensor [rows, H, D] on the layout's device."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
+    if x.ndim != 3 or x.shape[0] != rows:
+        raise ValueError(f"{name}: expected shape [{rows}, heads, head_dim], got {list(x.shape)}")
+    if x.device != layout.device:
+        raise ValueError(f"{name}: expected device {layout.device} of the layout, got {x.device}")
+
+
+def check_kv(name: str, x: KV, rows: int, layout: VarlenLayout) -> None:
+    """`check_rows` for packed keys or values; for a PagedKV, that its device and batch are the layout's."""
+    if not isinstance(x, PagedKV):
+        check_rows(name, x, rows, layout)
+        return
+    if x.k_scale is not None or x.v_scale is not None:
+        raise ValueError(f"{name}: expected pages without k_scale and v_scale (fp8 is not implemented), got scales")
+    if x.device != layout.device:
+        raise ValueError(f"{name}: expected device {layout.device} of the layout, got {x.device}")
+    if x.block_table.shape[0] != layout.batch_size:
+        raise ValueError(f"{name}: expected {layout.batch_size} sequences, got {x.block_table.shape[0]} in block_table")
+
+
+def heads_and_dim(x: KV) -> tuple[int, int]:
+    """(heads, head_dim) of packed or paged rows."""
+    return (x.num_heads, x.head_dim) if isinstance(x, PagedKV) else (x.shape[1], x.shape[2])
+
+
+def check_attention(names: tuple[str, str], q: Tensor, k: KV, v: KV | None, rows_k: int, layout: VarlenLayout) -> None:
+    """Raise unless q [Tq, Hq, Dk], k [rows_k, Hk, Dk] and v [rows_k, Hk, Dv] fit the layout and one another."""
+    check_rows("q", q, layout.total_q, layout)
+    for name, x in zip(names, (k, v), strict=True):
+        if x is None:
+            continue
+        check_kv(name, x, rows_k, layout)
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: expected dtype {q.dtype} of q, got {x.dtype}")
+    num_heads, head_dim = q.shape[1:]
+    num_kv_heads, k_dim = heads_and_dim(k)
+    if k_dim != head_dim:
+        raise ValueError(f"{names[0]}: expected head_dim {head_dim} of q, got {k_dim}")
+    if num_kv_heads == 0 or num_heads % num_kv_heads:
+        raise ValueError(f"{names[0]}: expected kv heads that divide q's {num_heads} heads, got {num_kv_heads}")
+    if v is not None and heads_and_dim(v)[0] != num_kv_heads:
+        raise ValueError(f"{names[1]}: expected {num_kv_heads} heads of {names[0]}, got {heads_and_dim(v)[0]}")
+
+
+def check_block_indices(block_indices: Tensor, num_kv_heads: int, layout: VarlenLayout) -> None:
+    """Raise unless `block_indices` is int32 [Tq, Hk, N] on the layout's device."""
+    if not isinstance(block_indices, Tensor):
+        raise TypeError(f"block_indices: expected a tensor, got {type(block_indices).__name__}")
+    if block_indices.dtype != torch.int32:
+        raise TypeError(f"block_indices: expected dtype torch.int32, got {block_indices.dtype}")
+    if block_indices.ndim != 3 or block_indices.shape[:2] != (layout.total_q, num_kv_heads):
+        raise ValueError(
+            f"block_indices: expected shape [{layout.total_q}, {num_kv_heads}, N], got {list(block_indices.shape)}"
+        )
+    if block_indices.device != layout.device:
+        raise ValueError(f"block_indices: expected device {layout.device} of the layout, got {block_indices.device}")
+
+
+def check_lse(lse: Tensor, num_heads: int, layout: VarlenLayout) -> None:
+    """Raise unless `lse` is fp32 (or fp64, from the oracle) [Hq, Tq] on the layout's device."""
+    if not isinstance(lse, Tensor):
+        raise TypeError(f"lse: expected a tensor, got {type(lse).__name__}")
+    if lse.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"lse: expected dtype torch.float32, got {lse.dtype}")
+    if lse.shape != (num_heads, layout.total_q):
+        raise ValueError(f"lse: expected shape [{num_heads}, {layout.total_q}], got {list(lse.shape)}")
+    if lse.device != layout.device:
+        raise ValueError(f"lse: expected device {layout.device} of the layout, got {lse.device}")
+
+
+def check_gates(gates: Tensor, outputs: dict[str, Tensor]) -> None:
+    """Raise unless gates [Tq, Hq, 3] fit the branches' outputs [Tq, Hq, Dv], which must agree."""
+    for name, x in (("gates", gates), *outputs.items()):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+        if x.ndim != 3:
+            raise ValueError(f"{name}: expected 3 dimensions, got shape {list(x.shape)}")
+    first, *others = outputs.items()
+    for name, x in others:
+        if x.shape != first[1].shape or x.dtype != first[1].dtype or x.device != first[1].device:
+            raise ValueError(
+                f"{name}: expected {list(first[1].shape)} {first[1].dtype} on {first[1].device} as {first[0]}, "
+                f"got {list(x.shape)} {x.dtype} on {x.device}"
+            )
+    expected = (*first[1].shape[:2], 3)
+    if gates.shape != expected:
+        raise ValueError(f"gates: expected shape {list(expected)}, got {list(gates.shape)}")
+    if gates.dtype not in FLOATS:
+        raise TypeError(f"gates: expected a floating dtype, got {gates.dtype}")
+    if gates.device != first[1].device:
+        raise ValueError(f"gates: expected device {first[1].device}, got {gates.device}")
+
+
+def scale_or_default(scale: float | None, head_dim: int) -> float:
+    """`scale`, or 1/sqrt(head_dim) for None; a ValueError unless it is finite and positive."""
+    if scale is None:
+        return head_dim**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"scale: expected a float or None, got {type(scale).__name__}")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale: expected a finite number above 0, got {scale}")
+    return float(scale)

@@ -1,0 +1,279 @@
+"""Where each sequence of a packed batch begins and ends: the one owner of cu_seqlens and positions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from nsa_varlen.geometry import BlockGeometry
+
+
+@dataclass(frozen=True, eq=False)
+class CompressedLayout:
+    """Offsets of each sequence's compressed blocks in a packed [Tc, H, D] tensor.
+
+    It has no positions of its own: block i of a sequence begins at raw position i*d, which
+    `VarlenLayout.compressed_starts` gives.
+
+    Fields:
+        cu_seqlens: int32 [B+1], offsets into the Tc packed blocks.
+        max_seqlen: most blocks of one sequence.
+        total: Tc.
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    total: int
+
+
+@dataclass(frozen=True, eq=False)
+class VarlenLayout:
+    """A ragged batch, packed: B sequences of queries over B sequences of keys, bottom-right aligned.
+
+    Query i of a sequence with q_len queries and k_len keys sits at position k_len - q_len + i. Whole prefill
+    (q_len = k_len), chunked or prefix-cached prefill and decode (q_len < k_len) are one case:
+
+    ```
+    q_len=2, k_len=5        key  0 1 2 3 4
+    query 0, position 3          x x x x .
+    query 1, position 4          x x x x x
+    ```
+
+    With q_len > k_len the first positions are negative; those queries see no key.
+
+    Fields:
+        cu_seqlens_q, cu_seqlens_k: int32 [B+1], ascending from 0 to total_q and total_k, on one device.
+        max_seqlen_q, max_seqlen_k: longest sequence, host ints.
+        total_q, total_k: packed rows of q and of k/v, host ints.
+
+    Built directly, the contents of cu_seqlens are checked only where that needs no device synchronisation (on the
+    CPU); `from_cu_seqlens` reads them once and checks everywhere; `from_lengths` needs no reading at all.
+
+    Raises:
+        TypeError: cu_seqlens are not int32 tensors, or a count is not an int.
+        ValueError: wrong shapes, devices, an offset that decreases, or ends that are not total_q and total_k.
+
+    Example:
+        >>> layout = VarlenLayout.from_lengths([2, 3], [5, 3])
+        >>> layout.positions().tolist()
+        [3, 4, 0, 1, 2]
+        >>> layout.cu_seqlens_k.tolist(), layout.max_seqlen_k
+        ([0, 5, 8], 5)
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    total_q: int
+    total_k: int
+    _compressed: dict[tuple[int, int], CompressedLayout] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("max_seqlen_q", "max_seqlen_k", "total_q", "total_k"):
+            value = getattr(self, name)
+            if type(value) is not int:
+                raise TypeError(f"{name}: expected an int, got {value!r} of type {type(value).__name__}")
+            if value < 0:
+                raise ValueError(f"{name}: expected at least 0, got {value}")
+        for name in ("cu_seqlens_q", "cu_seqlens_k"):
+            cu_seqlens = getattr(self, name)
+            if not isinstance(cu_seqlens, Tensor):
+                raise TypeError(f"{name}: expected an int32 tensor [B+1], got {type(cu_seqlens).__name__}")
+            if cu_seqlens.dtype != torch.int32:
+                raise TypeError(f"{name}: expected dtype torch.int32, got {cu_seqlens.dtype}")
+            if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+                raise ValueError(f"{name}: expected shape [B+1], got {list(cu_seqlens.shape)}")
+        if self.cu_seqlens_q.shape != self.cu_seqlens_k.shape:
+            raise ValueError(
+                f"cu_seqlens_k: expected as many sequences as cu_seqlens_q, {len(self.cu_seqlens_q) - 1}, "
+                f"got {len(self.cu_seqlens_k) - 1}"
+            )
+        if self.cu_seqlens_q.device != self.cu_seqlens_k.device:
+            raise ValueError(
+                f"cu_seqlens_k: expected the device of cu_seqlens_q, {self.cu_seqlens_q.device}, "
+                f"got {self.cu_seqlens_k.device}"
+            )
+        if self.cu_seqlens_q.device.type == "cpu":
+            for side in "qk":
+                total, longest = getattr(self, f"total_{side}"), getattr(self, f"max_seqlen_{side}")
+                _check_offsets(f"cu_seqlens_{side}", getattr(self, f"cu_seqlens_{side}").tolist(), total, longest)
+
+    @classmethod
+    def from_lengths(
+        cls, q: Sequence[int], k: Sequence[int] | None = None, device: torch.device | str | None = None
+    ) -> Self:
+        """From host lengths: `q` queries and `k` keys per sequence (`k=None`: as many keys as queries).
+
+        Raises:
+            TypeError: a length is not an int.
+            ValueError: a length is negative, or q and k differ in number.
+        """
+        k = q if k is None else k
+        for name, lengths in (("q", q), ("k", k)):
+            for length in lengths:
+                if type(length) is not int:
+                    raise TypeError(f"{name}: expected ints, got {length!r} of type {type(length).__name__}")
+                if length < 0:
+                    raise ValueError(f"{name}: expected lengths of at least 0, got {length}")
+        if len(q) != len(k):
+            raise ValueError(f"k: expected {len(q)} lengths, as many as q, got {len(k)}")
+        cu_q, cu_k = (list(accumulate(lengths, initial=0)) for lengths in (q, k))
+        host = cls(
+            torch.tensor(cu_q, dtype=torch.int32),
+            torch.tensor(cu_k, dtype=torch.int32),
+            max(q, default=0),
+            max(k, default=0),
+            cu_q[-1],
+            cu_k[-1],
+        )
+        return host if device is None else host.to(device)
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_q: Tensor, cu_k: Tensor | None = None) -> Self:
+        """From int32 offsets [B+1] (`cu_k=None`: the same keys as queries). Reads them once: one synchronisation.
+
+        Raises:
+            TypeError, ValueError: as the constructor.
+        """
+        cu_k = cu_q if cu_k is None else cu_k
+        hosts = []
+        for name, cu_seqlens in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
+            if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
+                got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+                raise TypeError(f"{name}: expected an int32 tensor [B+1], got {got}")
+            if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+                raise ValueError(f"{name}: expected shape [B+1], got {list(cu_seqlens.shape)}")
+            hosts.append(cu_seqlens.cpu())
+        longest = [int(host.diff().max()) if len(host) > 1 else 0 for host in hosts]
+        counts = (max(0, longest[0]), max(0, longest[1]), int(hosts[0][-1]), int(hosts[1][-1]))
+        host_layout = cls(hosts[0], hosts[1], *counts)
+        layout = host_layout if cu_q.device.type == "cpu" else cls(cu_q, cu_k, *counts)
+        layout.__dict__["host"] = host_layout
+        return layout
+
+    @classmethod
+    def from_padding_mask(cls, mask: Tensor) -> Self:
+        """From a bool mask [B, S], True where a token is real; padding may lie left, right or inside.
+
+        Raises:
+            TypeError: the mask is not a bool tensor.
+            ValueError: it is not 2-D.
+        """
+        check_padding_mask(mask)
+        lengths = mask.sum(1).tolist()
+        return cls.from_lengths(lengths, device=mask.device)
+
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences, empty ones included."""
+        return self.cu_seqlens_q.shape[0] - 1
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the offsets."""
+        return self.cu_seqlens_q.device
+
+    @cached_property
+    def host(self) -> "VarlenLayout":
+        """This layout on the CPU. For a directly built device layout the first use synchronises once."""
+        if self.device.type == "cpu":
+            return self
+        return VarlenLayout(
+            self.cu_seqlens_q.cpu(),
+            self.cu_seqlens_k.cpu(),
+            self.max_seqlen_q,
+            self.max_seqlen_k,
+            self.total_q,
+            self.total_k,
+        )
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same layout on `device`, keeping its host copy."""
+        device = torch.device(device)
+        if device.type == self.device.type and device.index in (None, self.device.index):
+            return self
+        moved = type(self)(
+            self.cu_seqlens_q.to(device),
+            self.cu_seqlens_k.to(device),
+            self.max_seqlen_q,
+            self.max_seqlen_k,
+            self.total_q,
+            self.total_k,
+        )
+        moved.__dict__["host"] = self.host
+        return moved
+
+    def sequence_of_queries(self) -> Tensor:
+        """Index of the sequence that each packed query belongs to: int64 [Tq]."""
+        return _sequence_of_rows(self.cu_seqlens_q, self.total_q)
+
+    def sequence_of_keys(self) -> Tensor:
+        """Index of the sequence that each packed key belongs to: int64 [Tk]."""
+        return _sequence_of_rows(self.cu_seqlens_k, self.total_k)
+
+    def positions(self) -> Tensor:
+        """Position of each packed query in its sequence, k_len - q_len + i: int64 [Tq]. Negative if q_len > k_len."""
+        # The last query sits on the last key: packed row cu_q[b+1] - 1 has position k_len[b] - 1.
+        shift = self.cu_seqlens_k.long().diff() - self.cu_seqlens_q[1:].long()
+        return torch.arange(self.total_q, device=self.device) + shift[self.sequence_of_queries()]
+
+    def key_positions(self) -> Tensor:
+        """Position of each packed key in its sequence: int64 [Tk]."""
+        rows = torch.arange(self.total_k, device=self.device)
+        return rows - self.cu_seqlens_k[:-1].long()[self.sequence_of_keys()]
+
+    def compressed(self, blocks: BlockGeometry) -> CompressedLayout:
+        """Layout of the compressed blocks of this layout's keys: num_cmp(k_len) per sequence."""
+        key = (blocks.kernel_size, blocks.kernel_stride)
+        if key not in self._compressed:
+            lengths = blocks.num_compressed(self.host.cu_seqlens_k.long().diff())
+            cu_seqlens = torch.zeros(self.batch_size + 1, dtype=torch.int32)
+            cu_seqlens[1:] = lengths.cumsum(0)
+            longest = int(lengths.max()) if self.batch_size else 0
+            self._compressed[key] = CompressedLayout(cu_seqlens.to(self.device), longest, int(cu_seqlens[-1]))
+        return self._compressed[key]
+
+    def compressed_starts(self, blocks: BlockGeometry) -> Tensor:
+        """Position i*d at which each packed compressed block begins in its sequence: int64 [Tc]."""
+        compressed = self.compressed(blocks)
+        sequence = _sequence_of_rows(compressed.cu_seqlens, compressed.total)
+        rows = torch.arange(compressed.total, device=self.device)
+        return (rows - compressed.cu_seqlens.long()[sequence]) * blocks.kernel_stride
+
+    def sequence_of_compressed(self, blocks: BlockGeometry) -> Tensor:
+        """Index of the sequence that each packed compressed block belongs to: int64 [Tc]."""
+        compressed = self.compressed(blocks)
+        return _sequence_of_rows(compressed.cu_seqlens, compressed.total)
+
+
+def check_padding_mask(mask: Tensor) -> None:
+    """Raise unless `mask` is a bool tensor [B, S]."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask: expected a bool tensor [B, S], got {got}")
+    if mask.ndim != 2:
+        raise ValueError(f"mask: expected shape [B, S], got {list(mask.shape)}")
+
+
+def _sequence_of_rows(cu_seqlens: Tensor, total: int) -> Tensor:
+    sequences = torch.arange(cu_seqlens.shape[0] - 1, device=cu_seqlens.device)
+    return torch.repeat_interleave(sequences, cu_seqlens.diff(), output_size=total)
+
+
+def _check_offsets(name: str, offsets: list[int], total: int, longest: int) -> None:
+    if offsets[0] != 0:
+        raise ValueError(f"{name}: expected the first offset to be 0, got {offsets[0]}")
+    lengths = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
+    for index, length in enumerate(lengths):
+        if length < 0:
+            raise ValueError(f"{name}: expected ascending offsets, got {offsets[index]} before {offsets[index + 1]}")
+    side = name[-1]
+    if offsets[-1] != total:
+        raise ValueError(f"{name}: expected the last offset to be total_{side}={total}, got {offsets[-1]}")
+    if max(lengths, default=0) != longest:
+        raise ValueError(f"max_seqlen_{side}: expected {max(lengths, default=0)} from {name}, got {longest}")

@@ -1,0 +1,56 @@
+"""Padded batches to packed rows and back."""
+
+import torch
+from torch import Tensor
+
+from nsa_varlen.layout import VarlenLayout, check_padding_mask
+
+
+def pack(x: Tensor, mask: Tensor) -> tuple[Tensor, VarlenLayout, Tensor]:
+    """Drop the padding of a batch: x [B, S, ...] and a bool mask [B, S] (True = real) to packed rows [T, ...].
+
+    Left, right and interior padding are all dropped; a sequence's real tokens stay in order and count as
+    consecutive positions. Differentiable in `x`. Counting the real tokens synchronises once.
+
+    Returns:
+        (packed [T, ...], layout, pad_index): `pad_index` int64 [B, S] is each token's packed row, -1 for padding;
+        `unpack` takes it.
+
+    Raises:
+        TypeError: the mask is not bool.
+        ValueError: the mask's shape is not x's first two dimensions, or its device differs.
+
+    Example:
+        >>> x = torch.arange(6.0).reshape(2, 3)
+        >>> mask = torch.tensor([[False, True, True], [True, False, True]])
+        >>> packed, layout, pad_index = pack(x, mask)
+        >>> packed.tolist(), layout.cu_seqlens_q.tolist()
+        ([1.0, 2.0, 3.0, 5.0], [0, 2, 4])
+        >>> unpack(packed, pad_index).tolist()
+        [[0.0, 1.0, 2.0], [3.0, 0.0, 5.0]]
+    """
+    check_padding_mask(mask)
+    if x.shape[:2] != mask.shape:
+        raise ValueError(f"mask: expected shape {list(x.shape[:2])} of x's batch and length, got {list(mask.shape)}")
+    if x.device != mask.device:
+        raise ValueError(f"mask: expected device {x.device} of x, got {mask.device}")
+    layout = VarlenLayout.from_padding_mask(mask)
+    rows = mask.flatten().cumsum(0).reshape(mask.shape) - 1
+    return x[mask], layout, torch.where(mask, rows, -1)
+
+
+def unpack(packed: Tensor, pad_index: Tensor) -> Tensor:
+    """Undo `pack`: packed rows [T, ...] to [B, S, ...], zeros where `pad_index` [B, S] is -1. Differentiable.
+
+    Raises:
+        TypeError: pad_index is not int64.
+        ValueError: it is not 2-D.
+    """
+    if pad_index.dtype != torch.int64:
+        raise TypeError(f"pad_index: expected dtype torch.int64, got {pad_index.dtype}")
+    if pad_index.ndim != 2:
+        raise ValueError(f"pad_index: expected shape [B, S], got {list(pad_index.shape)}")
+    if packed.shape[0] == 0:
+        return packed.new_zeros(*pad_index.shape, *packed.shape[1:]) + packed.sum()
+    real = (pad_index >= 0).reshape(*pad_index.shape, *[1] * (packed.ndim - 1))
+    return torch.where(real, packed[pad_index.clamp_min(0)], packed.new_zeros(()))

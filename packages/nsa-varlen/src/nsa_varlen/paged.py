@@ -1,0 +1,87 @@
+"""Keys or values that live in pages of a cache."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PagedKV:
+    """One stream of keys, or of values, stored in pages; stands for the packed tensor of the same rows.
+
+    Row p of sequence b is `pages[block_table[b, p // page_size], p % page_size]`.
+
+    Fields:
+        pages: [num_pages, page_size, H, D].
+        block_table: int32 [B, max_pages], page numbers; -1 where a sequence has no page.
+        lengths: int32 [B], rows of each sequence.
+        k_scale, v_scale: reserved for fp8 dequantisation; backends that do not implement them refuse.
+
+    Raises:
+        TypeError: block_table or lengths are not int32.
+        ValueError: shapes or devices disagree.
+
+    Example:
+        >>> pages = torch.arange(8.0).reshape(4, 2, 1, 1)
+        >>> table = torch.tensor([[2, 0]], dtype=torch.int32)
+        >>> kv = PagedKV(pages, table, torch.tensor([3], dtype=torch.int32))
+        >>> kv.rows(torch.tensor([0, 0, 0]), torch.tensor([0, 1, 2])).flatten().tolist()
+        [4.0, 5.0, 0.0]
+    """
+
+    pages: Tensor
+    block_table: Tensor
+    lengths: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.pages.ndim != 4:
+            raise ValueError(f"pages: expected shape [num_pages, page_size, H, D], got {list(self.pages.shape)}")
+        for name, tensor, ndim in (("block_table", self.block_table, 2), ("lengths", self.lengths, 1)):
+            if tensor.dtype != torch.int32:
+                raise TypeError(f"{name}: expected dtype torch.int32, got {tensor.dtype}")
+            if tensor.ndim != ndim:
+                raise ValueError(f"{name}: expected {ndim} dimensions, got shape {list(tensor.shape)}")
+            if tensor.device != self.pages.device:
+                raise ValueError(f"{name}: expected device {self.pages.device} of pages, got {tensor.device}")
+        if self.block_table.shape[0] != self.lengths.shape[0]:
+            raise ValueError(
+                f"lengths: expected {self.block_table.shape[0]} sequences as in block_table, "
+                f"got {self.lengths.shape[0]}"
+            )
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of the stream."""
+        return self.pages.shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one head's row."""
+        return self.pages.shape[3]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of the pages."""
+        return self.pages.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the pages."""
+        return self.pages.device
+
+    @property
+    def page_size(self) -> int:
+        """Rows a page holds."""
+        return self.pages.shape[1]
+
+    def slots(self, sequence: Tensor, position: Tensor) -> Tensor:
+        """Row numbers in `pages.flatten(0, 1)` of given positions: int64, shaped as the (broadcast) arguments."""
+        page = self.block_table[sequence, torch.div(position, self.page_size, rounding_mode="floor")].long()
+        return page * self.page_size + position % self.page_size
+
+    def rows(self, sequence: Tensor, position: Tensor) -> Tensor:
+        """The stored rows at given (sequence, position): [..., H, D]."""
+        return self.pages.flatten(0, 1)[self.slots(sequence, position)]

@@ -1,0 +1,227 @@
+"""The oracle: every operation from the paper's equations, with dense masks, in fp32 or fp64.
+
+Nothing here is fast, and nothing here is adapted to a kernel: each function materialises its whole mask
+(`nsa_varlen.masks`) and differentiates through ordinary autograd. Compare a backend with it in fp64. The signatures
+are those of the operations; LSEs keep the computing dtype, so that an fp64 comparison loses nothing.
+
+Raises (all functions): TypeError for half-precision inputs, and what `nsa_varlen.arguments` raises.
+"""
+
+import torch
+from torch import Tensor
+
+from nsa_varlen import masks
+from nsa_varlen.arguments import (
+    check_attention,
+    check_block_indices,
+    check_gates,
+    check_layout,
+    check_lse,
+    check_rows,
+    scale_or_default,
+)
+from nsa_varlen.geometry import BlockGeometry
+from nsa_varlen.layout import VarlenLayout
+
+__all__ = [
+    "block_scores",
+    "combine",
+    "compress_mean",
+    "compressed_attention",
+    "overlap",
+    "select_blocks",
+    "selected_attention",
+    "window_attention",
+]
+
+
+def compress_mean(x: Tensor, layout: VarlenLayout, blocks: BlockGeometry) -> Tensor:
+    """x_cmp[i] = mean of x[i*d : i*d + l], for each complete block of each sequence: [Tk, H, D] -> [Tc, H, D].
+
+    Example:
+        >>> geometry = BlockGeometry(kernel_size=2, kernel_stride=1, block_size=2, topk=3)
+        >>> x = torch.tensor([1.0, 3.0, 5.0]).reshape(3, 1, 1)
+        >>> compress_mean(x, VarlenLayout.from_lengths([3]), geometry).flatten().tolist()
+        [2.0, 4.0]
+    """
+    check_layout(layout, blocks)
+    check_rows("x", x, layout.total_k, layout)
+    _check_precision(x)
+    start = layout.compressed_starts(blocks)[:, None]
+    position = layout.key_positions()
+    same = layout.sequence_of_compressed(blocks)[:, None] == layout.sequence_of_keys()
+    member = same & (position >= start) & (position < start + blocks.kernel_size)
+    return torch.einsum("ct,thd->chd", member.to(x.dtype) / blocks.kernel_size, x)
+
+
+def compressed_attention(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    layout: VarlenLayout,
+    blocks: BlockGeometry,
+    *,
+    scale: float | None = None,
+    deterministic: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the visible compressed blocks (Eq. 7, 8).
+
+    Args:
+        q: [Tq, Hq, Dk]. k_cmp: [Tc, Hk, Dk]. v_cmp: [Tc, Hk, Dv].
+        layout: of the raw tokens.
+        scale: of the logits; None is 1/sqrt(Dk).
+        deterministic: no effect here; the oracle always is.
+
+    Returns:
+        (out [Tq, Hq, Dv], lse [Hq, Tq]): lse is the natural log of the sum of exponentials, without gradient.
+        Queries that see nothing give 0 and -inf.
+    """
+    check_layout(layout, blocks)
+    check_attention(("k_cmp", "v_cmp"), q, k_cmp, v_cmp, layout.compressed(blocks).total, layout)
+    _check_precision(q)
+    mask = masks.compressed_mask(layout, blocks)[:, None]
+    return _attend(q, k_cmp, v_cmp, mask, scale_or_default(scale, q.shape[-1]))
+
+
+def overlap(num_compressed: int, num_blocks: int, blocks: BlockGeometry) -> Tensor:
+    """Eq. 9 counted 0-based: weight[i, j] = |[i*d, i*d + l) ∩ [j*l', (j+1)*l')| / d, float64 [num_cmp, Nb].
+
+    Example:
+        >>> overlap(5, 2, BlockGeometry()).T.tolist()
+        [[2.0, 2.0, 2.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0, 2.0]]
+    """
+    start = torch.arange(num_compressed)[:, None] * blocks.kernel_stride
+    left = torch.arange(num_blocks) * blocks.block_size
+    shared = torch.minimum(start + blocks.kernel_size, left + blocks.block_size) - torch.maximum(start, left)
+    return shared.clamp_min(0).double() / blocks.kernel_stride
+
+
+def block_scores(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    layout: VarlenLayout,
+    blocks: BlockGeometry,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """Importance of each selection block (Eq. 9, 10): [Tq, Hk, Nb], summed over the query heads of a group.
+
+    score[j] = sum over heads and i of overlap[i, j] * p_cmp[i], p_cmp = exp(scale * q.k_cmp - lse) where visible.
+    """
+    check_layout(layout, blocks)
+    check_attention(("k_cmp", "v_cmp"), q, k_cmp, None, layout.compressed(blocks).total, layout)
+    check_lse(lse, q.shape[1], layout)
+    _check_precision(q)
+    num_kv_heads = k_cmp.shape[1]
+    logits = _logits(q, k_cmp, scale_or_default(scale, q.shape[-1]))
+    visible = masks.compressed_mask(layout, blocks)[:, None, None]
+    shift = torch.where(lse.isinf(), 0.0, lse).T.reshape(layout.total_q, num_kv_heads, -1, 1)
+    p_cmp = torch.where(visible, (logits - shift).exp(), 0.0)
+    weight = overlap(layout.compressed(blocks).max_seqlen, blocks.num_blocks(layout.max_seqlen_k), blocks)
+    block_in_sequence = torch.div(layout.compressed_starts(blocks), blocks.kernel_stride, rounding_mode="floor")
+    return p_cmp.sum(2) @ weight.to(p_cmp)[block_in_sequence]
+
+
+def select_blocks(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    layout: VarlenLayout,
+    blocks: BlockGeometry,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """The blocks each query attends to (Eq. 11): int32 [Tq, Hk, topk], ascending, padded with -1.
+
+    The forced blocks, then the candidates with the highest `block_scores`; equal scores go to the lower index.
+    `lse` [Hq, Tq] is that of `compressed_attention`.
+    """
+    scores = block_scores(q, k_cmp, lse, layout, blocks, scale=scale)
+    candidate, forced = masks.candidate_blocks(layout, blocks)
+    ranked = torch.where(forced[:, None], torch.inf, torch.where(candidate[:, None], scores, -torch.inf))
+    ranked, order = ranked.sort(dim=-1, descending=True, stable=True)
+    chosen = torch.where(ranked[..., : blocks.topk] == -torch.inf, order.shape[-1], order[..., : blocks.topk])
+    chosen = torch.nn.functional.pad(chosen, (0, blocks.topk - chosen.shape[-1]), value=order.shape[-1])
+    chosen = chosen.sort(-1).values
+    return torch.where(chosen == order.shape[-1], -1, chosen).int()
+
+
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    layout: VarlenLayout,
+    blocks: BlockGeometry,
+    *,
+    scale: float | None = None,
+    deterministic: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the keys of the listed blocks at positions <= t (Eq. 12).
+
+    Args:
+        q: [Tq, Hq, Dk]. k: [Tk, Hk, Dk]. v: [Tk, Hk, Dv].
+        block_indices: int32 [Tq, Hk, N], in any order; -1 and blocks beyond the sequence are ignored, duplicates
+            count once.
+        scale: of the logits; None is 1/sqrt(Dk).
+        deterministic: no effect here; the oracle always is.
+
+    Returns:
+        (out [Tq, Hq, Dv], lse [Hq, Tq]), as `compressed_attention`.
+    """
+    check_layout(layout, blocks)
+    check_attention(("k", "v"), q, k, v, layout.total_k, layout)
+    check_block_indices(block_indices, k.shape[1], layout)
+    _check_precision(q)
+    mask = masks.selected_mask(block_indices, layout, blocks)
+    return _attend(q, k, v, mask, scale_or_default(scale, q.shape[-1]))
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: VarlenLayout,
+    blocks: BlockGeometry,
+    *,
+    scale: float | None = None,
+    deterministic: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over positions (t - w, t]: arguments and results as `compressed_attention`, over raw k, v."""
+    check_layout(layout, blocks)
+    check_attention(("k", "v"), q, k, v, layout.total_k, layout)
+    _check_precision(q)
+    mask = masks.window_mask(layout, blocks)[:, None]
+    return _attend(q, k, v, mask, scale_or_default(scale, q.shape[-1]))
+
+
+def combine(gates: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor) -> Tensor:
+    """out = sum of gate_c * o_c over the branches cmp, slc, win (Eq. 5): gates [Tq, Hq, 3], o_c [Tq, Hq, Dv]."""
+    check_gates(gates, {"o_cmp": o_cmp, "o_slc": o_slc, "o_win": o_win})
+    _check_precision(o_cmp)
+    return torch.einsum("thc,cthd->thd", gates, torch.stack((o_cmp, o_slc, o_win)))
+
+
+def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """scale * q.k by kv head and head within the group: [Tq, Hk, G, Tk]."""
+    grouped = q.reshape(q.shape[0], k.shape[1], q.shape[1] // k.shape[1], q.shape[2])
+    return torch.einsum("thgd,shd->thgs", grouped, k) * scale
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Softmax over the keys where mask [Tq, Hk or 1, Tk] is True; rows without any give 0 and -inf."""
+    logits = torch.where(mask[:, :, None], _logits(q, k, scale), -torch.inf)
+    # One extra column of -inf gives a batch without keys a maximum too.
+    top = torch.nn.functional.pad(logits, (0, 1), value=-torch.inf).amax(-1, keepdim=True).detach()
+    top = torch.where(top == -torch.inf, 0.0, top)
+    weights = (logits - top).exp()
+    total = weights.sum(-1, keepdim=True)
+    out = torch.einsum("thgs,shd->thgd", weights / torch.where(total == 0, 1.0, total), v)
+    lse = (top + total.log()).detach()
+    return out.flatten(1, 2), lse.flatten(1).T.contiguous()
+
+
+def _check_precision(x: Tensor) -> None:
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"the oracle computes in fp32 or fp64: expected one of them, got {x.dtype}; convert the inputs")

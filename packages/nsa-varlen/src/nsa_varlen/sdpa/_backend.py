@@ -1,0 +1,160 @@
+"""The operations of backend `sdpa`, with the signatures that every backend shares."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa_varlen.arguments import (
+    KV,
+    check_attention,
+    check_block_indices,
+    check_gates,
+    check_layout,
+    check_lse,
+    heads_and_dim,
+    scale_or_default,
+)
+from nsa_varlen.geometry import BlockGeometry
+from nsa_varlen.layout import VarlenLayout
+from nsa_varlen.paged import PagedKV
+from nsa_varlen.sdpa._interval import Interval, interval_attention
+from nsa_varlen.sdpa._selected import selected
+from nsa_varlen.sdpa._selection import select
+from nsa_varlen.unfold import unfold_blocks
+
+OPS = (
+    "compress_mean",
+    "compressed_attention",
+    "select_blocks",
+    "selected_attention",
+    "window_attention",
+    "combine",
+)
+
+
+class SdpaBackend:
+    """Plain torch for every operation. Arguments, results and errors are those of `nsa_varlen.reference`.
+
+    In addition k and v (and k_cmp, v_cmp) may be `PagedKV`, and inputs may be half precision; lse is fp32.
+    `deterministic` changes nothing: every reduction has a fixed order.
+    """
+
+    name = "sdpa"
+
+    def refuse(self, op: str, problem: Any, environment: Any) -> str | None:
+        """Why this backend cannot run `op`, or None."""
+        if op not in OPS:
+            return f"has no operation {op}"
+        for feature in ("softcap", "sinks", "fp8_scales"):
+            if getattr(problem, feature, None):
+                return f"does not implement {feature}"
+        if getattr(problem, "paged", False) and getattr(problem, "needs_grad", False):
+            return "records no gradients through paged keys and values"
+        return None
+
+    def compress_mean(self, x: Tensor, layout: VarlenLayout, blocks: BlockGeometry) -> Tensor:
+        """Mean of each compressed block's tokens: [Tk, H, D] -> [Tc, H, D]. Half precision is summed in fp32."""
+        unfolded = unfold_blocks(x, layout, blocks)
+        wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+        return unfolded.mean(1, dtype=wide).to(x.dtype)
+
+    def compressed_attention(
+        self,
+        q: Tensor,
+        k_cmp: KV,
+        v_cmp: KV,
+        layout: VarlenLayout,
+        blocks: BlockGeometry,
+        *,
+        scale: float | None = None,
+        deterministic: bool | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention over the visible compressed blocks: (out, lse)."""
+        check_layout(layout, blocks)
+        check_attention(("k_cmp", "v_cmp"), q, k_cmp, v_cmp, layout.compressed(blocks).total, layout)
+        _check_no_grad_through_pages(q, k_cmp, v_cmp)
+        interval = _compressed_interval(layout, blocks, q.shape[1])
+        return interval_attention(q, k_cmp, v_cmp, interval, scale_or_default(scale, q.shape[-1]))
+
+    def select_blocks(
+        self,
+        q: Tensor,
+        k_cmp: KV,
+        lse: Tensor,
+        layout: VarlenLayout,
+        blocks: BlockGeometry,
+        *,
+        scale: float | None = None,
+    ) -> Tensor:
+        """The blocks each query attends to: int32 [Tq, Hk, topk]. No gradient."""
+        check_layout(layout, blocks)
+        check_attention(("k_cmp", "v_cmp"), q, k_cmp, None, layout.compressed(blocks).total, layout)
+        check_lse(lse, q.shape[1], layout)
+        interval = _compressed_interval(layout, blocks, q.shape[1])
+        with torch.no_grad():
+            return select(q, k_cmp, lse, layout, blocks, interval, scale_or_default(scale, q.shape[-1]))
+
+    def selected_attention(
+        self,
+        q: Tensor,
+        k: KV,
+        v: KV,
+        block_indices: Tensor,
+        layout: VarlenLayout,
+        blocks: BlockGeometry,
+        *,
+        scale: float | None = None,
+        deterministic: bool | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention over the listed blocks' keys at positions <= t: (out, lse)."""
+        check_layout(layout, blocks)
+        check_attention(("k", "v"), q, k, v, layout.total_k, layout)
+        check_block_indices(block_indices, heads_and_dim(k)[0], layout)
+        _check_no_grad_through_pages(q, k, v)
+        return selected(q, k, v, block_indices, layout, blocks, scale_or_default(scale, q.shape[-1]))
+
+    def window_attention(
+        self,
+        q: Tensor,
+        k: KV,
+        v: KV,
+        layout: VarlenLayout,
+        blocks: BlockGeometry,
+        *,
+        scale: float | None = None,
+        deterministic: bool | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention over positions (t - w, t]: (out, lse)."""
+        check_layout(layout, blocks)
+        check_attention(("k", "v"), q, k, v, layout.total_k, layout)
+        _check_no_grad_through_pages(q, k, v)
+        host = layout.host
+        positions = host.positions()
+        first = host.cu_seqlens_k.long()[host.sequence_of_queries()]
+        low = first + (positions + 1 - blocks.window_size).clamp_min(0)
+        high = first + (positions + 1).clamp_min(0)
+        interval = Interval(low, high, host.cu_seqlens_q, layout.cu_seqlens_k, q.shape[1])
+        return interval_attention(q, k, v, interval, scale_or_default(scale, q.shape[-1]))
+
+    def combine(self, gates: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor) -> Tensor:
+        """out = sum of gate_c * o_c over cmp, slc, win: [Tq, Hq, Dv] in the outputs' dtype."""
+        check_gates(gates, {"o_cmp": o_cmp, "o_slc": o_slc, "o_win": o_win})
+        wide = torch.promote_types(torch.float32, torch.promote_types(gates.dtype, o_cmp.dtype))
+        g_cmp, g_slc, g_win = gates.to(wide)[..., None].unbind(2)
+        return (g_cmp * o_cmp + g_slc * o_slc + g_win * o_win).to(o_cmp.dtype)
+
+
+BACKEND = SdpaBackend()
+
+
+def _compressed_interval(layout: VarlenLayout, blocks: BlockGeometry, num_heads: int) -> Interval:
+    host = layout.host
+    low = host.compressed(blocks).cu_seqlens.long()[host.sequence_of_queries()]
+    high = low + blocks.num_compressed(host.positions() + 1)
+    return Interval(low, high, host.cu_seqlens_q, layout.compressed(blocks).cu_seqlens, num_heads)
+
+
+def _check_no_grad_through_pages(q: Tensor, *kv: KV) -> None:
+    if torch.is_grad_enabled() and q.requires_grad and any(isinstance(x, PagedKV) for x in kv):
+        raise ValueError("q: expected no gradient to be recorded with paged k and v, got requires_grad=True")

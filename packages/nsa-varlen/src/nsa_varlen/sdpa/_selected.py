@@ -1,0 +1,239 @@
+"""Softmax attention over listed blocks, in two loop orders with one result.
+
+`_by_block` takes one KV block at a time with all the queries that chose it: dense matmuls that read each key once, for
+prefill on a CPU and for every backward. `_by_query` gathers each query's keys: a few queries over a long context
+(decode), paged keys, and a GPU's forward, where thousands of small launches would cost more than the gather.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from nsa_varlen.arguments import KV, heads_and_dim
+from nsa_varlen.geometry import BlockGeometry
+from nsa_varlen.layout import VarlenLayout
+from nsa_varlen.sdpa._interval import compute_dtype
+from nsa_varlen.sdpa._rows import take_rows
+
+GATHER_ELEMENTS = 1 << 25  # keys and values gathered at a time: 128 MB of fp32
+ROWS_PER_BLOCK = 8  # fewer queries than this for the average block do not repay a matmul each
+
+
+def selected(
+    q: Tensor, k: KV, v: KV, block_indices: Tensor, layout: VarlenLayout, blocks: BlockGeometry, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(out [Tq, Hq, Dv], lse fp32 [Hq, Tq]); differentiable for packed k, v."""
+    return _SelectedAttention.apply(q, k, v, block_indices, layout, blocks, scale)
+
+
+class _SelectedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        q: Tensor,
+        k: KV,
+        v: KV,
+        block_indices: Tensor,
+        layout: VarlenLayout,
+        blocks: BlockGeometry,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        indices = _canonical(block_indices, layout, blocks)
+        packed = isinstance(k, Tensor) and isinstance(v, Tensor)
+        crowded = indices.numel() >= ROWS_PER_BLOCK * blocks.num_blocks(layout.total_k) * indices.shape[1]
+        order = _by_block if packed and crowded and q.device.type == "cpu" else _by_query
+        out, lse = order(q, k, v, indices, layout, blocks, scale)
+        if packed:
+            ctx.save_for_backward(q, k, v, indices, out, lse)
+        ctx.layout, ctx.blocks, ctx.scale = layout, blocks, scale
+        lse = lse.float()
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        dq, dk, dv = _backward_by_block(grad_out, *ctx.saved_tensors, ctx.layout, ctx.blocks, ctx.scale)
+        return dq, dk, dv, None, None, None, None
+
+
+def _canonical(block_indices: Tensor, layout: VarlenLayout, blocks: BlockGeometry) -> Tensor:
+    """Ascending int64 indices with -1 for everything that adds no key: padding, duplicates, blocks after the query."""
+    current = torch.div(layout.positions(), blocks.block_size, rounding_mode="floor")[:, None, None]
+    indices = block_indices.long().sort(-1).values
+    repeated = torch.zeros_like(indices, dtype=torch.bool)
+    repeated[..., 1:] = indices[..., 1:] == indices[..., :-1]
+    return indices.masked_fill((indices < 0) | (indices > current) | repeated, -1)
+
+
+def _by_query(
+    q: Tensor, k: KV, v: KV, indices: Tensor, layout: VarlenLayout, blocks: BlockGeometry, scale: float
+) -> tuple[Tensor, Tensor]:
+    (num_kv_heads, k_dim), v_dim, dtype = heads_and_dim(k), heads_and_dim(v)[1], compute_dtype(q.dtype)
+    out = q.new_zeros(*q.shape[:2], v_dim)
+    lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, dtype=dtype, device=q.device)
+    if layout.total_k == 0:
+        return out, lse
+    positions = layout.positions()
+    first = layout.cu_seqlens_k.long()[layout.sequence_of_queries()]
+    within = torch.arange(blocks.block_size, device=q.device)
+    heads = torch.arange(num_kv_heads, device=q.device)[:, None]
+    keys_per_query = num_kv_heads * indices.shape[-1] * blocks.block_size * (k_dim + v_dim)
+    # Rows arrive with all their heads when pages are read, so a chunk counts them all.
+    chunk = max(1, GATHER_ELEMENTS // max(1, keys_per_query * (num_kv_heads if not isinstance(k, Tensor) else 1)))
+    for start in range(0, q.shape[0], chunk):
+        rows = slice(start, min(start + chunk, q.shape[0]))
+        key = (indices[rows, :, :, None] * blocks.block_size + within).flatten(2)  # [R, Hk, N*l'], by sequence
+        hidden = (key < 0) | (key > positions[rows, None, None])
+        row = (key + first[rows, None, None]).masked_fill(hidden, 0)
+        k_rows, v_rows = (_take_head_rows(x, row, heads, layout.cu_seqlens_k).to(dtype) for x in (k, v))
+        grouped = q[rows].to(dtype).unflatten(1, (num_kv_heads, -1)) * scale
+        logits = torch.matmul(grouped, k_rows.mT).masked_fill_(hidden[:, :, None], -torch.inf)
+        top = logits.amax(-1, keepdim=True)
+        top.masked_fill_(top == -torch.inf, 0.0)
+        weights = logits.sub_(top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        out[rows] = (torch.matmul(weights, v_rows) / total.masked_fill(total == 0, 1.0)).flatten(1, 2)
+        lse[:, rows] = (top + total.log()).flatten(1).T
+    return out, lse
+
+
+def _take_head_rows(x: KV, row: Tensor, heads: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """x[row[t, h, s], h]: [R, Hk, S, D]."""
+    if isinstance(x, Tensor):
+        return x[row, heads]
+    picked = take_rows(x, row, cu_seqlens)
+    return picked.diagonal(dim1=1, dim2=3).movedim(-1, 1)
+
+
+def _pairs_by_block(
+    indices: Tensor, layout: VarlenLayout, blocks: BlockGeometry
+) -> tuple[Tensor, list[tuple[int, int, int, int, int]]]:
+    """Every (query, kv head, block) choice, sorted by kv head, block and query.
+
+    Returns:
+        The choices' rows `head * Tq + query` of a head-major tensor, int64, and for each block that someone chose
+        (head, first packed key, end of its keys, first choice, end of its choices), on the host.
+    """
+    blocks_per_sequence = blocks.num_blocks(layout.cu_seqlens_k.long().diff())
+    block_offset = blocks_per_sequence.cumsum(0) - blocks_per_sequence
+    total_blocks = int(blocks.num_blocks(layout.host.cu_seqlens_k.long().diff()).sum())
+    sequence = layout.sequence_of_queries()
+    block = indices + block_offset[sequence][:, None, None]
+    heads = torch.arange(indices.shape[1], device=indices.device)
+    group = (heads[None, :, None] * total_blocks + block).masked_fill(indices < 0, indices.shape[1] * total_blocks)
+    row = heads[:, None] * indices.shape[0] + torch.arange(indices.shape[0], device=indices.device)
+    # Head-major, then query: a stable sort keeps each block's queries ascending.
+    group, order = group.transpose(0, 1).flatten().sort(stable=True)
+    row = row[:, :, None].expand(-1, -1, indices.shape[-1]).flatten()[order]
+    counts = torch.bincount(group, minlength=indices.shape[1] * total_blocks + 1)[:-1].tolist()
+    spans = []
+    first_choice = 0
+    starts = _block_starts(layout.host, blocks)
+    for head in range(indices.shape[1]):
+        for number, (k0, k1) in enumerate(starts):
+            count = counts[head * total_blocks + number]
+            if count:
+                spans.append((head, k0, k1, first_choice, first_choice + count))
+                first_choice += count
+    return row, spans
+
+
+def _block_starts(layout: VarlenLayout, blocks: BlockGeometry) -> list[tuple[int, int]]:
+    """Packed key range of each block of each sequence, on the host."""
+    offsets = layout.cu_seqlens_k.tolist()
+    return [
+        (start, min(start + blocks.block_size, end))
+        for begin, end in zip(offsets, offsets[1:], strict=False)
+        for start in range(begin, end, blocks.block_size)
+    ]
+
+
+def _head_major(x: Tensor, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
+    """[T, Hk*G, D] -> [Hk*T, G, D], one row per (kv head, query)."""
+    return x.to(dtype).unflatten(1, (num_kv_heads, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def _query_major(x: Tensor, num_kv_heads: int) -> Tensor:
+    """Undo `_head_major`: [Hk*T, G, D] -> [T, Hk*G, D]."""
+    return x.unflatten(0, (num_kv_heads, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def _block_logits(q_rows: Tensor, k_block: Tensor, row: Tensor, k0: int, last_key: Tensor) -> Tensor:
+    """Logits [m, G, keys] of the queries that chose a block, -inf after their own position.
+
+    `last_key` is the packed row of each query's own position. A block's queries ascend and only those inside it can
+    see part of it: they are the first ones, at most as many as the block has keys.
+    """
+    logits = torch.matmul(q_rows.flatten(0, 1), k_block.T).unflatten(0, q_rows.shape[:2])
+    inside = min(k_block.shape[0], row.shape[0])
+    key = torch.arange(k0, k0 + k_block.shape[0], device=row.device)
+    logits[:inside].masked_fill_((key > last_key[row[:inside], None])[:, None], -torch.inf)
+    return logits
+
+
+def _last_key(layout: VarlenLayout, num_kv_heads: int) -> Tensor:
+    """Packed row of each query's own position, head-major: int64 [Hk*Tq]."""
+    first = layout.cu_seqlens_k.long()[layout.sequence_of_queries()]
+    return (first + layout.positions()).repeat(num_kv_heads)
+
+
+def _by_block(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, layout: VarlenLayout, blocks: BlockGeometry, scale: float
+) -> tuple[Tensor, Tensor]:
+    num_kv_heads, dtype = k.shape[1], compute_dtype(q.dtype)
+    q_rows = _head_major(q, num_kv_heads, dtype) * scale
+    # Running softmax of every query: maximum, sum, unnormalised output.
+    top = q_rows.new_full((*q_rows.shape[:2], 1), -torch.inf)
+    total = torch.zeros_like(top)
+    out = q_rows.new_zeros(*q_rows.shape[:2], v.shape[-1])
+    last_key = _last_key(layout, num_kv_heads)
+    rows, spans = _pairs_by_block(indices, layout, blocks)
+    for head, k0, k1, start, end in spans:
+        row = rows[start:end]
+        logits = _block_logits(q_rows[row], k[k0:k1, head].to(dtype), row, k0, last_key)
+        # Every query here sees at least one key: its own position or one before it. So the maximum is finite.
+        old_top = top[row]
+        new_top = torch.maximum(old_top, logits.amax(-1, keepdim=True))
+        weights = logits.sub_(new_top).exp_()
+        shrink = old_top.sub_(new_top).exp_()
+        top[row] = new_top
+        total[row] = total[row].mul_(shrink).add_(weights.sum(-1, keepdim=True))
+        part = torch.matmul(weights.flatten(0, 1), v[k0:k1, head].to(dtype)).unflatten(0, weights.shape[:2])
+        out[row] = part.addcmul_(out[row], shrink)
+    out /= total.masked_fill(total == 0, 1.0)
+    lse = (top + total.log()).unflatten(0, (num_kv_heads, -1)).squeeze(-1)  # [Hk, Tq, G]
+    return _query_major(out, num_kv_heads).to(q.dtype), lse.transpose(1, 2).flatten(0, 1)
+
+
+def _backward_by_block(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: VarlenLayout,
+    blocks: BlockGeometry,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_kv_heads, dtype = k.shape[1], compute_dtype(q.dtype)
+    q_rows = _head_major(q, num_kv_heads, dtype) * scale
+    do_rows = _head_major(grad_out, num_kv_heads, dtype)
+    delta = (do_rows * _head_major(out, num_kv_heads, dtype)).sum(-1, keepdim=True)
+    lse_rows = _head_major(lse.T[..., None], num_kv_heads, dtype)
+    dq = torch.zeros_like(q_rows)
+    dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (k, v))
+    last_key = _last_key(layout, num_kv_heads)
+    rows, spans = _pairs_by_block(indices, layout, blocks)
+    for head, k0, k1, start, end in spans:
+        row = rows[start:end]
+        k_block, v_block = k[k0:k1, head].to(dtype), v[k0:k1, head].to(dtype)
+        q_block, do_block = q_rows[row], do_rows[row].flatten(0, 1)
+        weights = _block_logits(q_block, k_block, row, k0, last_key).sub_(lse_rows[row]).exp_().flatten(0, 1)
+        dv[k0:k1, head] = weights.T @ do_block
+        ds = torch.matmul(do_block, v_block.T).sub_(delta[row].flatten(0, 1)).mul_(weights)
+        dk[k0:k1, head] = ds.T @ q_block.flatten(0, 1)
+        dq[row] = dq[row].add_(torch.matmul(ds, k_block).unflatten(0, q_block.shape[:2]))
+    return _query_major(dq.mul_(scale), num_kv_heads).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
