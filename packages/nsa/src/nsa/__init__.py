@@ -1,5 +1,10 @@
 """Native Sparse Attention: configuration, layer, operations and cache."""
 
+from nsa import ops
 from nsa.__about__ import __version__
+from nsa.attention import NSAAux, nsa_attention
+from nsa.cache import NSACache
+from nsa.config import NSAConfig
+from nsa.layer import NSAAttention
 
-__all__ = ["__version__"]
+__all__ = ["NSAAttention", "NSAAux", "NSACache", "NSAConfig", "__version__", "nsa_attention", "ops"]

@@ -16,6 +16,7 @@ from nsa_varlen.sdpa._interval import compute_dtype
 from nsa_varlen.sdpa._rows import take_rows
 
 GATHER_ELEMENTS = 1 << 25  # keys and values gathered at a time: 128 MB of fp32
+CHOICES_AT_ONCE = 512  # queries that meet a block in one matmul: more would leave a CPU core's cache
 ROWS_PER_BLOCK = 8  # fewer queries than this for the average block do not repay a matmul each
 
 
@@ -113,7 +114,8 @@ def _pairs_by_block(
 
     Returns:
         The choices' rows `head * Tq + query` of a head-major tensor, int64, and for each block that someone chose
-        (head, first packed key, end of its keys, first choice, end of its choices), on the host.
+        (head, first packed key, end of its keys, first choice, end of its choices), on the host, cut to at most
+        CHOICES_AT_ONCE.
     """
     blocks_per_sequence = blocks.num_blocks(layout.cu_seqlens_k.long().diff())
     block_offset = blocks_per_sequence.cumsum(0) - blocks_per_sequence
@@ -132,10 +134,10 @@ def _pairs_by_block(
     starts = _block_starts(layout.host, blocks)
     for head in range(indices.shape[1]):
         for number, (k0, k1) in enumerate(starts):
-            count = counts[head * total_blocks + number]
-            if count:
-                spans.append((head, k0, k1, first_choice, first_choice + count))
-                first_choice += count
+            end = first_choice + counts[head * total_blocks + number]
+            for start in range(first_choice, end, CHOICES_AT_ONCE):
+                spans.append((head, k0, k1, start, min(start + CHOICES_AT_ONCE, end)))
+            first_choice = end
     return row, spans
 
 
@@ -191,16 +193,16 @@ def _by_block(
     rows, spans = _pairs_by_block(indices, layout, blocks)
     for head, k0, k1, start, end in spans:
         row = rows[start:end]
-        logits = _block_logits(q_rows[row], k[k0:k1, head].to(dtype), row, k0, last_key)
+        logits = _block_logits(q_rows.index_select(0, row), k[k0:k1, head].to(dtype), row, k0, last_key)
         # Every query here sees at least one key: its own position or one before it. So the maximum is finite.
-        old_top = top[row]
+        old_top = top.index_select(0, row)
         new_top = torch.maximum(old_top, logits.amax(-1, keepdim=True))
         weights = logits.sub_(new_top).exp_()
         shrink = old_top.sub_(new_top).exp_()
-        top[row] = new_top
-        total[row] = total[row].mul_(shrink).add_(weights.sum(-1, keepdim=True))
+        top.index_copy_(0, row, new_top)
+        total.index_copy_(0, row, weights.sum(-1, keepdim=True).addcmul_(total.index_select(0, row), shrink))
         part = torch.matmul(weights.flatten(0, 1), v[k0:k1, head].to(dtype)).unflatten(0, weights.shape[:2])
-        out[row] = part.addcmul_(out[row], shrink)
+        out.index_copy_(0, row, part.addcmul_(out.index_select(0, row), shrink))
     out /= total.masked_fill(total == 0, 1.0)
     lse = (top + total.log()).unflatten(0, (num_kv_heads, -1)).squeeze(-1)  # [Hk, Tq, G]
     return _query_major(out, num_kv_heads).to(q.dtype), lse.transpose(1, 2).flatten(0, 1)
@@ -230,10 +232,11 @@ def _backward_by_block(
     for head, k0, k1, start, end in spans:
         row = rows[start:end]
         k_block, v_block = k[k0:k1, head].to(dtype), v[k0:k1, head].to(dtype)
-        q_block, do_block = q_rows[row], do_rows[row].flatten(0, 1)
-        weights = _block_logits(q_block, k_block, row, k0, last_key).sub_(lse_rows[row]).exp_().flatten(0, 1)
-        dv[k0:k1, head] = weights.T @ do_block
-        ds = torch.matmul(do_block, v_block.T).sub_(delta[row].flatten(0, 1)).mul_(weights)
-        dk[k0:k1, head] = ds.T @ q_block.flatten(0, 1)
-        dq[row] = dq[row].add_(torch.matmul(ds, k_block).unflatten(0, q_block.shape[:2]))
+        q_block, do_block = q_rows.index_select(0, row), do_rows.index_select(0, row).flatten(0, 1)
+        weights = _block_logits(q_block, k_block, row, k0, last_key).sub_(lse_rows.index_select(0, row)).exp_().flatten(0, 1)
+        dv[k0:k1, head] += weights.T @ do_block
+        ds = torch.matmul(do_block, v_block.T).sub_(delta.index_select(0, row).flatten(0, 1)).mul_(weights)
+        dk[k0:k1, head] += ds.T @ q_block.flatten(0, 1)
+        part = torch.matmul(ds, k_block).unflatten(0, q_block.shape[:2])
+        dq.index_copy_(0, row, part.add_(dq.index_select(0, row)))
     return _query_major(dq.mul_(scale), num_kv_heads).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

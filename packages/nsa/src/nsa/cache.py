@@ -1,0 +1,277 @@
+"""Keys and values of one layer while its sequences grow: prefill, chunked prefill and decode."""
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+import torch
+from nsa_varlen import PagedKV, VarlenLayout
+from torch import Tensor
+
+from nsa._pages import PagedStream
+from nsa.config import NSAConfig
+
+
+class NSACache:
+    """Three paged streams of a layer: compressed blocks, selected keys, window keys; and the raw tokens of the block
+    that is not complete yet.
+
+    ```
+    raw cmp tokens  ... [ pending: at most l - 1 ]   a block is emitted when its last token arrives
+    cmp stream      one row per complete block
+    slc, win        one row per token (one shared stream with `config.shared_kv`)
+    ```
+
+    Tokens enter through `extend`, a transaction: an exception inside it leaves the cache as it was.
+
+    Args:
+        config: of the layer.
+        batch_size: number of sequences.
+        max_tokens: capacity per sequence.
+        page_size: rows per page, a multiple of `block_size`.
+        device, dtype: of the keys and values; None are torch's defaults.
+
+    Raises:
+        TypeError, ValueError: sizes that do not fit.
+
+    Example:
+        >>> from nsa import NSAAttention, NSAConfig
+        >>> config = NSAConfig(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16)
+        >>> layer, cache = NSAAttention(config), NSACache(config, batch_size=1, max_tokens=256)
+        >>> with torch.no_grad():
+        ...     prefill = layer(torch.randn(1, 100, 64), cache=cache)
+        ...     step = layer(torch.randn(1, 1, 64), cache=cache)
+        >>> step.shape, cache.lengths
+        (torch.Size([1, 1, 64]), (101,))
+    """
+
+    def __init__(
+        self,
+        config: NSAConfig,
+        batch_size: int,
+        max_tokens: int,
+        *,
+        page_size: int = 64,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens), ("page_size", page_size)):
+            if type(value) is not int:
+                raise TypeError(f"{name}: expected an int, got {value!r} of type {type(value).__name__}")
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if page_size % config.block_size:
+            raise ValueError(f"page_size: expected a multiple of block_size={config.block_size}, got {page_size}")
+        self.config = config
+        self.batch_size = batch_size
+        self.max_tokens = max_tokens
+        self.dtype = torch.get_default_dtype() if dtype is None else dtype
+        heads, dims = config.num_kv_heads, (config.head_dim, config.value_dim)
+        max_cmp = config.blocks.num_compressed(max_tokens)
+        anywhere = torch.empty(0, device=device).device
+        self.cmp = PagedStream(batch_size, max_cmp, page_size, heads, dims, anywhere, self.dtype)
+        self.slc = PagedStream(batch_size, max_tokens, page_size, heads, dims, anywhere, self.dtype)
+        self.win = (
+            self.slc
+            if config.shared_kv
+            else PagedStream(batch_size, max_tokens, page_size, heads, dims, anywhere, self.dtype)
+        )
+        self.pending_k, self.pending_v = (
+            torch.zeros(batch_size, config.kernel_size - 1, heads, dim, device=anywhere, dtype=self.dtype)
+            for dim in dims
+        )
+        self._lengths = [0] * batch_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pages live."""
+        return self.slc.k_pages.device
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sequence, known on the host."""
+        return tuple(self._lengths)
+
+    def extend(self, lengths: Sequence[int]) -> "CacheStep":
+        """Begin to append `lengths[b]` tokens to each sequence; see `CacheStep`.
+
+        Raises:
+            TypeError: a length is not an int.
+            ValueError: a wrong number of lengths, a negative one, or one past the capacity.
+        """
+        if len(lengths) != self.batch_size:
+            raise ValueError(f"lengths: expected {self.batch_size}, one per sequence, got {len(lengths)}")
+        for sequence, (old, new) in enumerate(zip(self._lengths, lengths, strict=True)):
+            if type(new) is not int:
+                raise TypeError(f"lengths: expected ints, got {new!r} of type {type(new).__name__}")
+            if new < 0:
+                raise ValueError(f"lengths: expected at least 0, got {new} for sequence {sequence}")
+            if old + new > self.max_tokens:
+                raise ValueError(
+                    f"lengths: expected at most max_tokens={self.max_tokens} tokens per sequence, got {old} + {new} "
+                    f"for sequence {sequence}"
+                )
+        return CacheStep(self, list(lengths))
+
+    def reserve(self, tokens: int) -> None:
+        """Take pages for `tokens` more tokens of each sequence now, so that a later `extend` allocates none.
+
+        Raises:
+            ValueError: past the capacity of a sequence.
+        """
+        self.extend([tokens] * self.batch_size)  # checks
+        self._reserve([length + tokens for length in self._lengths])
+
+    def reset(self) -> None:
+        """Forget all sequences."""
+        self._lengths = [0] * self.batch_size
+        self._release()
+
+    def _reserve(self, lengths: list[int]) -> None:
+        self.cmp.reserve([self.config.blocks.num_compressed(length) for length in lengths])
+        for stream in {id(self.slc): self.slc, id(self.win): self.win}.values():
+            stream.reserve(lengths)
+
+    def _release(self) -> None:
+        self.cmp.release([self.config.blocks.num_compressed(length) for length in self._lengths])
+        for stream in {id(self.slc): self.slc, id(self.win): self.win}.values():
+            stream.release(self._lengths)
+
+
+class CacheStep:
+    """New tokens on their way into a cache. Leaving the `with` block commits them; an exception drops them.
+
+    Fields:
+        layout: the new tokens as queries over all the tokens of each sequence.
+        new: the new tokens alone, as queries and keys.
+
+    Example:
+        >>> config = NSAConfig(hidden_size=8, num_heads=1, num_kv_heads=1, head_dim=8)
+        >>> cache, x = NSACache(config, batch_size=1, max_tokens=64), torch.randn(33, 1, 8)
+        >>> with cache.extend([33]) as step:
+        ...     step.write_slc(x, x)
+        ...     step.write_win(x, x)
+        ...     k_raw, v_raw, raw = step.raw_cmp(x, x)
+        ...     step.write_cmp(k_raw[None, :32].mean(1), v_raw[None, :32].mean(1))
+        ...     k_slc, v_slc = step.slc
+        >>> cache.lengths, raw.total_k
+        ((33,), 33)
+    """
+
+    def __init__(self, cache: NSACache, lengths: list[int]) -> None:
+        self._cache = cache
+        self._old = list(cache.lengths)
+        self._total = [old + new for old, new in zip(self._old, lengths, strict=True)]
+        device, blocks = cache.device, cache.config.blocks
+        self.layout = VarlenLayout.from_lengths(lengths, self._total, device)
+        self.new = VarlenLayout.from_lengths(lengths, device=device)
+        self._old_cmp = [blocks.num_compressed(old) for old in self._old]
+        self._total_cmp = [blocks.num_compressed(total) for total in self._total]
+        self._pending: tuple[Tensor, Tensor] | None = None
+
+    def __enter__(self) -> Self:
+        if list(self._cache.lengths) != self._old:
+            raise RuntimeError(f"cache: expected lengths {self._old} as when the step began, got {self._cache.lengths}")
+        self._cache._reserve(self._total)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._cache._release()
+            return
+        if self._pending is not None:
+            self._cache.pending_k, self._cache.pending_v = self._pending
+        self._cache._lengths = self._total
+
+    @property
+    def cmp(self) -> tuple[PagedKV, PagedKV]:
+        """Compressed keys and values, with the blocks written in this step."""
+        return self._cache.cmp.views(self._lengths_tensor(self._total_cmp))
+
+    @property
+    def slc(self) -> tuple[PagedKV, PagedKV]:
+        """Keys and values of the selected branch, the new tokens included."""
+        return self._cache.slc.views(self._lengths_tensor(self._total))
+
+    @property
+    def win(self) -> tuple[PagedKV, PagedKV]:
+        """Keys and values of the window, the new tokens included."""
+        return self._cache.win.views(self._lengths_tensor(self._total))
+
+    def write_slc(self, k: Tensor, v: Tensor) -> None:
+        """Store the new tokens' keys [T, Hk, Dk] and values [T, Hk, Dv] of the selected branch."""
+        self._check("k_slc", k, self.new.total_k, 0)
+        self._check("v_slc", v, self.new.total_k, 1)
+        self._cache.slc.write(k, v, self.layout.sequence_of_queries(), self.layout.positions())
+
+    def write_win(self, k: Tensor, v: Tensor) -> None:
+        """The same for the window; with `config.shared_kv` the streams are one and there is nothing to store."""
+        self._check("k_win", k, self.new.total_k, 0)
+        self._check("v_win", v, self.new.total_k, 1)
+        if self._cache.win is not self._cache.slc:
+            self._cache.win.write(k, v, self.layout.sequence_of_queries(), self.layout.positions())
+
+    def raw_cmp(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, VarlenLayout]:
+        """The raw tokens that the blocks of this step are made of: the pending ones, then the new.
+
+        Args:
+            k: [T, Hk, Dk], v: [T, Hk, Dv], the new tokens before compression.
+
+        Returns:
+            (k_raw, v_raw, raw): packed, with their layout. Compress them with it and give the result to `write_cmp`.
+            The first raw token of a sequence sits at position `first_cmp() * kernel_stride`.
+        """
+        self._check("k_cmp", k, self.new.total_k, 0)
+        self._check("v_cmp", v, self.new.total_k, 1)
+        cache, stride = self._cache, self._cache.config.kernel_stride
+        pending = [old - count * stride for old, count in zip(self._old, self._old_cmp, strict=True)]
+        kept = [total - count * stride for total, count in zip(self._total, self._total_cmp, strict=True)]
+        raw = VarlenLayout.from_lengths(
+            [total - count * stride for total, count in zip(self._total, self._old_cmp, strict=True)],
+            device=cache.device,
+        )
+        waiting = VarlenLayout.from_lengths(pending, device=cache.device)
+        first = raw.cu_seqlens_k[:-1].long()
+        pending_rows = first[waiting.sequence_of_keys()] + waiting.key_positions()
+        new_first = first + torch.tensor(pending, device=cache.device)
+        new_rows = new_first[self.new.sequence_of_keys()] + self.new.key_positions()
+        # The last `kept` raw rows of each sequence wait for the next step; rows past them are never read.
+        place = torch.arange(cache.pending_k.shape[1], device=cache.device)
+        last = raw.cu_seqlens_k[1:].long() - torch.tensor(kept, device=cache.device)
+        kept_rows = (last[:, None] + place).clamp_max(max(0, raw.total_k - 1))
+        gathered = []
+        for old, x in ((cache.pending_k, k), (cache.pending_v, v)):
+            rows = x.new_empty(raw.total_k, *x.shape[1:])
+            rows[pending_rows] = old[waiting.sequence_of_keys(), waiting.key_positions()]
+            rows[new_rows] = x
+            gathered.append(rows)
+        if raw.total_k:
+            self._pending = (gathered[0][kept_rows], gathered[1][kept_rows])
+        return gathered[0], gathered[1], raw
+
+    def first_cmp(self) -> Tensor:
+        """Number of compressed blocks that each sequence had before this step: int64 [B]."""
+        return torch.tensor(self._old_cmp, device=self._cache.device)
+
+    def write_cmp(self, k: Tensor, v: Tensor) -> None:
+        """Store the blocks that this step completes, packed: [sum of new blocks, Hk, D]."""
+        counts = [total - old for total, old in zip(self._total_cmp, self._old_cmp, strict=True)]
+        emitted = VarlenLayout.from_lengths(counts, self._total_cmp, self._cache.device)
+        self._check("k_cmp", k, emitted.total_q, 0)
+        self._check("v_cmp", v, emitted.total_q, 1)
+        self._cache.cmp.write(k, v, emitted.sequence_of_queries(), emitted.positions())
+
+    def _check(self, name: str, x: Tensor, rows: int, which: int) -> None:
+        config = self._cache.config
+        expected = (rows, config.num_kv_heads, (config.head_dim, config.value_dim)[which])
+        if x.shape != expected:
+            raise ValueError(f"{name}: expected shape {list(expected)}, got {list(x.shape)}")
+        if x.dtype != self._cache.dtype:
+            raise TypeError(f"{name}: expected dtype {self._cache.dtype} of the cache, got {x.dtype}")
+        if x.device != self._cache.device:
+            raise ValueError(f"{name}: expected device {self._cache.device} of the cache, got {x.device}")
+
+    def _lengths_tensor(self, lengths: list[int]) -> Tensor:
+        return torch.tensor(lengths, dtype=torch.int32).to(self._cache.device)

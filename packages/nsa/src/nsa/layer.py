@@ -1,0 +1,180 @@
+"""Native Sparse Attention as a layer: projections, rotation, compression, gates, and a cache if there is one."""
+
+import torch
+from nsa_varlen import VarlenLayout, pack, unpack
+from torch import Tensor, nn
+
+from nsa.attention import nsa_attention
+from nsa.cache import NSACache
+from nsa.compression import make_compression
+from nsa.config import NSAConfig
+from nsa.gates import GateMLP
+from nsa.rope import RotaryEmbedding
+
+
+class NSAAttention(nn.Module):
+    """y = W_o sum over c in (cmp, slc, win) of gate_c * attention(q, K_c, V_c).
+
+    Keys and values have a projection per branch unless `config.shared_kv`; gates come from a `GateMLP`.
+
+    Example:
+        >>> config = NSAConfig(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16)
+        >>> layer = NSAAttention(config)
+        >>> layer(torch.randn(2, 100, 64)).shape
+        torch.Size([2, 100, 64])
+        >>> layer(torch.randn(107, 64), layout=VarlenLayout.from_lengths([100, 7])).shape
+        torch.Size([107, 64])
+    """
+
+    def __init__(self, config: NSAConfig) -> None:
+        super().__init__()
+        self.config = config
+        streams = 1 if config.shared_kv else 3
+        width, kv_heads = config.hidden_size, config.num_kv_heads
+        self.q_proj = nn.Linear(width, config.num_heads * config.head_dim, bias=config.bias)
+        self.k_proj = nn.Linear(width, streams * kv_heads * config.head_dim, bias=config.bias)
+        self.v_proj = nn.Linear(width, streams * kv_heads * config.value_dim, bias=config.bias)
+        self.o_proj = nn.Linear(config.num_heads * config.value_dim, width, bias=False)
+        self.compress_k = make_compression(config, config.head_dim)
+        self.compress_v = make_compression(config, config.value_dim)
+        self.gates = GateMLP(config)
+        self.rope = (
+            None
+            if config.rope_theta is None
+            else RotaryEmbedding(
+                config.head_dim, config.rope_theta, config.rope_interleaved, config.rope_scaling
+            )
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        layout: VarlenLayout | None = None,
+        padding_mask: Tensor | None = None,
+        cache: NSACache | None = None,
+    ) -> Tensor:
+        """Attend among the tokens of x, and with a cache also to those before them.
+
+        Args:
+            x: [B, S, hidden_size], or packed [T, hidden_size] with `layout`.
+            layout: of the packed tokens of x alone (as many keys as queries).
+            padding_mask: bool [B, S], True for real tokens of a padded x; outputs at padding are 0.
+            cache: x continues its sequences; it is appended, then attends. No gradient may be recorded.
+
+        Returns:
+            The same shape as x.
+
+        Raises:
+            TypeError, ValueError: arguments that do not fit; the cache is left as it was.
+        """
+        self._check(x, layout, padding_mask, cache)
+        if padding_mask is not None:
+            packed, layout, pad_index = pack(x, padding_mask)
+            return unpack(self._attend(packed, layout, cache), pad_index)
+        if layout is None:
+            layout = VarlenLayout.from_lengths([x.shape[1]] * x.shape[0], device=x.device)
+            return self._attend(x.flatten(0, 1), layout, cache).unflatten(0, x.shape[:2])
+        return self._attend(x, layout, cache)
+
+    def _attend(self, x: Tensor, layout: VarlenLayout, cache: NSACache | None) -> Tensor:
+        config, blocks = self.config, self.config.blocks
+        q = self.q_proj(x).unflatten(-1, (config.num_heads, config.head_dim))
+        k_cmp, k_slc, k_win = self._branches(self.k_proj(x), config.head_dim)
+        v_cmp, v_slc, v_win = self._branches(self.v_proj(x), config.value_dim)
+        gates = self.gates(x)
+        if cache is None:
+            positions = layout.positions()
+            q_cmp, q, k_slc, k_win = self._rotate_new(q, k_slc, k_win, positions)
+            k_cmp, v_cmp = self._compress(k_cmp, v_cmp, positions, layout, layout.compressed_starts(blocks))
+            out = nsa_attention(
+                q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, layout, blocks, q_cmp=q_cmp
+            )
+        else:
+            with cache.extend(layout.host.cu_seqlens_q.diff().tolist()) as step:
+                q_cmp, q, k_slc, k_win = self._rotate_new(q, k_slc, k_win, step.layout.positions())
+                step.write_slc(k_slc, v_slc)
+                step.write_win(k_win, v_win)
+                k_raw, v_raw, raw = step.raw_cmp(k_cmp, v_cmp)
+                shift = step.first_cmp() * blocks.kernel_stride
+                positions = raw.key_positions() + shift[raw.sequence_of_keys()]
+                starts = raw.compressed_starts(blocks) + shift[raw.sequence_of_compressed(blocks)]
+                step.write_cmp(*self._compress(k_raw, v_raw, positions, raw, starts))
+                out = nsa_attention(
+                    q, *step.cmp, *step.slc, *step.win, gates, step.layout, blocks, q_cmp=q_cmp
+                )
+        return self.o_proj(out.flatten(1))
+
+    def _branches(self, projected: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of the cmp, slc and win branches, [T, Hk, dim] each; one shared tensor with `shared_kv`."""
+        split = projected.unflatten(-1, (-1, self.config.num_kv_heads, dim)).unbind(1)
+        return (split[0], split[0], split[0]) if self.config.shared_kv else split
+
+    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        return x if self.rope is None else self.rope(x, positions)
+
+    def _rotate_new(
+        self, q: Tensor, k_slc: Tensor, k_win: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(q_cmp, q, k_slc, k_win) at the new tokens' positions; q_cmp stays unrotated with rope_cmp="none"."""
+        rotated = self._rotate(q, positions)
+        q_cmp = q if self.config.rope_cmp == "none" else rotated
+        rotated_slc = self._rotate(k_slc, positions)
+        return q_cmp, rotated, rotated_slc, rotated_slc if k_win is k_slc else self._rotate(k_win, positions)
+
+    def _compress(
+        self, k: Tensor, v: Tensor, positions: Tensor, raw: VarlenLayout, starts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Compress raw keys at `positions` and values; block i begins at position starts[i]."""
+        blocks = self.config.blocks
+        if self.config.rope_cmp == "before":
+            k = self._rotate(k, positions)
+        k_cmp = self.compress_k(k, raw, blocks)
+        if self.config.rope_cmp == "after":
+            k_cmp = self._rotate(k_cmp, starts)
+        return k_cmp, self.compress_v(v, raw, blocks)
+
+    def _check(
+        self, x: Tensor, layout: VarlenLayout | None, padding_mask: Tensor | None, cache: NSACache | None
+    ) -> None:
+        weight = self.q_proj.weight
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+        if x.ndim not in (2, 3) or x.shape[-1] != self.config.hidden_size:
+            expected = f"[B, S, {self.config.hidden_size}] or packed [T, {self.config.hidden_size}]"
+            raise ValueError(f"x: expected shape {expected}, got {list(x.shape)}")
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"x: expected dtype {weight.dtype} of the layer, got {x.dtype}")
+        if x.device != weight.device:
+            raise ValueError(f"x: expected device {weight.device} of the layer, got {x.device}")
+        if x.ndim == 2:
+            if layout is None or padding_mask is not None:
+                raise ValueError("layout: expected one for packed x [T, hidden_size], and no padding_mask")
+            if not isinstance(layout, VarlenLayout):
+                raise TypeError(f"layout: expected a VarlenLayout, got {type(layout).__name__}")
+            if layout.total_q != x.shape[0] or layout.device != x.device:
+                raise ValueError(
+                    f"layout: expected total_q={x.shape[0]} on {x.device}, got {layout.total_q} on {layout.device}"
+                )
+            if not torch.equal(layout.host.cu_seqlens_q, layout.host.cu_seqlens_k):
+                raise ValueError(
+                    "layout: expected as many keys as queries in each sequence (the cache adds the earlier ones), "
+                    f"got cu_seqlens_k={layout.host.cu_seqlens_k.tolist()}"
+                )
+        elif layout is not None:
+            raise ValueError("layout: expected None for padded x [B, S, hidden_size], got one; pass padding_mask instead")
+        if cache is not None:
+            self._check_cache(x, layout, cache)
+
+    def _check_cache(self, x: Tensor, layout: VarlenLayout | None, cache: NSACache) -> None:
+        if not isinstance(cache, NSACache):
+            raise TypeError(f"cache: expected an NSACache, got {type(cache).__name__}")
+        if cache.config != self.config:
+            raise ValueError(f"cache: expected one made for {self.config}, got {cache.config}")
+        batch_size = x.shape[0] if layout is None else layout.batch_size
+        if cache.batch_size != batch_size:
+            raise ValueError(f"cache: expected batch_size {batch_size}, got {cache.batch_size}")
+        if cache.device != x.device:
+            raise ValueError(f"cache: expected device {x.device} of x, got {cache.device}")
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
+            raise ValueError("cache: expected no gradient to be recorded, got grad mode on; use torch.no_grad()")

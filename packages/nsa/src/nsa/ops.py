@@ -1,0 +1,201 @@
+"""The operations, routed: each call asks nsa-routing which backend runs it.
+
+Every function takes `backend=None` (the plan decides) or a name (obeyed, or an error that says why not), and raises
+TypeError or ValueError for arguments that do not fit, RuntimeError where no backend accepts the problem. k and v (k_cmp,
+v_cmp) are packed tensors or `nsa_varlen.PagedKV`; `layout` always describes the raw tokens. LSEs are natural
+logarithms, fp32 [Hq, Tq], without gradient; queries that see no key give out = 0 and lse = -inf.
+"""
+
+import torch
+from nsa_routing import Problem, dispatch
+from nsa_varlen import BlockGeometry, PagedKV, VarlenLayout
+from nsa_varlen.arguments import KV, check_attention, check_gates, check_layout, check_rows, heads_and_dim
+from torch import Tensor
+
+__all__ = [
+    "combine",
+    "compress_mean",
+    "compressed_attention",
+    "select_blocks",
+    "selected_attention",
+    "window_attention",
+]
+
+
+def compress_mean(x: Tensor, layout: VarlenLayout, blocks: BlockGeometry, *, backend: str | None = None) -> Tensor:
+    """x_cmp[i] = mean of x[i*d : i*d + l] for each complete block: [Tk, H, D] -> [Tc, H, D].
+
+    Example:
+        >>> layout = VarlenLayout.from_lengths([48])
+        >>> compress_mean(torch.ones(48, 2, 8), layout, BlockGeometry()).shape
+        torch.Size([2, 2, 8])
+    """
+    check_layout(layout, blocks)
+    check_rows("x", x, layout.total_k, layout)
+    problem = Problem(
+        "compress_mean", x.device.type, x.dtype, x.shape[-1], x.shape[-1], 1, needs_grad=_needs_grad(x)
+    )
+    return dispatch("compress_mean", problem, backend=backend)(x, layout, blocks)
+
+
+def compressed_attention(
+    q: Tensor,
+    k_cmp: KV,
+    v_cmp: KV,
+    layout: VarlenLayout,
+    blocks: BlockGeometry,
+    *,
+    scale: float | None = None,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the compressed blocks that end at or before the query (Eq. 7, 8).
+
+    Args:
+        q: [Tq, Hq, Dk]. k_cmp: [Tc, Hk, Dk]. v_cmp: [Tc, Hk, Dv].
+        scale: of the logits; None is 1/sqrt(Dk).
+        deterministic: True asks for bitwise equal results across runs.
+
+    Returns:
+        (out [Tq, Hq, Dv], lse [Hq, Tq]).
+
+    Example:
+        >>> layout, blocks = VarlenLayout.from_lengths([48]), BlockGeometry()
+        >>> q, k_cmp = torch.randn(48, 4, 8), torch.randn(2, 2, 8)
+        >>> out, lse = compressed_attention(q, k_cmp, k_cmp, layout, blocks)
+        >>> out.shape, bool(lse[0, 30].isinf()), bool(lse[0, 31].isfinite())
+        (torch.Size([48, 4, 8]), True, True)
+    """
+    check_layout(layout, blocks)
+    check_attention(("k_cmp", "v_cmp"), q, k_cmp, v_cmp, layout.compressed(blocks).total, layout)
+    problem = _problem("compressed_attention", q, k_cmp, v_cmp, deterministic)
+    run = dispatch("compressed_attention", problem, backend=backend)
+    return run(q, k_cmp, v_cmp, layout, blocks, scale=scale, deterministic=deterministic)
+
+
+def select_blocks(
+    q: Tensor,
+    k_cmp: KV,
+    lse: Tensor,
+    layout: VarlenLayout,
+    blocks: BlockGeometry,
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The blocks each query attends to (Eq. 9-11): int32 [Tq, Hk, topk], ascending, padded with -1. No gradient.
+
+    Args:
+        q, k_cmp, scale: those of `compressed_attention`, whose `lse` this takes.
+
+    Example:
+        >>> layout, blocks = VarlenLayout.from_lengths([130]), BlockGeometry(topk=3)
+        >>> q, k_cmp = torch.zeros(130, 2, 8), torch.randn(7, 1, 8)
+        >>> _, lse = compressed_attention(q, k_cmp, k_cmp, layout, blocks)
+        >>> select_blocks(q, k_cmp, lse, layout, blocks)[[0, 64, 129], 0].tolist()
+        [[0, -1, -1], [0, 1, -1], [0, 1, 2]]
+    """
+    check_layout(layout, blocks)
+    check_attention(("k_cmp", "v_cmp"), q, k_cmp, None, layout.compressed(blocks).total, layout)
+    problem = _problem("select_blocks", q, k_cmp, k_cmp, None, differentiable=False)
+    return dispatch("select_blocks", problem, backend=backend)(q, k_cmp, lse, layout, blocks, scale=scale)
+
+
+def selected_attention(
+    q: Tensor,
+    k: KV,
+    v: KV,
+    block_indices: Tensor,
+    layout: VarlenLayout,
+    blocks: BlockGeometry,
+    *,
+    scale: float | None = None,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the keys of the listed blocks at positions <= t (Eq. 12).
+
+    Args:
+        q: [Tq, Hq, Dk]. k: [Tk, Hk, Dk]. v: [Tk, Hk, Dv].
+        block_indices: int32 [Tq, Hk, N], relative to the sequence, in any order and number; -1 and blocks beyond the
+            sequence are ignored, duplicates count once.
+
+    Returns:
+        (out [Tq, Hq, Dv], lse [Hq, Tq]).
+
+    Example:
+        >>> layout, blocks = VarlenLayout.from_lengths([3]), BlockGeometry()
+        >>> q, k = torch.zeros(3, 1, 2), torch.eye(3, 2)[:, None]
+        >>> indices = torch.tensor([0, -1], dtype=torch.int32).expand(3, 1, 2)
+        >>> selected_attention(q, k, k, indices, layout, blocks)[0][1, 0].tolist()
+        [0.5, 0.5]
+    """
+    check_layout(layout, blocks)
+    check_attention(("k", "v"), q, k, v, layout.total_k, layout)
+    problem = _problem("selected_attention", q, k, v, deterministic)
+    run = dispatch("selected_attention", problem, backend=backend)
+    return run(q, k, v, block_indices, layout, blocks, scale=scale, deterministic=deterministic)
+
+
+def window_attention(
+    q: Tensor,
+    k: KV,
+    v: KV,
+    layout: VarlenLayout,
+    blocks: BlockGeometry,
+    *,
+    scale: float | None = None,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over positions (t - w, t]; arguments and results as `selected_attention`, without indices.
+
+    Example:
+        >>> layout, blocks = VarlenLayout.from_lengths([3]), BlockGeometry(window_size=1)
+        >>> k = torch.randn(3, 1, 8)
+        >>> bool((window_attention(k, k, k, layout, blocks)[0] == k).all())
+        True
+    """
+    check_layout(layout, blocks)
+    check_attention(("k", "v"), q, k, v, layout.total_k, layout)
+    problem = _problem("window_attention", q, k, v, deterministic)
+    run = dispatch("window_attention", problem, backend=backend)
+    return run(q, k, v, layout, blocks, scale=scale, deterministic=deterministic)
+
+
+def combine(gates: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, *, backend: str | None = None) -> Tensor:
+    """out = sum of gate_c * o_c over cmp, slc, win (Eq. 5): gates [Tq, Hq, 3], o_c [Tq, Hq, Dv] -> [Tq, Hq, Dv].
+
+    Example:
+        >>> o = torch.ones(2, 1, 4)
+        >>> combine(torch.tensor([[[0.5, 0.25, 0.0]]]).expand(2, 1, 3), o, o, o)[0, 0].tolist()
+        [0.75, 0.75, 0.75, 0.75]
+    """
+    check_gates(gates, {"o_cmp": o_cmp, "o_slc": o_slc, "o_win": o_win})
+    needs_grad = _needs_grad(gates, o_cmp, o_slc, o_win)
+    dim = o_cmp.shape[-1]
+    problem = Problem("combine", o_cmp.device.type, o_cmp.dtype, dim, dim, 1, needs_grad=needs_grad)
+    return dispatch("combine", problem, backend=backend)(gates, o_cmp, o_slc, o_win)
+
+
+def _problem(
+    op: str, q: Tensor, k: KV, v: KV, deterministic: bool | None, *, differentiable: bool = True
+) -> Problem:
+    num_kv_heads, v_head_dim = heads_and_dim(v)
+    tensors = [x for x in (q, k, v) if isinstance(x, Tensor)]
+    return Problem(
+        op,
+        q.device.type,
+        q.dtype,
+        q.shape[2],
+        v_head_dim,
+        q.shape[1] // num_kv_heads,
+        needs_grad=differentiable and _needs_grad(*tensors),
+        deterministic=bool(deterministic),
+        paged=any(isinstance(x, PagedKV) for x in (k, v)),
+        fp8_scales=any(isinstance(x, PagedKV) and (x.k_scale or x.v_scale) is not None for x in (k, v)),
+    )
+
+
+def _needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
