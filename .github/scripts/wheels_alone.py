@@ -1,0 +1,215 @@
+"""Install each package's wheel on its own and run its own tests against it: `hatch run wheels:alone`.
+
+One base environment holds what all need and what is large: torch, numpy, pytest. Each package gets an empty child
+environment that sees the base through a .pth file, then its wheel and the wheels of the siblings it declares, by path:
+pip then has no other candidate for those names, so no index can supply one. Third-party dependencies come from
+the index, under PIP_CONSTRAINT. What the base holds cannot be found missing here; the import table in
+tests-integration/test_imports.py covers that.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import venv
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[2]
+DIST = ROOT / "dist"
+BASE_REQUIREMENTS = ["torch", "numpy", "pytest>=9", "pytest-randomly", "hypothesis"]
+
+# Runs in the child. argv: package, its sibling dependencies, all packages (JSON); prints what went wrong, a line each.
+CHECK = """
+import importlib, importlib.metadata, importlib.util, json, sys, sysconfig
+from pathlib import Path
+module, expected, modules = sys.argv[1], set(json.loads(sys.argv[2])), json.loads(sys.argv[3])
+purelib = Path(sysconfig.get_path("purelib")).resolve()
+importable = {m for m in modules if importlib.util.find_spec(m)}
+if importable != expected | {module}:
+    print(f"importable packages: {sorted(importable)}, declared: {sorted(expected | {module})}")
+for name in sorted(importable):
+    origin = Path(importlib.util.find_spec(name).origin).resolve()
+    if not origin.is_relative_to(purelib):
+        print(f"{name} comes from {origin}, not from {purelib}")
+    # Only an installation by path or URL leaves this record; one from an index does not.
+    record = importlib.metadata.distribution(name.replace("_", "-")).read_text("direct_url.json")
+    if record is None or not json.loads(record)["url"].startswith("file:"):
+        print(f"{name} was not installed from a local wheel")
+package = importlib.import_module(module)
+version = importlib.metadata.version(module.replace("_", "-"))
+if package.__version__ != version:
+    print(f"__version__ is {package.__version__}, the metadata say {version}")
+for heavy in ("triton", "flash_attn"):
+    if heavy in sys.modules:
+        print(f"importing {module} imports {heavy}")
+"""
+
+
+class Failure(Exception):
+    """One package does not stand alone; the message says how."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """A member of the workspace and the wheel built from it."""
+
+    name: str
+    version: str
+    folder: Path
+    requirements: tuple[str, ...]  # without extras: what a plain installation takes
+
+    @property
+    def module(self) -> str:
+        """The name it is imported by."""
+        return self.name.replace("-", "_")
+
+    @property
+    def wheel(self) -> Path:
+        """Where `build` puts its wheel."""
+        return DIST / f"{self.module}-{self.version}-py3-none-any.whl"
+
+
+def read_packages() -> dict[str, Package]:
+    """Every folder of packages/ by project name."""
+    found = {}
+    for pyproject in sorted(ROOT.glob("packages/*/pyproject.toml")):
+        project = tomllib.loads(pyproject.read_text())["project"]
+        (about,) = pyproject.parent.glob("src/*/__about__.py")
+        (version,) = re.findall(r'^__version__ = "(.+)"$', about.read_text(), re.MULTILINE)
+        name = canonicalize_name(project["name"])
+        found[name] = Package(name, version, pyproject.parent, tuple(project.get("dependencies", ())))
+    return found
+
+
+def siblings(package: Package, packages: dict[str, Package]) -> dict[str, Package]:
+    """The packages that `package` needs, directly or not. Raises on an nsa-* name that is no package here."""
+    needed: dict[str, Package] = {}
+    todo = [package]
+    while todo:
+        for raw in todo.pop().requirements:
+            name = canonicalize_name(Requirement(raw).name)
+            if name in packages and name not in needed and name != package.name:
+                needed[name] = packages[name]
+                todo.append(packages[name])
+            elif name not in packages and re.match(r"nsa(-|$)", name):
+                raise Failure(f"{name} is required but is no package of this repository")
+    return needed
+
+
+def run(
+    command: list[str | Path], *, cwd: Path | None = None, check: bool = False, capture: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run` without the environment variables that would let the checkout in."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    output = subprocess.PIPE if capture else None
+    return subprocess.run(command, cwd=cwd, check=check, stdout=output, text=True, env=environment)
+
+
+def build(packages: dict[str, Package]) -> None:
+    """What `hatch build --all` does, after removing what earlier builds of these packages left in dist/."""
+    for package in packages.values():
+        for old in DIST.glob(f"{package.module}-[0-9]*"):
+            old.unlink()
+        run([sys.executable, "-m", "hatchling", "build", "-d", DIST], cwd=package.folder, check=True)
+        if not package.wheel.is_file():
+            raise SystemExit(f"{package.name}: no {package.wheel.name} in dist/ after the build")
+
+
+def python_of(environment: Path) -> Path:
+    """The interpreter of a virtual environment."""
+    return environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def purelib_of(environment: Path) -> Path:
+    """The site-packages of a virtual environment."""
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    return Path(run([python_of(environment), "-Ic", ask], capture=True, check=True).stdout.strip())
+
+
+def make_base(work: Path) -> Path:
+    """An environment with the large, shared requirements and pip, which the children use too."""
+    base = work / "base"
+    venv.create(base, with_pip=True)
+    run([python_of(base), "-m", "pip", "install", "-q", *BASE_REQUIREMENTS], check=True)
+    return base
+
+
+def try_alone(package: Package, packages: dict[str, Package], base: Path, work: Path) -> int:
+    """Install, check and test one package in an environment of its own; returns how many tests passed."""
+    needed = siblings(package, packages)
+    child = work / package.name / "venv"
+    venv.create(child)
+    (purelib_of(child) / "base.pth").write_text(f"{purelib_of(base)}\n")
+    wheels = [package.wheel, *(s.wheel for s in needed.values())]
+    if run([python_of(child), "-m", "pip", "install", "-q", *wheels]).returncode:
+        raise Failure("the wheel does not install")
+
+    names = [json.dumps(sorted(p.module for p in some.values())) for some in (needed, packages)]
+    check = run([python_of(child), "-Ic", CHECK, package.module, *names], cwd=work, capture=True)
+    if check.returncode or check.stdout:
+        raise Failure(check.stdout.strip() or "the import fails")
+
+    # The root's pytest settings, by the root's own file; tests and settings lie outside the checkout.
+    bench = work / package.name / "run"
+    bench.mkdir()
+    shutil.copy(ROOT / "pyproject.toml", bench)
+    if not (package.folder / "tests").is_dir():
+        raise Failure("it has no tests")
+    shutil.copytree(package.folder / "tests", bench / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    report = bench / "report.xml"
+    pytest = [python_of(child), "-P", "-m", "pytest", "-q", "-m", "not slow", f"--junitxml={report}", "tests"]
+    code = run(pytest, cwd=bench).returncode
+    if code:  # 5, no test collected, included
+        raise Failure("no test was collected" if code == 5 else f"pytest exits {code}")
+    suites = ElementTree.parse(report).getroot().iter("testsuite")
+    passed = sum(int(s.get("tests", 0)) - int(s.get("skipped", 0)) for s in suites)
+    if not passed:
+        raise Failure("every test was skipped")
+    return passed
+
+
+def main() -> int:
+    """Try the chosen packages, print the closing table, return the exit status."""
+    packages = read_packages()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--package", action="append", choices=packages, help="only this one; repeatable")
+    parser.add_argument("--keep", action="store_true", help="leave the environments for inspection")
+    arguments = parser.parse_args()
+
+    build(packages)
+    work = Path(tempfile.mkdtemp(prefix="wheels-alone-")).resolve()
+    rows, failures = [], 0
+    try:
+        base = make_base(work)
+        for name in arguments.package or packages:
+            print(f"\n=== {name}", flush=True)
+            start = time.monotonic()
+            try:
+                outcome = str(try_alone(packages[name], packages, base, work))
+            except Failure as failure:
+                outcome, failures = f"FAILED: {failure}", failures + 1
+            rows.append((name, packages[name].version, outcome, f"{time.monotonic() - start:.1f}"))
+    finally:
+        if arguments.keep:
+            print(f"\nkept: {work}")
+        else:
+            shutil.rmtree(work)
+    print(f"\n{'package':<20} {'version':<10} {'seconds':>7}  tests passed")
+    for name, version, outcome, seconds in rows:
+        print(f"{name:<20} {version:<10} {seconds:>7}  {outcome}")
+    return min(failures, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

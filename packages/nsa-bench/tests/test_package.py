@@ -1,0 +1,21 @@
+"""nsa-bench holds its metadata so far: what can be wrong with that."""
+
+import subprocess
+import sys
+from importlib.metadata import distribution
+
+import nsa_bench
+
+
+def test_version_is_the_metadata_version() -> None:
+    assert nsa_bench.__version__ == distribution("nsa-bench").version
+
+
+def test_import_is_light() -> None:
+    code = "import sys, nsa_bench; print(*{'triton', 'flash_attn'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_no_entry_points_yet() -> None:
+    assert list(distribution("nsa-bench").entry_points) == []
