@@ -1,6 +1,6 @@
 """The whole of Native Sparse Attention on projected inputs."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 from nsa_varlen import BlockGeometry, VarlenLayout
 from nsa_varlen.arguments import KV, check_attention, check_gates, check_layout
@@ -21,6 +21,50 @@ class NSAAux(NamedTuple):
     lse_cmp: Tensor
     lse_slc: Tensor
     lse_win: Tensor
+
+
+@overload
+def nsa_attention(
+    q: Tensor,
+    k_cmp: KV,
+    v_cmp: KV,
+    k_slc: KV,
+    v_slc: KV,
+    k_win: KV,
+    v_win: KV,
+    gates: Tensor,
+    layout: VarlenLayout,
+    blocks: BlockGeometry,
+    *,
+    q_cmp: Tensor | None = None,
+    scale: float | None = None,
+    block_indices: Tensor | None = None,
+    return_aux: Literal[False] = False,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def nsa_attention(
+    q: Tensor,
+    k_cmp: KV,
+    v_cmp: KV,
+    k_slc: KV,
+    v_slc: KV,
+    k_win: KV,
+    v_win: KV,
+    gates: Tensor,
+    layout: VarlenLayout,
+    blocks: BlockGeometry,
+    *,
+    q_cmp: Tensor | None = None,
+    scale: float | None = None,
+    block_indices: Tensor | None = None,
+    return_aux: Literal[True],
+    deterministic: bool | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, NSAAux]: ...
 
 
 def nsa_attention(
@@ -81,11 +125,16 @@ def nsa_attention(
     if q_cmp.shape != q.shape:
         raise ValueError(f"q_cmp: expected shape {list(q.shape)} of q, got {list(q_cmp.shape)}")
     check_gates(gates, {"q": q})
-    options = {"scale": scale, "deterministic": deterministic, "backend": backend}
-    o_cmp, lse_cmp = ops.compressed_attention(q_cmp, k_cmp, v_cmp, layout, blocks, **options)
+    o_cmp, lse_cmp = ops.compressed_attention(
+        q_cmp, k_cmp, v_cmp, layout, blocks, scale=scale, deterministic=deterministic, backend=backend
+    )
     if block_indices is None:
         block_indices = ops.select_blocks(q_cmp, k_cmp, lse_cmp, layout, blocks, scale=scale, backend=backend)
-    o_slc, lse_slc = ops.selected_attention(q, k_slc, v_slc, block_indices, layout, blocks, **options)
-    o_win, lse_win = ops.window_attention(q, k_win, v_win, layout, blocks, **options)
+    o_slc, lse_slc = ops.selected_attention(
+        q, k_slc, v_slc, block_indices, layout, blocks, scale=scale, deterministic=deterministic, backend=backend
+    )
+    o_win, lse_win = ops.window_attention(
+        q, k_win, v_win, layout, blocks, scale=scale, deterministic=deterministic, backend=backend
+    )
     out = ops.combine(gates, o_cmp, o_slc, o_win, backend=backend)
     return (out, NSAAux(block_indices, lse_cmp, lse_slc, lse_win)) if return_aux else out

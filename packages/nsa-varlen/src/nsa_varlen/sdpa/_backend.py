@@ -74,7 +74,7 @@ class SdpaBackend:
         check_layout(layout, blocks)
         check_attention(("k_cmp", "v_cmp"), q, k_cmp, v_cmp, layout.compressed(blocks).total, layout)
         _check_no_grad_through_pages(q, k_cmp, v_cmp)
-        interval = _compressed_interval(layout, blocks, q.shape[1])
+        interval = _compressed_interval(layout, blocks, q.shape[1], heads_and_dim(k_cmp)[0])
         return interval_attention(q, k_cmp, v_cmp, interval, scale_or_default(scale, q.shape[-1]))
 
     def select_blocks(
@@ -91,7 +91,7 @@ class SdpaBackend:
         check_layout(layout, blocks)
         check_attention(("k_cmp", "v_cmp"), q, k_cmp, None, layout.compressed(blocks).total, layout)
         check_lse(lse, q.shape[1], layout)
-        interval = _compressed_interval(layout, blocks, q.shape[1])
+        interval = _compressed_interval(layout, blocks, q.shape[1], heads_and_dim(k_cmp)[0])
         with torch.no_grad():
             return select(q, k_cmp, lse, layout, blocks, interval, scale_or_default(scale, q.shape[-1]))
 
@@ -134,7 +134,7 @@ class SdpaBackend:
         first = host.cu_seqlens_k.long()[host.sequence_of_queries()]
         low = first + (positions + 1 - blocks.window_size).clamp_min(0)
         high = first + (positions + 1).clamp_min(0)
-        interval = Interval(low, high, host.cu_seqlens_q, layout.cu_seqlens_k, q.shape[1])
+        interval = Interval(low, high, host.cu_seqlens_q, layout.cu_seqlens_k, q.shape[1], q.shape[1] // heads_and_dim(k)[0])
         return interval_attention(q, k, v, interval, scale_or_default(scale, q.shape[-1]))
 
     def combine(self, gates: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor) -> Tensor:
@@ -148,11 +148,12 @@ class SdpaBackend:
 BACKEND = SdpaBackend()
 
 
-def _compressed_interval(layout: VarlenLayout, blocks: BlockGeometry, num_heads: int) -> Interval:
+def _compressed_interval(layout: VarlenLayout, blocks: BlockGeometry, num_heads: int, num_kv_heads: int) -> Interval:
     host = layout.host
     low = host.compressed(blocks).cu_seqlens.long()[host.sequence_of_queries()]
     high = low + blocks.num_compressed(host.positions() + 1)
-    return Interval(low, high, host.cu_seqlens_q, layout.compressed(blocks).cu_seqlens, num_heads)
+    cu_seqlens_k = layout.compressed(blocks).cu_seqlens
+    return Interval(low, high, host.cu_seqlens_q, cu_seqlens_k, num_heads, num_heads // num_kv_heads)
 
 
 def _check_no_grad_through_pages(q: Tensor, *kv: KV) -> None:

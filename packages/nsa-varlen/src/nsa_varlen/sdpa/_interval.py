@@ -1,20 +1,24 @@
 """Softmax attention in which each query sees one contiguous run of keys: the compressed and the window branch.
 
-Tiles of queries meet the span of keys they can see, one dense matmul each; nothing of size [Tq, Tk] exists. The
-backward recomputes the probabilities from the LSE.
+Tiles of queries walk over the span of keys they can see with a running softmax, one dense matmul at a time; nothing of
+size [Tq, Tk] exists. The backward recomputes the probabilities from the LSE.
 """
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from nsa_varlen.arguments import KV, heads_and_dim
 from nsa_varlen.sdpa._rows import slice_rows
 from nsa_varlen.sdpa._tiles import Tile, plan_tiles
 
-# Queries of a tile on a CPU, where its logits should stay in cache, and the most logits of one elsewhere (256 MB of
-# fp32), where a tile is a handful of kernel launches.
-CPU_TILE_ROWS = 64
+# On a CPU one head's logits, (query rows x heads of the group) x keys, are 2 MB of fp32: in cache. Elsewhere a step
+# costs a handful of kernel launches: 256 MB of fp32 logits at a time.
+CPU_TILE_ROWS = 512
+CPU_TILE_KEYS = 1024
 DEVICE_TILE_LOGITS = 1 << 26
 
 
@@ -25,34 +29,37 @@ class Interval:
         low, high: int64 [Tq] on the host.
         cu_seqlens_q: offsets of the queries, on the host.
         cu_seqlens_k: offsets of the keys, on the device.
-        num_heads: query heads, for the size of a tile.
+        num_heads, group_size: of the queries, for the size of a tile.
     """
 
     def __init__(
-        self, low: Tensor, high: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_heads: int
+        self, low: Tensor, high: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_heads: int, group_size: int
     ) -> None:
-        rows = CPU_TILE_ROWS
-        if cu_seqlens_k.device.type != "cpu":
-            span = max(1, int((high - low).max())) if len(low) else 1
-            rows = min(1024, max(CPU_TILE_ROWS, DEVICE_TILE_LOGITS // (num_heads * span)))
         self.low, self.high = low.to(cu_seqlens_k.device), high.to(cu_seqlens_k.device)
-        self.host_low, self.host_high = low, high
         self.cu_seqlens_k = cu_seqlens_k
+        widest = max(1, int((high - low).max())) if len(low) else 1
+        if cu_seqlens_k.device.type == "cpu":
+            self.keys = CPU_TILE_KEYS
+            rows = max(1, CPU_TILE_ROWS // min(group_size, 8))
+        else:
+            self.keys = widest + 1024
+            rows = min(1024, max(16, DEVICE_TILE_LOGITS // (num_heads * widest)))
         self.tiles = plan_tiles(low, high, cu_seqlens_q, rows)
 
-    def hide(self, tile: Tile, logits: Tensor, value: float) -> None:
-        """Overwrite what a query may not see in logits [..., q1 - q0, k1 - k0]; only the tile's ragged edges are touched."""
-        rows = slice(tile.q0, tile.q1)
-        left = int(self.host_low[rows].max()) - tile.k0
-        right = int(self.host_high[rows].min()) - tile.k0
-        width = tile.k1 - tile.k0
-        if left >= right:
-            left, right = width, width
-        for start, end in ((0, left), (max(left, right), width)):
+    def steps(self, tile: Tile) -> Iterator[tuple[int, int]]:
+        """Key ranges that cover the tile's span, each small enough for one matmul."""
+        for k0 in range(tile.k0, tile.k1, self.keys):
+            yield k0, min(k0 + self.keys, tile.k1)
+
+    def hide(self, tile: Tile, k0: int, k1: int, logits: Tensor) -> None:
+        """Write -inf over what a query may not see in logits [..., q1 - q0, k1 - k0]; touches the ragged edges only."""
+        all0, all1 = (tile.all0, tile.all1) if tile.all0 < tile.all1 else (tile.k1, tile.k1)
+        for start, end in ((k0, min(k1, all0)), (max(k0, all1), k1)):
             if start < end:
-                column = torch.arange(tile.k0 + start, tile.k0 + end, device=logits.device)
+                rows = slice(tile.q0, tile.q1)
+                column = torch.arange(start, end, device=logits.device)
                 hidden = (column < self.low[rows, None]) | (column >= self.high[rows, None])
-                logits[..., start:end].masked_fill_(hidden, value)
+                logits[..., start - k0 : end - k0].masked_fill_(hidden, -torch.inf)
 
 
 def interval_attention(q: Tensor, k: KV, v: KV, interval: Interval, scale: float) -> tuple[Tensor, Tensor]:
@@ -77,23 +84,43 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def head_major_rows(x: KV, k0: int, k1: int, interval: Interval, dtype: torch.dtype) -> Tensor:
+    """Packed rows [k0, k1) as [Hk, k1 - k0, D]."""
+    return slice_rows(x, k0, k1, interval.cu_seqlens_k).transpose(0, 1).to(dtype)
+
+
+def step_logits(q_tile: Tensor, k_rows: Tensor, interval: Interval, tile: Tile, k0: int) -> Tensor:
+    """Logits of scaled queries [Hk, G*R, Dk] and keys [Hk, n, Dk] from row k0: -inf where a query may not look."""
+    logits = torch.bmm(q_tile, k_rows.mT)
+    interval.hide(tile, k0, k0 + k_rows.shape[1], logits.unflatten(1, (-1, tile.q1 - tile.q0)))
+    return logits
+
+
 class _IntervalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: KV, v: KV, interval: Interval, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: KV, v: KV, interval: Interval, scale: float) -> tuple[Tensor, Tensor]:
         num_kv_heads, v_head_dim = heads_and_dim(v)
         dtype = compute_dtype(q.dtype)
         out = q.new_zeros(q.shape[0], q.shape[1], v_head_dim)
         lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, dtype=dtype, device=q.device)
         for tile in interval.tiles:
             rows = slice(tile.q0, tile.q1)
-            logits, _ = tile_logits(q, k, interval, tile, num_kv_heads, scale)
-            top = logits.amax(-1, keepdim=True)
-            top.masked_fill_(top == -torch.inf, 0.0)
-            weights = logits.sub_(top).exp_()
-            total = weights.sum(-1, keepdim=True)
-            v_tile = slice_rows(v, tile.k0, tile.k1, interval.cu_seqlens_k).transpose(0, 1).to(dtype)
-            o = torch.bmm(weights, v_tile) / total.masked_fill(total == 0, 1.0)
-            out[rows] = ungroup_heads(o, tile.q1 - tile.q0)
+            q_tile = group_heads(q[rows], num_kv_heads, dtype) * scale
+            # Running softmax: maximum, sum of exponentials, unnormalised output.
+            top = q_tile.new_full((*q_tile.shape[:2], 1), -torch.inf)
+            total = torch.zeros_like(top)
+            acc = q_tile.new_zeros(*q_tile.shape[:2], v_head_dim)
+            for k0, k1 in interval.steps(tile):
+                logits = step_logits(q_tile, head_major_rows(k, k0, k1, interval, dtype), interval, tile, k0)
+                new_top = torch.maximum(top, logits.amax(-1, keepdim=True))
+                finite = new_top.masked_fill(new_top == -torch.inf, 0.0)
+                weights = logits.sub_(finite).exp_()
+                shrink = top.sub_(finite).exp_()
+                total.mul_(shrink).add_(weights.sum(-1, keepdim=True))
+                acc.mul_(shrink).baddbmm_(weights, head_major_rows(v, k0, k1, interval, dtype))
+                top = new_top
+            # Every query of a tile sees at least one key, so its sum is at least 1.
+            out[rows] = ungroup_heads(acc.div_(total), tile.q1 - tile.q0)
             lse[:, rows] = (top + total.log()).reshape(q.shape[1], -1)
         if isinstance(k, Tensor) and isinstance(v, Tensor):
             ctx.save_for_backward(q, k, v, out, lse)
@@ -104,7 +131,7 @@ class _IntervalAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         interval, scale = ctx.interval, ctx.scale
         num_kv_heads = k.shape[1]
@@ -113,26 +140,18 @@ class _IntervalAttention(torch.autograd.Function):
         dq = torch.zeros_like(q)
         dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (k, v))
         for tile in interval.tiles:
-            rows, keys = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
-            logits, q_tile = tile_logits(q, k, interval, tile, num_kv_heads, scale)
-            lse_tile = lse[:, rows]
-            weights = logits.sub_(lse_tile.masked_fill(lse_tile == -torch.inf, 0.0).reshape(num_kv_heads, -1, 1)).exp_()
+            rows = slice(tile.q0, tile.q1)
+            q_tile = group_heads(q[rows], num_kv_heads, dtype) * scale
             do_tile = group_heads(grad_out[rows], num_kv_heads, dtype)
-            v_tile = v[keys].transpose(0, 1).to(dtype)
-            dv[keys] += torch.bmm(weights.mT, do_tile).transpose(0, 1)
-            ds = torch.bmm(do_tile, v_tile.mT).sub_(group_heads(delta[rows], num_kv_heads, dtype)).mul_(weights)
-            dk[keys] += torch.bmm(ds.mT, q_tile).transpose(0, 1)
-            k_tile = k[keys].transpose(0, 1).to(dtype)
-            dq[rows] = ungroup_heads(torch.bmm(ds, k_tile).mul_(scale), tile.q1 - tile.q0)
+            delta_tile = group_heads(delta[rows], num_kv_heads, dtype)
+            lse_tile = lse[:, rows].reshape(num_kv_heads, -1, 1)
+            dq_tile = torch.zeros_like(q_tile)
+            for k0, k1 in interval.steps(tile):
+                k_rows, v_rows = (head_major_rows(x, k0, k1, interval, dtype) for x in (k, v))
+                weights = step_logits(q_tile, k_rows, interval, tile, k0).sub_(lse_tile).exp_()
+                dv[k0:k1] += torch.bmm(weights.mT, do_tile).transpose(0, 1)
+                ds = torch.bmm(do_tile, v_rows.mT).sub_(delta_tile).mul_(weights)
+                dk[k0:k1] += torch.bmm(ds.mT, q_tile).transpose(0, 1)
+                dq_tile.baddbmm_(ds, k_rows)
+            dq[rows] = ungroup_heads(dq_tile.mul_(scale), tile.q1 - tile.q0)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
-
-
-def tile_logits(
-    q: Tensor, k: KV, interval: Interval, tile: Tile, num_kv_heads: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Logits of a tile [Hk, G*R, keys] with -inf where a query may not look, and its scaled queries [Hk, G*R, Dk]."""
-    q_tile = group_heads(q[tile.q0 : tile.q1], num_kv_heads, compute_dtype(q.dtype)) * scale
-    k_tile = slice_rows(k, tile.k0, tile.k1, interval.cu_seqlens_k).transpose(0, 1).to(q_tile.dtype)
-    logits = torch.bmm(q_tile, k_tile.mT)
-    interval.hide(tile, logits.unflatten(1, (-1, tile.q1 - tile.q0)), -torch.inf)
-    return logits, q_tile

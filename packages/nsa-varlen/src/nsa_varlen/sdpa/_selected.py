@@ -5,9 +5,11 @@ prefill on a CPU and for every backward. `_by_query` gathers each query's keys: 
 (decode), paged keys, and a GPU's forward, where thousands of small launches would cost more than the gather.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from nsa_varlen.arguments import KV, heads_and_dim
 from nsa_varlen.geometry import BlockGeometry
@@ -16,7 +18,7 @@ from nsa_varlen.sdpa._interval import compute_dtype
 from nsa_varlen.sdpa._rows import take_rows
 
 GATHER_ELEMENTS = 1 << 25  # keys and values gathered at a time: 128 MB of fp32
-CHOICES_AT_ONCE = 512  # queries that meet a block in one matmul: more would leave a CPU core's cache
+CHOICES_AT_ONCE = 1024  # queries that meet a block in one matmul: more would leave a CPU core's cache
 ROWS_PER_BLOCK = 8  # fewer queries than this for the average block do not repay a matmul each
 
 
@@ -30,7 +32,7 @@ def selected(
 class _SelectedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         q: Tensor,
         k: KV,
         v: KV,
@@ -53,7 +55,7 @@ class _SelectedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         dq, dk, dv = _backward_by_block(grad_out, *ctx.saved_tensors, ctx.layout, ctx.blocks, ctx.scale)
         return dq, dk, dv, None, None, None, None
 
@@ -113,7 +115,7 @@ def _pairs_by_block(
     """Every (query, kv head, block) choice, sorted by kv head, block and query.
 
     Returns:
-        The choices' rows `head * Tq + query` of a head-major tensor, int64, and for each block that someone chose
+        The choices' rows `query * Hk + head` (see `_rows_by_head`), int64, and for each block that someone chose
         (head, first packed key, end of its keys, first choice, end of its choices), on the host, cut to at most
         CHOICES_AT_ONCE.
     """
@@ -124,10 +126,9 @@ def _pairs_by_block(
     block = indices + block_offset[sequence][:, None, None]
     heads = torch.arange(indices.shape[1], device=indices.device)
     group = (heads[None, :, None] * total_blocks + block).masked_fill(indices < 0, indices.shape[1] * total_blocks)
-    row = heads[:, None] * indices.shape[0] + torch.arange(indices.shape[0], device=indices.device)
-    # Head-major, then query: a stable sort keeps each block's queries ascending.
-    group, order = group.transpose(0, 1).flatten().sort(stable=True)
-    row = row[:, :, None].expand(-1, -1, indices.shape[-1]).flatten()[order]
+    # In query order: a stable sort keeps each block's queries ascending.
+    group, order = group.flatten().sort(stable=True)
+    row = torch.div(order, indices.shape[-1], rounding_mode="floor")
     counts = torch.bincount(group, minlength=indices.shape[1] * total_blocks + 1)[:-1].tolist()
     spans = []
     first_choice = 0
@@ -151,14 +152,9 @@ def _block_starts(layout: VarlenLayout, blocks: BlockGeometry) -> list[tuple[int
     ]
 
 
-def _head_major(x: Tensor, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
-    """[T, Hk*G, D] -> [Hk*T, G, D], one row per (kv head, query)."""
-    return x.to(dtype).unflatten(1, (num_kv_heads, -1)).transpose(0, 1).flatten(0, 1)
-
-
-def _query_major(x: Tensor, num_kv_heads: int) -> Tensor:
-    """Undo `_head_major`: [Hk*T, G, D] -> [T, Hk*G, D]."""
-    return x.unflatten(0, (num_kv_heads, -1)).transpose(0, 1).flatten(1, 2)
+def _rows_by_head(x: Tensor, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
+    """[T, Hk*G, D] -> [T*Hk, G, D], one row per (query, kv head): a view of contiguous x in `dtype`."""
+    return x.to(dtype).contiguous().unflatten(1, (num_kv_heads, -1)).flatten(0, 1)
 
 
 def _block_logits(q_rows: Tensor, k_block: Tensor, row: Tensor, k0: int, last_key: Tensor) -> Tensor:
@@ -175,16 +171,16 @@ def _block_logits(q_rows: Tensor, k_block: Tensor, row: Tensor, k0: int, last_ke
 
 
 def _last_key(layout: VarlenLayout, num_kv_heads: int) -> Tensor:
-    """Packed row of each query's own position, head-major: int64 [Hk*Tq]."""
+    """Packed row of each query's own position, for each kv head: int64 [Tq*Hk]."""
     first = layout.cu_seqlens_k.long()[layout.sequence_of_queries()]
-    return (first + layout.positions()).repeat(num_kv_heads)
+    return (first + layout.positions()).repeat_interleave(num_kv_heads)
 
 
 def _by_block(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, layout: VarlenLayout, blocks: BlockGeometry, scale: float
 ) -> tuple[Tensor, Tensor]:
     num_kv_heads, dtype = k.shape[1], compute_dtype(q.dtype)
-    q_rows = _head_major(q, num_kv_heads, dtype) * scale
+    q_rows = _rows_by_head(q, num_kv_heads, dtype)
     # Running softmax of every query: maximum, sum, unnormalised output.
     top = q_rows.new_full((*q_rows.shape[:2], 1), -torch.inf)
     total = torch.zeros_like(top)
@@ -193,7 +189,7 @@ def _by_block(
     rows, spans = _pairs_by_block(indices, layout, blocks)
     for head, k0, k1, start, end in spans:
         row = rows[start:end]
-        logits = _block_logits(q_rows.index_select(0, row), k[k0:k1, head].to(dtype), row, k0, last_key)
+        logits = _block_logits(q_rows.index_select(0, row), k[k0:k1, head].to(dtype) * scale, row, k0, last_key)
         # Every query here sees at least one key: its own position or one before it. So the maximum is finite.
         old_top = top.index_select(0, row)
         new_top = torch.maximum(old_top, logits.amax(-1, keepdim=True))
@@ -204,8 +200,8 @@ def _by_block(
         part = torch.matmul(weights.flatten(0, 1), v[k0:k1, head].to(dtype)).unflatten(0, weights.shape[:2])
         out.index_copy_(0, row, part.addcmul_(out.index_select(0, row), shrink))
     out /= total.masked_fill(total == 0, 1.0)
-    lse = (top + total.log()).unflatten(0, (num_kv_heads, -1)).squeeze(-1)  # [Hk, Tq, G]
-    return _query_major(out, num_kv_heads).to(q.dtype), lse.transpose(1, 2).flatten(0, 1)
+    lse = (top + total.log()).reshape(q.shape[:2])
+    return out.reshape(*q.shape[:2], -1).to(q.dtype), lse.T.contiguous()
 
 
 def _backward_by_block(
@@ -221,22 +217,22 @@ def _backward_by_block(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_kv_heads, dtype = k.shape[1], compute_dtype(q.dtype)
-    q_rows = _head_major(q, num_kv_heads, dtype) * scale
-    do_rows = _head_major(grad_out, num_kv_heads, dtype)
-    delta = (do_rows * _head_major(out, num_kv_heads, dtype)).sum(-1, keepdim=True)
-    lse_rows = _head_major(lse.T[..., None], num_kv_heads, dtype)
+    q_rows = _rows_by_head(q, num_kv_heads, dtype)
+    do_rows = _rows_by_head(grad_out, num_kv_heads, dtype)
+    delta = (do_rows * _rows_by_head(out, num_kv_heads, dtype)).sum(-1, keepdim=True)
+    lse_rows = _rows_by_head(lse.T[..., None], num_kv_heads, dtype)
     dq = torch.zeros_like(q_rows)
     dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (k, v))
     last_key = _last_key(layout, num_kv_heads)
     rows, spans = _pairs_by_block(indices, layout, blocks)
     for head, k0, k1, start, end in spans:
         row = rows[start:end]
-        k_block, v_block = k[k0:k1, head].to(dtype), v[k0:k1, head].to(dtype)
+        k_block, v_block = k[k0:k1, head].to(dtype) * scale, v[k0:k1, head].to(dtype)
         q_block, do_block = q_rows.index_select(0, row), do_rows.index_select(0, row).flatten(0, 1)
         weights = _block_logits(q_block, k_block, row, k0, last_key).sub_(lse_rows.index_select(0, row)).exp_().flatten(0, 1)
         dv[k0:k1, head] += weights.T @ do_block
         ds = torch.matmul(do_block, v_block.T).sub_(delta.index_select(0, row).flatten(0, 1)).mul_(weights)
-        dk[k0:k1, head] += ds.T @ q_block.flatten(0, 1)
+        dk[k0:k1, head] += (ds.T @ q_block.flatten(0, 1)).mul_(scale)
         part = torch.matmul(ds, k_block).unflatten(0, q_block.shape[:2])
         dq.index_copy_(0, row, part.add_(dq.index_select(0, row)))
-    return _query_major(dq.mul_(scale), num_kv_heads).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return dq.reshape(q.shape).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

@@ -6,7 +6,7 @@ from torch import Tensor
 from nsa_varlen.arguments import KV, heads_and_dim
 from nsa_varlen.geometry import BlockGeometry
 from nsa_varlen.layout import VarlenLayout
-from nsa_varlen.sdpa._interval import Interval, tile_logits
+from nsa_varlen.sdpa._interval import Interval, compute_dtype, group_heads, head_major_rows, step_logits
 from nsa_varlen.sdpa._tiles import Tile
 
 FORCED = 0x7F800000  # bits of +inf: above every finite score
@@ -21,17 +21,17 @@ def select(
     positions = layout.positions()
     current = torch.div(positions, blocks.block_size, rounding_mode="floor")
     indices = _all_candidates(current, blocks).to(torch.int32)[:, None].repeat(1, num_kv_heads, 1)
-    first_cmp = layout.compressed(blocks).cu_seqlens.long()[layout.sequence_of_queries()]
+    first_cmp = layout.host.compressed(blocks).cu_seqlens.long()[layout.host.sequence_of_queries()]
     for tile in interval.tiles:
         rows = slice(tile.q0, tile.q1)
-        nearest = int(interval.host_high[rows].sub(interval.host_low[rows]).max())  # compressed blocks in sight
-        num_blocks = blocks.num_blocks((nearest - 1) * blocks.kernel_stride + blocks.kernel_size + blocks.block_size)
-        if num_blocks <= blocks.topk:
-            continue  # every candidate is chosen
         p_cmp = _group_probabilities(q, k_cmp, lse, interval, tile, num_kv_heads, scale)
-        p_cmp = _align(p_cmp, first_cmp[rows] - tile.k0)
-        scores = stencil(p_cmp, num_blocks, blocks)
-        indices[rows] = top_blocks(scores, current[rows], blocks).transpose(0, 1)
+        first = first_cmp[rows] - tile.k0
+        if int(first.max()):  # several short sequences share the tile
+            p_cmp = _align(p_cmp, first.to(p_cmp.device))
+        # p_cmp's columns come from the tile's last block in sight; a block more holds the query's own.
+        num_blocks = (p_cmp.shape[-1] - 1) * blocks.kernel_stride // blocks.block_size + 3
+        if num_blocks > blocks.topk:  # otherwise every candidate is chosen
+            indices[rows] = top_blocks(stencil(p_cmp, num_blocks, blocks), current[rows], blocks).transpose(0, 1)
     return indices
 
 
@@ -83,11 +83,16 @@ def _all_candidates(current: Tensor, blocks: BlockGeometry) -> Tensor:
 def _group_probabilities(
     q: Tensor, k_cmp: KV, lse: Tensor, interval: Interval, tile: Tile, num_kv_heads: int, scale: float
 ) -> Tensor:
-    """Eq. 8 summed over each group's heads (Eq. 10): [Hk, R, keys of the tile]."""
-    logits, _ = tile_logits(q, k_cmp, interval, tile, num_kv_heads, scale)
-    lse_tile = lse[:, tile.q0 : tile.q1].to(logits.dtype)
-    lse_tile = lse_tile.masked_fill(lse_tile == -torch.inf, 0.0).reshape(num_kv_heads, -1, 1)
-    return logits.sub_(lse_tile).exp_().unflatten(1, (-1, tile.q1 - tile.q0)).sum(1)
+    """Eq. 8 summed over each group's heads (Eq. 10): [Hk, R, k1 - k0]."""
+    rows, dtype = slice(tile.q0, tile.q1), compute_dtype(q.dtype)
+    q_tile = group_heads(q[rows], num_kv_heads, dtype) * scale
+    lse_tile = lse[:, rows].to(dtype).reshape(num_kv_heads, -1, 1)
+    p_cmp = q_tile.new_empty(num_kv_heads, tile.q1 - tile.q0, tile.k1 - tile.k0)
+    for k0, k1 in interval.steps(tile):
+        logits = step_logits(q_tile, head_major_rows(k_cmp, k0, k1, interval, dtype), interval, tile, k0)
+        heads = logits.sub_(lse_tile).exp_().unflatten(1, (-1, tile.q1 - tile.q0))
+        p_cmp[..., k0 - tile.k0 : k1 - tile.k0] = heads.sum(1)
+    return p_cmp
 
 
 def _align(p_cmp: Tensor, first: Tensor) -> Tensor:
