@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Self
 
 import torch
@@ -268,7 +268,7 @@ def _sequence_of_rows(cu_seqlens: Tensor, total: int) -> Tensor:
 def _check_offsets(name: str, offsets: list[int], total: int, longest: int) -> None:
     if offsets[0] != 0:
         raise ValueError(f"{name}: expected the first offset to be 0, got {offsets[0]}")
-    lengths = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(offsets)]
     for index, length in enumerate(lengths):
         if length < 0:
             raise ValueError(f"{name}: expected ascending offsets, got {offsets[index]} before {offsets[index + 1]}")

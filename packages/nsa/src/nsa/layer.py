@@ -162,7 +162,7 @@ class NSAAttention(nn.Module):
                     f"got cu_seqlens_k={layout.host.cu_seqlens_k.tolist()}"
                 )
         elif layout is not None:
-            raise ValueError("layout: expected None for padded x [B, S, hidden_size], got one; pass padding_mask instead")
+            raise ValueError("layout: expected None for x [B, S, hidden_size] (pass padding_mask), got one")
         if cache is not None:
             self._check_cache(x, layout, cache)
 

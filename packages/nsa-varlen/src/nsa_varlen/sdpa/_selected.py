@@ -5,6 +5,7 @@ prefill on a CPU and for every backward. `_by_query` gathers each query's keys: 
 (decode), paged keys, and a GPU's forward, where thousands of small launches would cost more than the gather.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -42,12 +43,13 @@ class _SelectedAttention(torch.autograd.Function):
         scale: float,
     ) -> tuple[Tensor, Tensor]:
         indices = _canonical(block_indices, layout, blocks)
-        packed = isinstance(k, Tensor) and isinstance(v, Tensor)
         crowded = indices.numel() >= ROWS_PER_BLOCK * blocks.num_blocks(layout.total_k) * indices.shape[1]
-        order = _by_block if packed and crowded and q.device.type == "cpu" else _by_query
-        out, lse = order(q, k, v, indices, layout, blocks, scale)
-        if packed:
+        if isinstance(k, Tensor) and isinstance(v, Tensor):
+            order = _by_block if crowded and q.device.type == "cpu" else _by_query
+            out, lse = order(q, k, v, indices, layout, blocks, scale)
             ctx.save_for_backward(q, k, v, indices, out, lse)
+        else:
+            out, lse = _by_query(q, k, v, indices, layout, blocks, scale)
         ctx.layout, ctx.blocks, ctx.scale = layout, blocks, scale
         lse = lse.float()
         ctx.mark_non_differentiable(lse)
@@ -56,7 +58,7 @@ class _SelectedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        dq, dk, dv = _backward_by_block(grad_out, *ctx.saved_tensors, ctx.layout, ctx.blocks, ctx.scale)
+        dq, dk, dv = _backward_by_block(grad_out, ctx.saved_tensors, ctx.layout, ctx.blocks, ctx.scale)
         return dq, dk, dv, None, None, None, None
 
 
@@ -147,7 +149,7 @@ def _block_starts(layout: VarlenLayout, blocks: BlockGeometry) -> list[tuple[int
     offsets = layout.cu_seqlens_k.tolist()
     return [
         (start, min(start + blocks.block_size, end))
-        for begin, end in zip(offsets, offsets[1:], strict=False)
+        for begin, end in pairwise(offsets)
         for start in range(begin, end, blocks.block_size)
     ]
 
@@ -206,16 +208,12 @@ def _by_block(
 
 def _backward_by_block(
     grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
     layout: VarlenLayout,
     blocks: BlockGeometry,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, indices, out, lse = saved
     num_kv_heads, dtype = k.shape[1], compute_dtype(q.dtype)
     q_rows = _rows_by_head(q, num_kv_heads, dtype)
     do_rows = _rows_by_head(grad_out, num_kv_heads, dtype)
@@ -229,7 +227,8 @@ def _backward_by_block(
         row = rows[start:end]
         k_block, v_block = k[k0:k1, head].to(dtype) * scale, v[k0:k1, head].to(dtype)
         q_block, do_block = q_rows.index_select(0, row), do_rows.index_select(0, row).flatten(0, 1)
-        weights = _block_logits(q_block, k_block, row, k0, last_key).sub_(lse_rows.index_select(0, row)).exp_().flatten(0, 1)
+        logits = _block_logits(q_block, k_block, row, k0, last_key)
+        weights = logits.sub_(lse_rows.index_select(0, row)).exp_().flatten(0, 1)
         dv[k0:k1, head] += weights.T @ do_block
         ds = torch.matmul(do_block, v_block.T).sub_(delta.index_select(0, row).flatten(0, 1)).mul_(weights)
         dk[k0:k1, head] += (ds.T @ q_block.flatten(0, 1)).mul_(scale)
