@@ -1,9 +1,9 @@
 """The operations, routed: each call asks nsa-routing which backend runs it.
 
 Every function takes `backend=None` (the plan decides) or a name (obeyed, or an error that says why not), and raises
-TypeError or ValueError for arguments that do not fit, RuntimeError where no backend accepts the problem. k and v (and
-k_cmp, v_cmp) are packed or `nsa_varlen.PagedKV`; `layout` always describes the raw tokens. LSEs are natural logarithms, fp32
-[Hq, Tq], without gradient; queries that see no key give out = 0 and lse = -inf.
+TypeError or ValueError for arguments that do not fit, RuntimeError where no backend accepts the problem. Keys and
+values (k, v, k_cmp, v_cmp) are packed or `nsa_varlen.PagedKV`; `layout` always describes the raw tokens. LSEs are
+natural logarithms, fp32 [Hq, Tq], without gradient; queries that see no key give out = 0 and lse = -inf.
 """
 
 import torch

@@ -134,7 +134,8 @@ class SdpaBackend:
         first = host.cu_seqlens_k.long()[host.sequence_of_queries()]
         low = first + (positions + 1 - blocks.window_size).clamp_min(0)
         high = first + (positions + 1).clamp_min(0)
-        interval = Interval(low, high, host.cu_seqlens_q, layout.cu_seqlens_k, q.shape[1], q.shape[1] // heads_and_dim(k)[0])
+        group_size = q.shape[1] // heads_and_dim(k)[0]
+        interval = Interval(low, high, host.cu_seqlens_q, layout.cu_seqlens_k, q.shape[1], group_size)
         return interval_attention(q, k, v, interval, scale_or_default(scale, q.shape[-1]))
 
     def combine(self, gates: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor) -> Tensor:
