@@ -1,15 +1,17 @@
 """Where each sequence of a packed batch begins and ends: the one owner of cu_seqlens and positions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from nsa_varlen.geometry import BlockGeometry
+
+Derived = TypeVar("Derived")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,9 @@ class VarlenLayout:
 
     With q_len > k_len the first positions are negative; those queries see no key.
 
+    Whatever a layout derives (positions, compressed layouts, a backend's tiles) it computes once and keeps: the
+    tensors that its methods return are shared, not to be written to.
+
     Fields:
         cu_seqlens_q, cu_seqlens_k: int32 [B+1], ascending from 0 to total_q and total_k, on one device.
         max_seqlen_q, max_seqlen_k: longest sequence, host ints.
@@ -71,7 +76,7 @@ class VarlenLayout:
     max_seqlen_k: int
     total_q: int
     total_k: int
-    _compressed: dict[tuple[int, int], CompressedLayout] = field(default_factory=dict, init=False, repr=False)
+    _derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("max_seqlen_q", "max_seqlen_k", "total_q", "total_k"):
@@ -208,47 +213,77 @@ class VarlenLayout:
         moved.__dict__["host"] = self.host
         return moved
 
+    def derive(self, key: Hashable, build: Callable[[], Derived]) -> Derived:
+        """`build()` on the first call with `key`, afterwards the same object: what follows from a layout is kept in it.
+
+        Example:
+            >>> layout = VarlenLayout.from_lengths([3])
+            >>> layout.derive("tiles", lambda: [(0, 3)]) is layout.derive("tiles", list)
+            True
+        """
+        if key not in self._derived:
+            self._derived[key] = build()
+        value: Derived = self._derived[key]
+        return value
+
     def sequence_of_queries(self) -> Tensor:
         """Index of the sequence that each packed query belongs to: int64 [Tq]."""
-        return _sequence_of_rows(self.cu_seqlens_q, self.total_q)
+        return self.derive("sequence_of_queries", lambda: _sequence_of_rows(self.cu_seqlens_q, self.total_q))
 
     def sequence_of_keys(self) -> Tensor:
         """Index of the sequence that each packed key belongs to: int64 [Tk]."""
-        return _sequence_of_rows(self.cu_seqlens_k, self.total_k)
+        return self.derive("sequence_of_keys", lambda: _sequence_of_rows(self.cu_seqlens_k, self.total_k))
 
     def positions(self) -> Tensor:
         """Position of each packed query in its sequence, k_len - q_len + i: int64 [Tq]. Negative if q_len > k_len."""
-        # The last query sits on the last key: packed row cu_q[b+1] - 1 has position k_len[b] - 1.
-        shift = self.cu_seqlens_k.long().diff() - self.cu_seqlens_q[1:].long()
-        return torch.arange(self.total_q, device=self.device) + shift[self.sequence_of_queries()]
+
+        def build() -> Tensor:
+            # The last query sits on the last key: packed row cu_q[b+1] - 1 has position k_len[b] - 1.
+            shift = self.cu_seqlens_k.long().diff() - self.cu_seqlens_q[1:].long()
+            return torch.arange(self.total_q, device=self.device) + shift[self.sequence_of_queries()]
+
+        return self.derive("positions", build)
 
     def key_positions(self) -> Tensor:
         """Position of each packed key in its sequence: int64 [Tk]."""
-        rows = torch.arange(self.total_k, device=self.device)
-        return rows - self.cu_seqlens_k[:-1].long()[self.sequence_of_keys()]
+
+        def build() -> Tensor:
+            rows = torch.arange(self.total_k, device=self.device)
+            return rows - self.cu_seqlens_k[:-1].long()[self.sequence_of_keys()]
+
+        return self.derive("key_positions", build)
 
     def compressed(self, blocks: BlockGeometry) -> CompressedLayout:
         """Layout of the compressed blocks of this layout's keys: num_cmp(k_len) per sequence."""
-        key = (blocks.kernel_size, blocks.kernel_stride)
-        if key not in self._compressed:
+
+        def build() -> CompressedLayout:
             lengths = blocks.num_compressed(self.host.cu_seqlens_k.long().diff())
             cu_seqlens = torch.zeros(self.batch_size + 1, dtype=torch.int32)
             cu_seqlens[1:] = lengths.cumsum(0)
             longest = int(lengths.max()) if self.batch_size else 0
-            self._compressed[key] = CompressedLayout(cu_seqlens.to(self.device), longest, int(cu_seqlens[-1]))
-        return self._compressed[key]
+            return CompressedLayout(cu_seqlens.to(self.device), longest, int(cu_seqlens[-1]))
 
-    def compressed_starts(self, blocks: BlockGeometry) -> Tensor:
-        """Position i*d at which each packed compressed block begins in its sequence: int64 [Tc]."""
-        compressed = self.compressed(blocks)
-        sequence = _sequence_of_rows(compressed.cu_seqlens, compressed.total)
-        rows = torch.arange(compressed.total, device=self.device)
-        return (rows - compressed.cu_seqlens.long()[sequence]) * blocks.kernel_stride
+        return self.derive(("compressed", blocks.kernel_size, blocks.kernel_stride), build)
 
     def sequence_of_compressed(self, blocks: BlockGeometry) -> Tensor:
         """Index of the sequence that each packed compressed block belongs to: int64 [Tc]."""
-        compressed = self.compressed(blocks)
-        return _sequence_of_rows(compressed.cu_seqlens, compressed.total)
+
+        def build() -> Tensor:
+            compressed = self.compressed(blocks)
+            return _sequence_of_rows(compressed.cu_seqlens, compressed.total)
+
+        return self.derive(("sequence_of_compressed", blocks.kernel_size, blocks.kernel_stride), build)
+
+    def compressed_starts(self, blocks: BlockGeometry) -> Tensor:
+        """Position i*d at which each packed compressed block begins in its sequence: int64 [Tc]."""
+
+        def build() -> Tensor:
+            compressed = self.compressed(blocks)
+            rows = torch.arange(compressed.total, device=self.device)
+            number = rows - compressed.cu_seqlens.long()[self.sequence_of_compressed(blocks)]
+            return number * blocks.kernel_stride
+
+        return self.derive(("compressed_starts", blocks.kernel_size, blocks.kernel_stride), build)
 
 
 def check_padding_mask(mask: Tensor) -> None:

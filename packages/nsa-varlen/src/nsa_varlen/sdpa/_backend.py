@@ -129,13 +129,7 @@ class SdpaBackend:
         check_layout(layout, blocks)
         check_attention(("k", "v"), q, k, v, layout.total_k, layout)
         _check_no_grad_through_pages(q, k, v)
-        host = layout.host
-        positions = host.positions()
-        first = host.cu_seqlens_k.long()[host.sequence_of_queries()]
-        low = first + (positions + 1 - blocks.window_size).clamp_min(0)
-        high = first + (positions + 1).clamp_min(0)
-        group_size = q.shape[1] // heads_and_dim(k)[0]
-        interval = Interval(low, high, host.cu_seqlens_q, layout.cu_seqlens_k, q.shape[1], group_size)
+        interval = _window_interval(layout, blocks, q.shape[1], heads_and_dim(k)[0])
         return interval_attention(q, k, v, interval, scale_or_default(scale, q.shape[-1]))
 
     def combine(self, gates: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor) -> Tensor:
@@ -150,11 +144,31 @@ BACKEND = SdpaBackend()
 
 
 def _compressed_interval(layout: VarlenLayout, blocks: BlockGeometry, num_heads: int, num_kv_heads: int) -> Interval:
-    host = layout.host
-    low = host.compressed(blocks).cu_seqlens.long()[host.sequence_of_queries()]
-    high = low + blocks.num_compressed(host.positions() + 1)
-    cu_seqlens_k = layout.compressed(blocks).cu_seqlens
-    return Interval(low, high, host.cu_seqlens_q, cu_seqlens_k, num_heads, num_heads // num_kv_heads)
+    """Query at position t sees the first num_cmp(t + 1) compressed blocks of its sequence."""
+
+    def build() -> Interval:
+        host = layout.host
+        low = host.compressed(blocks).cu_seqlens.long()[host.sequence_of_queries()]
+        high = low + blocks.num_compressed(host.positions() + 1)
+        cu_seqlens_k = layout.compressed(blocks).cu_seqlens
+        return Interval(low, high, host.cu_seqlens_q, cu_seqlens_k, num_heads, num_heads // num_kv_heads)
+
+    return layout.derive(("sdpa", "cmp", blocks, num_heads, num_kv_heads), build)
+
+
+def _window_interval(layout: VarlenLayout, blocks: BlockGeometry, num_heads: int, num_kv_heads: int) -> Interval:
+    """Query at position t sees the keys at positions (t - w, t]."""
+
+    def build() -> Interval:
+        host = layout.host
+        seen = (host.positions() + 1).clamp_min(0)
+        first = host.cu_seqlens_k.long()[host.sequence_of_queries()]
+        low = first + (seen - blocks.window_size).clamp_min(0)
+        return Interval(
+            low, first + seen, host.cu_seqlens_q, layout.cu_seqlens_k, num_heads, num_heads // num_kv_heads
+        )
+
+    return layout.derive(("sdpa", "win", blocks, num_heads, num_kv_heads), build)
 
 
 def _check_no_grad_through_pages(q: Tensor, *kv: KV) -> None:

@@ -39,17 +39,18 @@ class Interval:
         self.cu_seqlens_k = cu_seqlens_k
         widest = max(1, int((high - low).max())) if len(low) else 1
         if cu_seqlens_k.device.type == "cpu":
-            self.keys = CPU_TILE_KEYS
             rows = max(1, CPU_TILE_ROWS // min(group_size, 8))
+            self.tile_logits = CPU_TILE_ROWS * CPU_TILE_KEYS // group_size
         else:
-            self.keys = widest + 1024
             rows = min(1024, max(16, DEVICE_TILE_LOGITS // (num_heads * widest)))
+            self.tile_logits = DEVICE_TILE_LOGITS // num_heads
         self.tiles = plan_tiles(low, high, cu_seqlens_q, rows)
 
     def steps(self, tile: Tile) -> Iterator[tuple[int, int]]:
         """Key ranges that cover the tile's span, each small enough for one matmul."""
-        for k0 in range(tile.k0, tile.k1, self.keys):
-            yield k0, min(k0 + self.keys, tile.k1)
+        keys = max(1, self.tile_logits // (tile.q1 - tile.q0))
+        for k0 in range(tile.k0, tile.k1, keys):
+            yield k0, min(k0 + keys, tile.k1)
 
     def hide(self, tile: Tile, k0: int, k1: int, logits: Tensor) -> None:
         """Write -inf over what a query may not see in logits [..., q1 - q0, k1 - k0]; touches the ragged edges only."""

@@ -1,4 +1,4 @@
-"""Rows of packed or paged keys and values by their packed row number."""
+"""Rows of packed or paged keys and values by where they stand in the batch."""
 
 import torch
 from torch import Tensor
@@ -8,15 +8,23 @@ from nsa_varlen.paged import PagedKV
 
 
 def slice_rows(kv: KV, start: int, end: int, cu_seqlens: Tensor) -> Tensor:
-    """Packed rows [start, end): [end - start, H, D]. A view where `kv` is packed."""
+    """Packed rows [start, end): [end - start, H, D]. A view where `kv` is packed.
+
+    `cu_seqlens` are the offsets that the row numbers count from.
+    """
     if not isinstance(kv, PagedKV):
         return kv[start:end]
-    return take_rows(kv, torch.arange(start, end, device=kv.device), cu_seqlens)
-
-
-def take_rows(kv: KV, index: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Packed rows at `index` (any shape): [..., H, D]. `cu_seqlens` are the offsets the row numbers count from."""
-    if not isinstance(kv, PagedKV):
-        return kv[index]
-    sequence = torch.searchsorted(cu_seqlens, index.int().contiguous(), right=True) - 1
+    index = torch.arange(start, end, device=kv.device)
+    if cu_seqlens.shape[0] == 2:
+        sequence = torch.zeros((), dtype=torch.int64, device=kv.device)
+        return kv.rows(sequence, index)
+    sequence = torch.searchsorted(cu_seqlens, index.int(), right=True) - 1
     return kv.rows(sequence, index - cu_seqlens[sequence])
+
+
+def take_head_rows(kv: KV, sequence: Tensor, position: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Row `position[t, h, s]` of head h of `sequence[t]`: sequence [R], position [R, Hk, S] -> [R, Hk, S, D]."""
+    heads = torch.arange(position.shape[1], device=position.device)[:, None]
+    if isinstance(kv, PagedKV):
+        return kv.pages.flatten(0, 1)[kv.slots(sequence[:, None, None], position), heads]
+    return kv[position + cu_seqlens.long()[sequence][:, None, None], heads]

@@ -16,7 +16,7 @@ from nsa_varlen.arguments import KV, heads_and_dim
 from nsa_varlen.geometry import BlockGeometry
 from nsa_varlen.layout import VarlenLayout
 from nsa_varlen.sdpa._interval import compute_dtype
-from nsa_varlen.sdpa._rows import take_rows
+from nsa_varlen.sdpa._rows import take_head_rows
 
 GATHER_ELEMENTS = 1 << 25  # keys and values gathered at a time: 128 MB of fp32
 CHOICES_AT_ONCE = 1024  # queries that meet a block in one matmul: more would leave a CPU core's cache
@@ -79,19 +79,16 @@ def _by_query(
     lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, dtype=dtype, device=q.device)
     if layout.total_k == 0:
         return out, lse
-    positions = layout.positions()
-    first = layout.cu_seqlens_k.long()[layout.sequence_of_queries()]
+    positions, sequence = layout.positions(), layout.sequence_of_queries()
     within = torch.arange(blocks.block_size, device=q.device)
-    heads = torch.arange(num_kv_heads, device=q.device)[:, None]
     keys_per_query = num_kv_heads * indices.shape[-1] * blocks.block_size * (k_dim + v_dim)
-    # Rows arrive with all their heads when pages are read, so a chunk counts them all.
-    chunk = max(1, GATHER_ELEMENTS // max(1, keys_per_query * (num_kv_heads if not isinstance(k, Tensor) else 1)))
+    chunk = max(1, GATHER_ELEMENTS // max(1, keys_per_query))
     for start in range(0, q.shape[0], chunk):
         rows = slice(start, min(start + chunk, q.shape[0]))
         key = (indices[rows, :, :, None] * blocks.block_size + within).flatten(2)  # [R, Hk, N*l'], by sequence
         hidden = (key < 0) | (key > positions[rows, None, None])
-        row = (key + first[rows, None, None]).masked_fill(hidden, 0)
-        k_rows, v_rows = (_take_head_rows(x, row, heads, layout.cu_seqlens_k).to(dtype) for x in (k, v))
+        key.masked_fill_(hidden, 0)
+        k_rows, v_rows = (take_head_rows(x, sequence[rows], key, layout.cu_seqlens_k).to(dtype) for x in (k, v))
         grouped = q[rows].to(dtype).unflatten(1, (num_kv_heads, -1)) * scale
         logits = torch.matmul(grouped, k_rows.mT).masked_fill_(hidden[:, :, None], -torch.inf)
         top = logits.amax(-1, keepdim=True)
@@ -101,14 +98,6 @@ def _by_query(
         out[rows] = (torch.matmul(weights, v_rows) / total.masked_fill(total == 0, 1.0)).flatten(1, 2)
         lse[:, rows] = (top + total.log()).flatten(1).T
     return out, lse
-
-
-def _take_head_rows(x: KV, row: Tensor, heads: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """x[row[t, h, s], h]: [R, Hk, S, D]."""
-    if isinstance(x, Tensor):
-        return x[row, heads]
-    picked = take_rows(x, row, cu_seqlens)
-    return picked.diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
 
 def _pairs_by_block(
