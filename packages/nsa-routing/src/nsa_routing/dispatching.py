@@ -1,5 +1,6 @@
 """From a problem to the callable that runs it."""
 
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -32,7 +33,7 @@ def dispatch(op: str, problem: Problem, *, backend: str | None = None) -> Callab
     """
     if op != problem.op:
         raise ValueError(f"op: expected problem.op={problem.op!r}, got {op!r}")
-    policy = Policy.from_env()
+    policy = _policy_of(os.environ.get("NSA_BACKEND"))
     if backend is not None:
         load_backend(backend)  # a name that is not installed is the caller's mistake: ValueError, not a plan
         policy = Policy(backends=tuple((name, backend) for name in OPS))
@@ -42,6 +43,12 @@ def dispatch(op: str, problem: Problem, *, backend: str | None = None) -> Callab
 def plan_for(problem: Problem, policy: Policy | None = None) -> Plan:
     """The plan that `dispatch` follows on this machine."""
     return plan(_this_machine(), load_profile("base"), problem, policy or Policy.from_env())
+
+
+@cache
+def _policy_of(backend: str | None) -> Policy:
+    """The process's policy; its one variable is the key, so that a call need not read the whole environment."""
+    return Policy.from_env()
 
 
 @cache

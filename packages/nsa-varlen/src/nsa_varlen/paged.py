@@ -85,3 +85,14 @@ class PagedKV:
     def rows(self, sequence: Tensor, position: Tensor) -> Tensor:
         """The stored rows at given (sequence, position): [..., H, D]."""
         return self.pages.flatten(0, 1)[self.slots(sequence, position)]
+
+    def span(self, sequence: int, start: int, end: int) -> Tensor:
+        """Rows [start, end) of one sequence: [end - start, H, D]. A view where their pages lie side by side on a CPU."""
+        first, last = start // self.page_size, -(-end // self.page_size)
+        table = self.block_table[sequence, first:last]
+        if self.device.type == "cpu" and bool((table.diff() == 1).all()):
+            page = int(table[0]) if last > first else 0
+            pages = self.pages[page : page + last - first]
+        else:
+            pages = self.pages.index_select(0, table)
+        return pages.flatten(0, 1)[start - first * self.page_size : end - first * self.page_size]

@@ -53,11 +53,10 @@ class PagedStream:
 
     def write(self, k: Tensor, v: Tensor, sequence: Tensor, position: Tensor) -> None:
         """Store packed rows k [T, H, Dk], v [T, H, Dv] at (sequence, position), int64 [T] each."""
-        lengths = torch.zeros(self.block_table.shape[0], dtype=torch.int32, device=self.block_table.device)
-        keys, values = self.views(lengths)
-        slots = keys.slots(sequence, position)
-        keys.pages.flatten(0, 1)[slots] = k
-        values.pages.flatten(0, 1)[slots] = v
+        page = self.block_table[sequence, torch.div(position, self.page_size, rounding_mode="floor")].long()
+        slots = page * self.page_size + position % self.page_size
+        self.k_pages.flatten(0, 1)[slots] = k
+        self.v_pages.flatten(0, 1)[slots] = v
 
     def views(self, lengths: Tensor) -> tuple[PagedKV, PagedKV]:
         """Keys and values as the operations take them; `lengths` int32 [B] rows per sequence."""

@@ -1,6 +1,7 @@
 """Keys and values of one layer while its sequences grow: prefill, chunked prefill and decode."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from types import TracebackType
 from typing import Self
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from nsa._pages import PagedStream
 from nsa.config import NSAConfig
+
+Compress = Callable[[Tensor, Tensor, Tensor, VarlenLayout, Tensor], tuple[Tensor, Tensor]]
 
 
 class NSACache:
@@ -141,33 +144,41 @@ class NSACache:
 class CacheStep:
     """New tokens on their way into a cache. Leaving the `with` block commits them; an exception drops them.
 
+    Write all three branches, then attend to `cmp`, `slc` and `win` with `layout`.
+
     Fields:
         layout: the new tokens as queries over all the tokens of each sequence.
-        new: the new tokens alone, as queries and keys.
 
     Example:
+        >>> from nsa import ops
         >>> config = NSAConfig(hidden_size=8, num_heads=1, num_kv_heads=1, head_dim=8)
         >>> cache, x = NSACache(config, batch_size=1, max_tokens=64), torch.randn(33, 1, 8)
+        >>> def mean(k, v, positions, layout, starts):
+        ...     return tuple(ops.compress_mean(x, layout, config.blocks) for x in (k, v))
         >>> with cache.extend([33]) as step:
         ...     step.write_slc(x, x)
         ...     step.write_win(x, x)
-        ...     k_raw, v_raw, raw = step.raw_cmp(x, x)
-        ...     step.write_cmp(k_raw[None, :32].mean(1), v_raw[None, :32].mean(1))
-        ...     k_slc, v_slc = step.slc
-        >>> cache.lengths, raw.total_k
-        ((33,), 33)
+        ...     step.write_cmp(x, x, mean)
+        ...     k_cmp, v_cmp = step.cmp
+        >>> cache.lengths, k_cmp.lengths.tolist()
+        ((33,), [1])
     """
 
     def __init__(self, cache: NSACache, lengths: list[int]) -> None:
         self._cache = cache
         self._old = list(cache.lengths)
         self._total = [old + new for old, new in zip(self._old, lengths, strict=True)]
-        device, blocks = cache.device, cache.config.blocks
-        self.layout = VarlenLayout.from_lengths(lengths, self._total, device)
-        self.new = VarlenLayout.from_lengths(lengths, device=device)
+        blocks = cache.config.blocks
+        self.layout = VarlenLayout.from_lengths(lengths, self._total, cache.device)
         self._old_cmp = [blocks.num_compressed(old) for old in self._old]
         self._total_cmp = [blocks.num_compressed(total) for total in self._total]
-        self._pending: tuple[Tensor, Tensor] | None = None
+        self._commit_pending: Callable[[], None] | None = None
+
+    @cached_property
+    def new(self) -> VarlenLayout:
+        """The new tokens alone, as queries and keys."""
+        cu_seqlens, longest, total = self.layout.cu_seqlens_q, self.layout.max_seqlen_q, self.layout.total_q
+        return VarlenLayout(cu_seqlens, cu_seqlens, longest, longest, total, total)
 
     def __enter__(self) -> Self:
         if list(self._cache.lengths) != self._old:
@@ -181,13 +192,13 @@ class CacheStep:
         if kind is not None:
             self._cache._release()
             return
-        if self._pending is not None:
-            self._cache.pending_k, self._cache.pending_v = self._pending
+        if self._commit_pending is not None:
+            self._commit_pending()
         self._cache._lengths = self._total
 
     @property
     def cmp(self) -> tuple[PagedKV, PagedKV]:
-        """Compressed keys and values, with the blocks written in this step."""
+        """Compressed keys and values, with the blocks that this step completes."""
         return self._cache.cmp.views(self._lengths_tensor(self._total_cmp))
 
     @property
@@ -202,66 +213,72 @@ class CacheStep:
 
     def write_slc(self, k: Tensor, v: Tensor) -> None:
         """Store the new tokens' keys [T, Hk, Dk] and values [T, Hk, Dv] of the selected branch."""
-        self._check("k_slc", k, self.new.total_k, 0)
-        self._check("v_slc", v, self.new.total_k, 1)
+        self._check("k_slc", k, self.layout.total_q, 0)
+        self._check("v_slc", v, self.layout.total_q, 1)
         self._cache.slc.write(k, v, self.layout.sequence_of_queries(), self.layout.positions())
 
     def write_win(self, k: Tensor, v: Tensor) -> None:
         """The same for the window; with `config.shared_kv` the streams are one and there is nothing to store."""
-        self._check("k_win", k, self.new.total_k, 0)
-        self._check("v_win", v, self.new.total_k, 1)
+        self._check("k_win", k, self.layout.total_q, 0)
+        self._check("v_win", v, self.layout.total_q, 1)
         if self._cache.win is not self._cache.slc:
             self._cache.win.write(k, v, self.layout.sequence_of_queries(), self.layout.positions())
 
-    def raw_cmp(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, VarlenLayout]:
-        """The raw tokens that the blocks of this step are made of: the pending ones, then the new.
+    def write_cmp(self, k: Tensor, v: Tensor, compress: Compress) -> None:
+        """Store the blocks that the new tokens complete; tokens of a block still open wait for a later step.
 
         Args:
             k: [T, Hk, Dk], v: [T, Hk, Dv], the new tokens before compression.
-
-        Returns:
-            (k_raw, v_raw, raw): packed, with their layout. Compress them with it and give the result to `write_cmp`.
-            The first raw token of a sequence sits at position `first_cmp() * kernel_stride`.
+            compress: `(k, v, positions, layout, starts) -> (k_cmp, v_cmp)`, called if a block completes, with the
+                waiting tokens before the new ones: their rows, int64 positions and layout, and the position at which
+                each of the layout's compressed blocks begins.
         """
-        self._check("k_cmp", k, self.new.total_k, 0)
-        self._check("v_cmp", v, self.new.total_k, 1)
+        self._check("k_cmp", k, self.layout.total_q, 0)
+        self._check("v_cmp", v, self.layout.total_q, 1)
         cache, stride = self._cache, self._cache.config.kernel_stride
+        if self._total_cmp == self._old_cmp:
+            self._commit_pending = lambda: self._append_pending(k, v)
+            return
         pending = [old - count * stride for old, count in zip(self._old, self._old_cmp, strict=True)]
         kept = [total - count * stride for total, count in zip(self._total, self._total_cmp, strict=True)]
-        raw = VarlenLayout.from_lengths(
-            [total - count * stride for total, count in zip(self._total, self._old_cmp, strict=True)],
-            device=cache.device,
-        )
+        rows = [total - count * stride for total, count in zip(self._total, self._old_cmp, strict=True)]
+        raw = VarlenLayout.from_lengths(rows, device=cache.device)
         waiting = VarlenLayout.from_lengths(pending, device=cache.device)
         first = raw.cu_seqlens_k[:-1].long()
-        pending_rows = first[waiting.sequence_of_keys()] + waiting.key_positions()
-        new_first = first + torch.tensor(pending, device=cache.device)
-        new_rows = new_first[self.new.sequence_of_keys()] + self.new.key_positions()
-        # The last `kept` raw rows of each sequence wait for the next step; rows past them are never read.
+        waiting_rows = first[waiting.sequence_of_keys()] + waiting.key_positions()
+        first_new = first + torch.tensor(pending).to(cache.device)
+        new_rows = first_new[self.new.sequence_of_keys()] + self.new.key_positions()
+        # The last `kept` rows of each sequence wait for the next step; rows past them are never read.
         place = torch.arange(cache.pending_k.shape[1], device=cache.device)
-        last = raw.cu_seqlens_k[1:].long() - torch.tensor(kept, device=cache.device)
-        kept_rows = (last[:, None] + place).clamp_max(max(0, raw.total_k - 1))
-        gathered = []
-        for old, x in ((cache.pending_k, k), (cache.pending_v, v)):
-            rows = x.new_empty(raw.total_k, *x.shape[1:])
-            rows[pending_rows] = old[waiting.sequence_of_keys(), waiting.key_positions()]
-            rows[new_rows] = x
-            gathered.append(rows)
-        if raw.total_k:
-            self._pending = (gathered[0][kept_rows], gathered[1][kept_rows])
-        return gathered[0], gathered[1], raw
-
-    def first_cmp(self) -> Tensor:
-        """Number of compressed blocks that each sequence had before this step: int64 [B]."""
-        return torch.tensor(self._old_cmp, device=self._cache.device)
-
-    def write_cmp(self, k: Tensor, v: Tensor) -> None:
-        """Store the blocks that this step completes, packed: [sum of new blocks, Hk, D]."""
+        first_kept = raw.cu_seqlens_k[1:].long() - torch.tensor(kept).to(cache.device)
+        kept_rows = (first_kept[:, None] + place).clamp_max(raw.total_k - 1)
+        k_raw, v_raw = k.new_empty(raw.total_k, *k.shape[1:]), v.new_empty(raw.total_k, *v.shape[1:])
+        for joined, old, x in ((k_raw, cache.pending_k, k), (v_raw, cache.pending_v, v)):
+            joined[waiting_rows] = old[waiting.sequence_of_keys(), waiting.key_positions()]
+            joined[new_rows] = x
+        shift = torch.tensor(self._old_cmp).to(cache.device) * stride
+        positions = raw.key_positions() + shift[raw.sequence_of_keys()]
+        starts = raw.compressed_starts(cache.config.blocks)
+        starts = starts + shift[raw.sequence_of_compressed(cache.config.blocks)]
+        k_cmp, v_cmp = compress(k_raw, v_raw, positions, raw, starts)
         counts = [total - old for total, old in zip(self._total_cmp, self._old_cmp, strict=True)]
-        emitted = VarlenLayout.from_lengths(counts, self._total_cmp, self._cache.device)
-        self._check("k_cmp", k, emitted.total_q, 0)
-        self._check("v_cmp", v, emitted.total_q, 1)
-        self._cache.cmp.write(k, v, emitted.sequence_of_queries(), emitted.positions())
+        emitted = VarlenLayout.from_lengths(counts, self._total_cmp, cache.device)
+        self._check("compressed k", k_cmp, emitted.total_q, 0)
+        self._check("compressed v", v_cmp, emitted.total_q, 1)
+        cache.cmp.write(k_cmp, v_cmp, emitted.sequence_of_queries(), emitted.positions())
+        kept_k, kept_v = k_raw[kept_rows], v_raw[kept_rows]
+        self._commit_pending = lambda: self._replace_pending(kept_k, kept_v)
+
+    def _append_pending(self, k: Tensor, v: Tensor) -> None:
+        first = torch.tensor(self._old_cmp).to(self._cache.device) * self._cache.config.kernel_stride
+        sequence = self.layout.sequence_of_queries()
+        place = self.layout.positions() - first[sequence]
+        self._cache.pending_k[sequence, place] = k
+        self._cache.pending_v[sequence, place] = v
+
+    def _replace_pending(self, k: Tensor, v: Tensor) -> None:
+        self._cache.pending_k.copy_(k)
+        self._cache.pending_v.copy_(v)
 
     def _check(self, name: str, x: Tensor, rows: int, which: int) -> None:
         config = self._cache.config

@@ -95,11 +95,7 @@ class NSAAttention(nn.Module):
                 q_cmp, q, k_slc, k_win = self._rotate_new(q, k_slc, k_win, step.layout.positions())
                 step.write_slc(k_slc, v_slc)
                 step.write_win(k_win, v_win)
-                k_raw, v_raw, raw = step.raw_cmp(k_cmp, v_cmp)
-                shift = step.first_cmp() * blocks.kernel_stride
-                positions = raw.key_positions() + shift[raw.sequence_of_keys()]
-                starts = raw.compressed_starts(blocks) + shift[raw.sequence_of_compressed(blocks)]
-                step.write_cmp(*self._compress(k_raw, v_raw, positions, raw, starts))
+                step.write_cmp(k_cmp, v_cmp, self._compress)
                 out = nsa_attention(
                     q, *step.cmp, *step.slc, *step.win, gates, step.layout, blocks, q_cmp=q_cmp
                 )

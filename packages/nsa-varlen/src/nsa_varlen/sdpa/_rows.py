@@ -14,10 +14,9 @@ def slice_rows(kv: KV, start: int, end: int, cu_seqlens: Tensor) -> Tensor:
     """
     if not isinstance(kv, PagedKV):
         return kv[start:end]
-    index = torch.arange(start, end, device=kv.device)
     if cu_seqlens.shape[0] == 2:
-        sequence = torch.zeros((), dtype=torch.int64, device=kv.device)
-        return kv.rows(sequence, index)
+        return kv.span(0, start, end)
+    index = torch.arange(start, end, device=kv.device)
     sequence = torch.searchsorted(cu_seqlens, index.int(), right=True) - 1
     return kv.rows(sequence, index - cu_seqlens[sequence])
 
