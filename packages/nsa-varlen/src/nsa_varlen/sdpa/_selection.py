@@ -52,7 +52,8 @@ def stencil(p_cmp: Tensor, num_blocks: int, blocks: BlockGeometry) -> Tensor:
     scores = torch.zeros(*p_cmp.shape[:-1], num_blocks, dtype=p_cmp.dtype, device=p_cmp.device)
     for offset in range(-before, step):
         weight = min(offset + width, step) - max(offset, 0)
-        scores.add_(padded[..., offset + before :: step][..., :num_blocks], alpha=weight)
+        # Not add_(alpha=weight): fused in some lanes and not in others, it rounds equal terms differently.
+        scores.add_(padded[..., offset + before :: step][..., :num_blocks] * weight)
     return scores
 
 
@@ -83,11 +84,17 @@ def _all_candidates(current: Tensor, blocks: BlockGeometry) -> Tensor:
 def _group_probabilities(
     q: Tensor, k_cmp: KV, lse: Tensor, interval: Interval, tile: Tile, num_kv_heads: int, scale: float
 ) -> Tensor:
-    """Eq. 8 summed over each group's heads (Eq. 10): [Hk, R, keys of the tile]."""
+    """Eq. 8 summed over each group's heads (Eq. 10): [Hk, R, keys of the tile].
+
+    Heads are added one by one. `sum` picks its order by the column, and equal blocks would no longer tie.
+    """
     logits, _ = tile_logits(q, k_cmp, interval, tile, num_kv_heads, scale)
     lse_tile = lse[:, tile.q0 : tile.q1].to(logits.dtype)
     lse_tile = lse_tile.masked_fill(lse_tile == -torch.inf, 0.0).reshape(num_kv_heads, -1, 1)
-    return logits.sub_(lse_tile).exp_().unflatten(1, (-1, tile.q1 - tile.q0)).sum(1)
+    first, *others = logits.sub_(lse_tile).exp_().unflatten(1, (-1, tile.q1 - tile.q0)).unbind(1)
+    for head in others:
+        first.add_(head)
+    return first
 
 
 def _align(p_cmp: Tensor, first: Tensor) -> Tensor:
