@@ -120,7 +120,8 @@ def block_scores(
     p_cmp = torch.where(visible, (logits - shift).exp(), 0.0)
     weight = overlap(layout.compressed(blocks).max_seqlen, blocks.num_blocks(layout.max_seqlen_k), blocks)
     block_in_sequence = torch.div(layout.compressed_starts(blocks), blocks.kernel_stride, rounding_mode="floor")
-    return p_cmp.sum(2) @ weight.to(p_cmp)[block_in_sequence]
+    # In fp64 and rounded once: a sum's order, and so its rounding, differs between blocks, and equal ones must tie.
+    return (p_cmp.double().sum(2) @ weight.to(q.device)[block_in_sequence]).to(p_cmp.dtype)
 
 
 def select_blocks(
@@ -134,10 +135,10 @@ def select_blocks(
 ) -> Tensor:
     """The blocks each query attends to (Eq. 11): int32 [Tq, Hk, topk], ascending, padded with -1.
 
-    The forced blocks, then the candidates with the highest `block_scores`; equal scores go to the lower index.
+    The forced blocks, then the candidates with the highest `block_scores`; equal fp32 scores go to the lower index.
     `lse` [Hq, Tq] is that of `compressed_attention`.
     """
-    scores = block_scores(q, k_cmp, lse, layout, blocks, scale=scale)
+    scores = block_scores(q, k_cmp, lse, layout, blocks, scale=scale).float()
     candidate, forced = masks.candidate_blocks(layout, blocks)
     ranked = torch.where(forced[:, None], torch.inf, torch.where(candidate[:, None], scores, -torch.inf))
     ranked, order = ranked.sort(dim=-1, descending=True, stable=True)

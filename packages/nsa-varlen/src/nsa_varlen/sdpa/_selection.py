@@ -52,7 +52,8 @@ def stencil(p_cmp: Tensor, num_blocks: int, blocks: BlockGeometry) -> Tensor:
     scores = torch.zeros(*p_cmp.shape[:-1], num_blocks, dtype=p_cmp.dtype, device=p_cmp.device)
     for offset in range(-before, step):
         weight = min(offset + width, step) - max(offset, 0)
-        scores.add_(padded[..., offset + before :: step][..., :num_blocks], alpha=weight)
+        # Not add_(alpha=weight): fused in some lanes and not in others, it rounds equal terms differently.
+        scores.add_(padded[..., offset + before :: step][..., :num_blocks] * weight)
     return scores
 
 
@@ -83,15 +84,20 @@ def _all_candidates(current: Tensor, blocks: BlockGeometry) -> Tensor:
 def _group_probabilities(
     q: Tensor, k_cmp: KV, lse: Tensor, interval: Interval, tile: Tile, num_kv_heads: int, scale: float
 ) -> Tensor:
-    """Eq. 8 summed over each group's heads (Eq. 10): [Hk, R, k1 - k0]."""
+    """Eq. 8 summed over each group's heads (Eq. 10): [Hk, R, k1 - k0].
+
+    Heads are added one by one: `sum` picks its order by the column, and equal blocks would no longer tie.
+    """
     rows, dtype = slice(tile.q0, tile.q1), compute_dtype(q.dtype)
     q_tile = group_heads(q[rows], num_kv_heads, dtype) * scale
     lse_tile = lse[:, rows].to(dtype).reshape(num_kv_heads, -1, 1)
     p_cmp = q_tile.new_empty(num_kv_heads, tile.q1 - tile.q0, tile.k1 - tile.k0)
     for k0, k1 in interval.steps(tile):
         logits = step_logits(q_tile, head_major_rows(k_cmp, k0, k1, interval, dtype), interval, tile, k0)
-        heads = logits.sub_(lse_tile).exp_().unflatten(1, (-1, tile.q1 - tile.q0))
-        p_cmp[..., k0 - tile.k0 : k1 - tile.k0] = heads.sum(1)
+        first, *others = logits.sub_(lse_tile).exp_().unflatten(1, (-1, tile.q1 - tile.q0)).unbind(1)
+        for head in others:
+            first.add_(head)
+        p_cmp[..., k0 - tile.k0 : k1 - tile.k0] = first
     return p_cmp
 
 

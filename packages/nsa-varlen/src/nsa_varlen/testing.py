@@ -1,0 +1,216 @@
+"""What a test of a backend needs: inputs, all operations in one call, certified margins, error budgets, poison.
+
+Any test framework will do. `BACKENDS` is what this package's semantics tests run over; a kernel package runs the same
+checks over its own object with the same operations.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from nsa_varlen import masks, reference
+from nsa_varlen.geometry import BlockGeometry
+from nsa_varlen.layout import VarlenLayout
+from nsa_varlen.paged import PagedKV
+from nsa_varlen.sdpa import BACKEND
+
+BACKENDS: dict[str, Any] = {"oracle": reference, "sdpa": BACKEND}
+HALF_BUDGET = 2.0  # error of a half-precision backend over that of plain torch in the same dtype
+
+
+class Inputs(NamedTuple):
+    """Random arguments of every operation: q [Tq, Hq, Dk], k [Tk, Hk, Dk], v [Tk, Hk, Dv], gates [Tq, Hq, 3]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gates: Tensor
+
+    def to(self, dtype: torch.dtype) -> "Inputs":
+        """The same values, rounded to `dtype`."""
+        return Inputs(*(x.to(dtype) for x in self))
+
+    def leaves(self) -> "Inputs":
+        """Copies that record gradients."""
+        return Inputs(*(x.detach().clone().requires_grad_() for x in self))
+
+
+class Results(NamedTuple):
+    """What `run_ops` returns: each branch's out [Tq, Hq, Dv] and lse [Hq, Tq], the choice, the combination."""
+
+    k_cmp: Tensor
+    v_cmp: Tensor
+    o_cmp: Tensor
+    lse_cmp: Tensor
+    block_indices: Tensor
+    o_slc: Tensor
+    lse_slc: Tensor
+    o_win: Tensor
+    lse_win: Tensor
+    out: Tensor
+
+
+def random_inputs(
+    layout: VarlenLayout,
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 8,
+    v_head_dim: int | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> Inputs:
+    """Unit normal q, k, v and gates in (0, 1) on the layout's device; the values depend on the seed and sizes alone."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (
+        (layout.total_q, heads, head_dim),
+        (layout.total_k, kv_heads, head_dim),
+        (layout.total_k, kv_heads, head_dim if v_head_dim is None else v_head_dim),
+        (layout.total_q, heads, 3),
+    )
+    q, k, v, gates = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
+    return Inputs(*(x.to(layout.device, dtype) for x in (q, k, v, gates.sigmoid())))
+
+
+def run_ops(
+    backend: Any,
+    inputs: Inputs,
+    layout: VarlenLayout,
+    blocks: BlockGeometry,
+    *,
+    scale: float | None = None,
+    block_indices: Tensor | None = None,
+) -> Results:
+    """Every operation of `backend`, each on the results of those before it; k and v serve all three branches."""
+    q, k, v, gates = inputs
+    k_cmp, v_cmp = (backend.compress_mean(x, layout, blocks) for x in (k, v))
+    o_cmp, lse_cmp = backend.compressed_attention(q, k_cmp, v_cmp, layout, blocks, scale=scale)
+    if block_indices is None:
+        block_indices = backend.select_blocks(q, k_cmp, lse_cmp, layout, blocks, scale=scale)
+    o_slc, lse_slc = backend.selected_attention(q, k, v, block_indices, layout, blocks, scale=scale)
+    o_win, lse_win = backend.window_attention(q, k, v, layout, blocks, scale=scale)
+    out = backend.combine(gates, o_cmp, o_slc, o_win)
+    return Results(k_cmp, v_cmp, o_cmp, lse_cmp, block_indices, o_slc, lse_slc, o_win, lse_win, out)
+
+
+def to_pages(x: Tensor, lengths: Sequence[int], page_size: int, *, seed: int = 0) -> PagedKV:
+    """Packed rows as shuffled pages of a pool with one page to spare; what no row fills is NaN."""
+    counts = [-(-length // page_size) for length in lengths]
+    generator = torch.Generator().manual_seed(seed)
+    free = torch.randperm(sum(counts) + 1, generator=generator).tolist()
+    pages = x.new_full((len(free), page_size, *x.shape[1:]), torch.nan)
+    table = torch.full((len(counts), max(counts, default=0)), -1, dtype=torch.int32)
+    start = 0
+    for sequence, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        for page in range(count):
+            rows = min(page_size, length - page * page_size)
+            table[sequence, page] = free.pop()
+            pages[table[sequence, page], :rows] = x[start : start + rows]
+            start += rows
+    return PagedKV(pages, table.to(x.device), torch.tensor(lengths, dtype=torch.int32, device=x.device))
+
+
+def selection_margin(
+    q: Tensor, k_cmp: Tensor, layout: VarlenLayout, blocks: BlockGeometry, *, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """How safe a choice of blocks is, and against what: fp64 (margin, error) [Tq, Hk] each.
+
+    `margin` is the gap between the scores of the last chosen and the first rejected block that is not forced (inf where
+    nothing is rejected). `error` bounds the rounding error of one score computed in fp32. A row with
+    margin > 2 * error has the same chosen set in every sound fp32 implementation.
+
+    The bound, with u = 2^-24: a dot product of Dk terms, scaled, is off by at most (Dk + 2) u sum|q_i k_i| scale, the
+    LSE by as much plus u (num_cmp + |lse|) for its sum and its logarithm; that is the relative error of each
+    probability, to which exp, the sum over G heads and that over a block's l'/d + l/d - 1 terms add (G + terms + 2) u.
+    Terms are not negative, so the error relative to the score stays that.
+    """
+    q, k_cmp = q.double(), k_cmp.double()
+    _, lse = reference.compressed_attention(q, k_cmp, k_cmp, layout, blocks, scale=scale)
+    scores = reference.block_scores(q, k_cmp, lse, layout, blocks, scale=scale)
+    candidate, forced = (mask[:, None] for mask in masks.candidate_blocks(layout, blocks))
+    free = (candidate & ~forced).expand_as(scores)
+    ranked = torch.where(free, scores, -torch.inf).sort(-1, descending=True).values
+    ranked = torch.nn.functional.pad(ranked, (0, 2), value=-torch.inf)
+    places = (blocks.topk - forced.sum(-1)).clamp_max(ranked.shape[-1] - 2).expand(scores.shape[:2])
+    last, first = (ranked.gather(-1, place[..., None])[..., 0] for place in ((places - 1).clamp_min(0), places))
+    margin = torch.where((places > 0) & (first > -torch.inf), last - first, torch.inf)
+    u = 2.0**-24
+    group, terms = q.shape[1] // k_cmp.shape[1], (blocks.block_size + blocks.kernel_size) // blocks.kernel_stride - 1
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    grouped = q.abs().unflatten(1, (-1, group))
+    products = torch.einsum("thgd,shd->thgs", grouped, k_cmp.abs()) * factor
+    largest = torch.nn.functional.pad(products, (0, 1)).amax((-2, -1))
+    lse_size = torch.where(lse.isinf(), 0.0, lse).abs().amax(0)[:, None] if lse.shape[0] else 0.0
+    dots = 2 * (q.shape[-1] + 2) * largest
+    relative = u * (dots + layout.compressed(blocks).max_seqlen + lse_size + group + terms + 2)
+    return margin, relative * torch.nn.functional.pad(torch.where(free, scores, 0.0), (0, 1)).amax(-1)
+
+
+def certified_inputs(
+    layout: VarlenLayout, blocks: BlockGeometry, *, dtype: torch.dtype = torch.float64, tries: int = 200, **sizes: int
+) -> tuple[Inputs, Tensor]:
+    """(inputs, k_cmp) in `dtype` whose every row chooses with margin > 2 * error: no rounding can change an index.
+
+    Seeds are tried in order from 0; `sizes` are those of `random_inputs`.
+
+    Raises:
+        ValueError: no seed of `tries` has the margin.
+    """
+    for seed in range(tries):
+        inputs = random_inputs(layout, seed=seed, **sizes).to(dtype)
+        k_cmp = reference.compress_mean(inputs.k.double(), layout, blocks).to(dtype)
+        margin, error = selection_margin(inputs.q, k_cmp, layout, blocks)
+        if bool((margin > 2 * error).all()):
+            return inputs, k_cmp
+    raise ValueError(f"tries: expected a seed with a certified margin among {tries}, got none")
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
+    """Softmax attention over mask [Tq, Hk or 1, Tk] by plain torch, every step in the inputs' dtype: [Tq, Hq, Dv]."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    grouped = q.unflatten(1, (k.shape[1], -1))
+    logits = torch.einsum("thgd,shd->thgs", grouped, k) * scale
+    hidden = ~mask[:, :, None]
+    weights = torch.where(hidden.all(-1, keepdim=True), 0.0, logits.masked_fill(hidden, -torch.inf).softmax(-1))
+    return torch.einsum("thgs,shd->thgd", weights, v).flatten(1, 2)
+
+
+def errors(actual: Tensor, exact: Tensor) -> tuple[float, float]:
+    """(max-abs, root mean square) of actual - exact, in fp64; (0, 0) for empty tensors."""
+    difference = torch.nn.functional.pad((actual.double() - exact.double()).flatten(), (0, 1))
+    return float(difference.abs().max()), float(difference.square().sum().div(max(1, exact.numel())).sqrt())
+
+
+def assert_within_budget(actual: Tensor, plain: Tensor, exact: Tensor, name: str = "result") -> None:
+    """Fail unless max-abs and RMS error of `actual` are at most twice those of `plain`, both against `exact`."""
+    for kind, got, allowed in zip(("max-abs", "RMS"), errors(actual, exact), errors(plain, exact), strict=True):
+        if not got <= HALF_BUDGET * allowed:
+            raise AssertionError(f"{name}: {kind} error {got:.3e}, plain torch in {plain.dtype} has {allowed:.3e}")
+
+
+@contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """Within, torch.empty, empty_like, empty_strided and Tensor.new_empty hold NaN (integers: their lowest value)."""
+
+    def poison(make: Any) -> Any:
+        def made(*args: Any, **kwargs: Any) -> Tensor:
+            x: Tensor = make(*args, **kwargs)
+            if x.is_floating_point():
+                return x.fill_(torch.nan)
+            return x if x.dtype == torch.bool or x.is_complex() else x.fill_(torch.iinfo(x.dtype).min)
+
+        return made
+
+    with ExitStack() as stack:
+        for owner, name in (
+            (torch, "empty"),
+            (torch, "empty_like"),
+            (torch, "empty_strided"),
+            (torch.Tensor, "new_empty"),
+        ):
+            stack.enter_context(patch.object(owner, name, poison(getattr(owner, name))))
+        yield

@@ -1,0 +1,161 @@
+"""Does a layout say where each token of a ragged batch sits, and does it refuse to exist wrong?"""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nsa_varlen import BlockGeometry, VarlenLayout
+
+BLOCKS = BlockGeometry(kernel_size=4, kernel_stride=2, block_size=4, topk=3)
+LENGTHS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=5)
+
+
+def offsets(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def facts(layout: VarlenLayout) -> tuple:
+    counts = (layout.max_seqlen_q, layout.max_seqlen_k, layout.total_q, layout.total_k)
+    return layout.cu_seqlens_q.tolist(), layout.cu_seqlens_k.tolist(), counts
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=60)
+@given(LENGTHS)
+def test_rows_sequences_and_positions_are_those_of_a_double_loop(lengths: list[tuple[int, int]]) -> None:
+    layout = VarlenLayout.from_lengths([q for q, _ in lengths], [k for _, k in lengths])
+    queries = [(b, k - q + i) for b, (q, k) in enumerate(lengths) for i in range(q)]
+    keys = [(b, s) for b, (_, k) in enumerate(lengths) for s in range(k)]
+    compressed = [(b, i * 2) for b, (_, k) in enumerate(lengths) for i in range(k) if i * 2 + 4 <= k]
+    assert list(zip(layout.sequence_of_queries().tolist(), layout.positions().tolist(), strict=True)) == queries
+    assert list(zip(layout.sequence_of_keys().tolist(), layout.key_positions().tolist(), strict=True)) == keys
+    pairs = zip(layout.sequence_of_compressed(BLOCKS).tolist(), layout.compressed_starts(BLOCKS).tolist(), strict=True)
+    assert list(pairs) == compressed
+    assert layout.batch_size == len(lengths)
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=60)
+@given(LENGTHS)
+def test_every_constructor_builds_the_same_layout(lengths: list[tuple[int, int]]) -> None:
+    layout = VarlenLayout.from_lengths([q for q, _ in lengths], [k for _, k in lengths])
+    again = VarlenLayout.from_cu_seqlens(layout.cu_seqlens_q, layout.cu_seqlens_k)
+    direct = VarlenLayout(layout.cu_seqlens_q, layout.cu_seqlens_k, *facts(layout)[2])
+    assert facts(again) == facts(direct) == facts(layout)
+    assert layout.total_q == sum(q for q, _ in lengths)
+    assert layout.max_seqlen_k == max((k for _, k in lengths), default=0)
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=60)
+@given(LENGTHS)
+def test_compressed_layout_counts_complete_blocks_of_the_keys(lengths: list[tuple[int, int]]) -> None:
+    compressed = VarlenLayout.from_lengths([q for q, _ in lengths], [k for _, k in lengths]).compressed(BLOCKS)
+    counts = [len([i for i in range(k) if i * 2 + 4 <= k]) for _, k in lengths]
+    assert compressed.cu_seqlens.diff().tolist() == counts
+    assert compressed.cu_seqlens.dtype == torch.int32
+    assert (compressed.total, compressed.max_seqlen) == (sum(counts), max(counts, default=0))
+
+
+def test_without_key_lengths_keys_are_the_queries() -> None:
+    layout = VarlenLayout.from_lengths([3, 2])
+    assert facts(layout) == ([0, 3, 5], [0, 3, 5], (3, 3, 5, 5))
+    assert facts(VarlenLayout.from_cu_seqlens(offsets(0, 3, 5))) == facts(layout)
+
+
+def test_a_padding_mask_gives_its_row_sums() -> None:
+    mask = torch.tensor([[0, 1, 1], [1, 0, 1], [0, 0, 0]], dtype=torch.bool)
+    assert VarlenLayout.from_padding_mask(mask).cu_seqlens_q.tolist() == [0, 2, 4, 4]
+
+
+def test_a_batch_without_sequences_is_empty() -> None:
+    layout = VarlenLayout.from_lengths([])
+    assert facts(layout) == ([0], [0], (0, 0, 0, 0))
+    assert layout.positions().shape == layout.key_positions().shape == (0,)
+    assert layout.compressed(BLOCKS).total == 0
+
+
+def test_layouts_are_frozen_and_keep_their_host_copy() -> None:
+    layout = VarlenLayout.from_lengths([3, 2])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        layout.total_q = 6  # type: ignore[misc]
+    assert layout.host is layout
+    assert layout.to("cpu") is layout
+    moved = layout.to("meta")
+    assert moved.device.type == "meta"
+    assert moved.host is layout
+
+
+def test_a_compressed_layout_is_computed_once_per_block_size() -> None:
+    layout = VarlenLayout.from_lengths([9])
+    assert layout.compressed(BLOCKS) is layout.compressed(dataclasses.replace(BLOCKS, topk=5))
+    assert layout.compressed(BLOCKS).total != layout.compressed(dataclasses.replace(BLOCKS, kernel_stride=1)).total
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((offsets(0, 3, 2, 5), None), ValueError, r"cu_seqlens_q: expected ascending offsets, got 3 before 2"),
+        ((offsets(1, 3), None), ValueError, r"cu_seqlens_q: expected the first offset to be 0, got 1"),
+        ((offsets(0, 3), offsets(0, 3, 4)), ValueError, r"cu_seqlens_k: expected as many sequences .* 1, got 2"),
+        ((offsets(0, 3).long(), None), TypeError, r"cu_seqlens_q: expected an int32 tensor.*got torch\.int64"),
+        ((offsets(0, 3), offsets(0, 3).float()), TypeError, r"cu_seqlens_k: expected an int32 .*got torch\.float32"),
+        (([0, 3], None), TypeError, r"cu_seqlens_q: expected an int32 tensor.*got list"),
+        ((offsets(), None), ValueError, r"cu_seqlens_q: expected shape \[B\+1\], got \[0\]"),
+        ((offsets(0, 3)[None], None), ValueError, r"cu_seqlens_q: expected shape \[B\+1\], got \[1, 2\]"),
+    ],
+)
+def test_from_cu_seqlens_refuses(arguments: tuple, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        VarlenLayout.from_cu_seqlens(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"total_q": 6}, ValueError, r"cu_seqlens_q: expected the last offset to be total_q=6, got 5"),
+        ({"total_k": 4}, ValueError, r"cu_seqlens_k: expected the last offset to be total_k=4, got 5"),
+        ({"max_seqlen_q": 2}, ValueError, r"max_seqlen_q: expected 3 from cu_seqlens_q, got 2"),
+        ({"max_seqlen_k": 4}, ValueError, r"max_seqlen_k: expected 3 from cu_seqlens_k, got 4"),
+        ({"total_q": -1}, ValueError, r"total_q: expected at least 0, got -1"),
+        ({"total_q": 5.0}, TypeError, r"total_q: expected an int, got 5\.0 of type float"),
+        ({"max_seqlen_k": True}, TypeError, r"max_seqlen_k: expected an int, got True of type bool"),
+        ({"cu_seqlens_q": offsets(0, 3, 5).long()}, TypeError, r"cu_seqlens_q: expected dtype .*got torch\.int64"),
+        ({"cu_seqlens_k": [0, 3, 5]}, TypeError, r"cu_seqlens_k: expected an int32 tensor.*got list"),
+        ({"cu_seqlens_q": offsets()}, ValueError, r"cu_seqlens_q: expected shape \[B\+1\], got \[0\]"),
+        ({"cu_seqlens_k": offsets(0, 5)}, ValueError, r"cu_seqlens_k: expected as many .*, 2, got 1"),
+        (
+            {"cu_seqlens_k": offsets(0, 3, 5).to("meta")},
+            ValueError,
+            r"cu_seqlens_k: expected the device.*cpu, got meta",
+        ),
+        ({"cu_seqlens_k": offsets(0, 6, 5)}, ValueError, r"cu_seqlens_k: expected ascending offsets, got 6 before 5"),
+    ],
+)
+def test_the_constructor_refuses(change: dict, error: type[Exception], message: str) -> None:
+    cu_seqlens = offsets(0, 3, 5)
+    fields = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+    fields |= {"max_seqlen_q": 3, "max_seqlen_k": 3, "total_q": 5, "total_k": 5}
+    with pytest.raises(error, match=message):
+        VarlenLayout(**(fields | change))
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "error", "message"),
+    [
+        ([3, -1], None, ValueError, r"q: expected lengths of at least 0, got -1"),
+        ([3], [-2], ValueError, r"k: expected lengths of at least 0, got -2"),
+        ([3, 1], [3], ValueError, r"k: expected 2 lengths, as many as q, got 1"),
+        ([3.0], None, TypeError, r"q: expected ints, got 3\.0 of type float"),
+        ([3], [True], TypeError, r"k: expected ints, got True of type bool"),
+    ],
+)
+def test_from_lengths_refuses(q: list, k: list | None, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        VarlenLayout.from_lengths(q, k)
+
+
+def test_from_padding_mask_refuses_what_is_no_mask() -> None:
+    with pytest.raises(TypeError, match=r"mask: expected a bool tensor \[B, S\], got torch\.int64"):
+        VarlenLayout.from_padding_mask(torch.ones(2, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"mask: expected shape \[B, S\], got \[3\]"):
+        VarlenLayout.from_padding_mask(torch.ones(3, dtype=torch.bool))

@@ -1,0 +1,74 @@
+"""Does packing drop the padding, wherever it lies, and unpacking put it back, gradients included?"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nsa_varlen import pack, unpack
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=60)
+@given(st.integers(0, 4), st.integers(0, 6), st.data())
+def test_packing_keeps_the_real_tokens_in_order_and_unpacking_undoes_it(
+    batch: int, length: int, data: st.DataObject
+) -> None:
+    bits = data.draw(st.lists(st.booleans(), min_size=batch * length, max_size=batch * length))
+    mask = torch.tensor(bits, dtype=torch.bool).reshape(batch, length)
+    x = torch.arange(1.0, batch * length * 2 + 1).reshape(batch, length, 2)
+    packed, layout, pad_index = pack(x, mask)
+    real = [(b, s) for b in range(batch) for s in range(length) if mask[b, s]]
+    assert packed.tolist() == [x[b, s].tolist() for b, s in real]
+    assert layout.cu_seqlens_q.diff().tolist() == [sum(b == row for b, _ in real) for row in range(batch)]
+    for b in range(batch):
+        for s in range(length):
+            assert int(pad_index[b, s]) == (real.index((b, s)) if mask[b, s] else -1)
+    assert torch.equal(unpack(packed, pad_index), x * mask[..., None])
+
+
+@pytest.mark.parametrize("real", [True, False], ids=["some-real", "all-padding"])
+def test_gradients_reach_real_tokens_alone(real: bool) -> None:
+    mask = torch.tensor([[False, real, real], [real, False, real]])
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    packed, _, pad_index = pack(x, mask)
+    padded = unpack(packed, pad_index)
+    (padded * torch.arange(1.0, 4.0)[:, None]).sum().backward()
+    assert torch.equal(x.grad, (mask * torch.arange(1.0, 4.0))[..., None].expand_as(x).double())
+
+
+def test_unpacking_keeps_trailing_dimensions_and_dtype() -> None:
+    packed, _, pad_index = pack(torch.ones(2, 3, 4, 5, dtype=torch.bfloat16), torch.ones(2, 3, dtype=torch.bool))
+    assert packed.shape == (6, 4, 5)
+    assert unpack(packed, pad_index).shape == (2, 3, 4, 5)
+    assert unpack(packed, pad_index).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("x", "mask", "error", "message"),
+    [
+        (torch.ones(2, 3), torch.ones(2, 3), TypeError, r"mask: expected a bool tensor \[B, S\], got torch\.float32"),
+        (torch.ones(2, 3), [[True]], TypeError, r"mask: expected a bool tensor \[B, S\], got list"),
+        (torch.ones(2, 3), torch.ones(2, dtype=torch.bool), ValueError, r"mask: expected shape \[B, S\], got \[2\]"),
+        (
+            torch.ones(2, 3, 5),
+            torch.ones(2, 4, dtype=torch.bool),
+            ValueError,
+            r"mask: expected shape \[2, 3\].*got \[2, 4\]",
+        ),
+        (
+            torch.ones(2, 3, device="meta"),
+            torch.ones(2, 3, dtype=torch.bool),
+            ValueError,
+            r"mask: expected device meta of x, got cpu",
+        ),
+    ],
+)
+def test_pack_refuses(x: torch.Tensor, mask: torch.Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        pack(x, mask)
+
+
+def test_unpack_refuses() -> None:
+    with pytest.raises(TypeError, match=r"pad_index: expected dtype torch\.int64, got torch\.int32"):
+        unpack(torch.ones(2, 3), torch.zeros(1, 2, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"pad_index: expected shape \[B, S\], got \[2\]"):
+        unpack(torch.ones(2, 3), torch.zeros(2, dtype=torch.int64))
