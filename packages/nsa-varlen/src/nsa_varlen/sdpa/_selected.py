@@ -12,6 +12,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from nsa_varlen.arguments import KV, heads_and_dim
 from nsa_varlen.geometry import BlockGeometry
 from nsa_varlen.layout import VarlenLayout
+from nsa_varlen.sdpa._autocast import outside_autocast
 from nsa_varlen.sdpa._interval import compute_dtype
 from nsa_varlen.sdpa._rows import take_rows
 
@@ -29,6 +30,7 @@ def selected(
 
 class _SelectedAttention(torch.autograd.Function):
     @staticmethod
+    @outside_autocast
     def forward(
         ctx: FunctionCtx,
         q: Tensor,
@@ -53,6 +55,7 @@ class _SelectedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: FunctionCtx, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         dq, dk, dv = _backward_by_block(grad_out, *ctx.saved_tensors, ctx.layout, ctx.blocks, ctx.scale)
         return dq, dk, dv, None, None, None, None
