@@ -6,6 +6,7 @@ from typing import Self
 
 import torch
 from nsa_varlen import PagedKV, VarlenLayout
+from nsa_varlen.arguments import FLOATS
 from torch import Tensor
 
 from nsa._pages import PagedStream
@@ -55,6 +56,8 @@ class NSACache:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if not isinstance(config, NSAConfig):
+            raise TypeError(f"config: expected an NSAConfig, got {type(config).__name__}")
         for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens), ("page_size", page_size)):
             if type(value) is not int:
                 raise TypeError(f"{name}: expected an int, got {value!r} of type {type(value).__name__}")
@@ -66,6 +69,8 @@ class NSACache:
         self.batch_size = batch_size
         self.max_tokens = max_tokens
         self.dtype = torch.get_default_dtype() if dtype is None else dtype
+        if self.dtype not in FLOATS:
+            raise TypeError(f"dtype: expected one of {[str(x) for x in FLOATS]}, got {self.dtype}")
         heads, dims = config.num_kv_heads, (config.head_dim, config.value_dim)
         max_cmp = config.blocks.num_compressed(max_tokens)
         anywhere = torch.empty(0, device=device).device
@@ -81,6 +86,7 @@ class NSACache:
             for dim in dims
         )
         self._lengths = [0] * batch_size
+        self._step: CacheStep | None = None  # the one that is open
 
     @property
     def device(self) -> torch.device:
@@ -99,6 +105,8 @@ class NSACache:
             TypeError: a length is not an int.
             ValueError: a wrong number of lengths, a negative one, or one past the capacity.
         """
+        if isinstance(lengths, str) or not isinstance(lengths, Sequence):
+            raise TypeError(f"lengths: expected a sequence of ints, got {type(lengths).__name__}")
         if len(lengths) != self.batch_size:
             raise ValueError(f"lengths: expected {self.batch_size}, one per sequence, got {len(lengths)}")
         for sequence, (old, new) in enumerate(zip(self._lengths, lengths, strict=True)):
@@ -123,23 +131,25 @@ class NSACache:
         self._reserve([length + tokens for length in self._lengths])
 
     def reset(self) -> None:
-        """Forget all sequences."""
+        """Forget all sequences and return their pages."""
         self._lengths = [0] * self.batch_size
-        self._release()
+        for stream in self._streams():
+            stream.release(self._lengths)
+
+    def _streams(self) -> list[PagedStream]:
+        return [self.cmp, self.slc] if self.win is self.slc else [self.cmp, self.slc, self.win]
 
     def _reserve(self, lengths: list[int]) -> None:
-        self.cmp.reserve([self.config.blocks.num_compressed(length) for length in lengths])
-        for stream in {id(self.slc): self.slc, id(self.win): self.win}.values():
+        compressed, *raw = self._streams()
+        compressed.reserve([self.config.blocks.num_compressed(length) for length in lengths])
+        for stream in raw:
             stream.reserve(lengths)
-
-    def _release(self) -> None:
-        self.cmp.release([self.config.blocks.num_compressed(length) for length in self._lengths])
-        for stream in {id(self.slc): self.slc, id(self.win): self.win}.values():
-            stream.release(self._lengths)
 
 
 class CacheStep:
     """New tokens on their way into a cache. Leaving the `with` block commits them; an exception drops them.
+
+    One step at a time may be open, and only there it takes tokens; anything else is a RuntimeError.
 
     Fields:
         layout: the new tokens as queries over all the tokens of each sequence.
@@ -170,16 +180,22 @@ class CacheStep:
         self._pending: tuple[Tensor, Tensor] | None = None
 
     def __enter__(self) -> Self:
+        if self._cache._step is not None:
+            raise RuntimeError("cache: expected one open step at a time, got a second one")
         if list(self._cache.lengths) != self._old:
             raise RuntimeError(f"cache: expected lengths {self._old} as when the step began, got {self._cache.lengths}")
+        self._held = [stream.held() for stream in self._cache._streams()]
         self._cache._reserve(self._total)
+        self._cache._step = self
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._cache._step = None
         if kind is not None:
-            self._cache._release()
+            for stream, rows in zip(self._cache._streams(), self._held, strict=True):
+                stream.release(rows)
             return
         if self._pending is not None:
             self._cache.pending_k, self._cache.pending_v = self._pending
@@ -264,6 +280,8 @@ class CacheStep:
         self._cache.cmp.write(k, v, emitted.sequence_of_queries(), emitted.positions())
 
     def _check(self, name: str, x: Tensor, rows: int, which: int) -> None:
+        if self._cache._step is not self:
+            raise RuntimeError("step: expected to be used inside its `with` block, got a call outside it")
         config = self._cache.config
         expected = (rows, config.num_kv_heads, (config.head_dim, config.value_dim)[which])
         if x.shape != expected:
