@@ -102,7 +102,8 @@ class NSAConfig:
         if self.rope_theta is None:
             raise ValueError(f"rope_scaling: expected None without positions, rope_theta=None, got {self.rope_scaling}")
         object.__setattr__(self, "rope_scaling", dict(self.rope_scaling))  # the caller may change his own
-        scale_frequency(torch.ones(self.head_dim // 2, dtype=torch.float64), self.rope_theta, self.rope_scaling)
+        frequency = torch.ones(self.head_dim // 2, dtype=torch.float64, device="cpu")
+        scale_frequency(frequency, self.rope_theta, self.rope_scaling)
 
     @cached_property
     def blocks(self) -> BlockGeometry:

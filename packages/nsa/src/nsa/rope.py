@@ -44,10 +44,12 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         if head_dim % 2:
             raise ValueError(f"head_dim: expected an even number, got {head_dim}")
-        frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        # On the CPU even where new tensors go elsewhere: a layer made on "meta" must know its frequencies later.
+        frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
         frequency, self.attention_factor = scale_frequency(frequency, theta, scaling or {})
         self.interleaved = interleaved
-        self.register_buffer("frequency", frequency, persistent=False)
+        self._exact = tuple(frequency.tolist())
+        self.register_buffer("frequency", torch.tensor(self._exact, dtype=torch.float64), persistent=False)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate x [T, H, D] by integer `positions` [T]: the same shape and dtype."""
@@ -60,10 +62,9 @@ class RotaryEmbedding(nn.Module):
         return out.to(x.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "RotaryEmbedding":
-        # `.half()` and friends convert parameters; frequencies keep fp64 and only follow the device.
-        frequency = self.frequency
+        # `.half()` converts and `.to_empty()` drops what it finds; frequencies stay exact and only follow the device.
         super()._apply(fn, recurse)
-        self.frequency = frequency.to(self.frequency.device)
+        self.frequency = torch.tensor(self._exact, dtype=torch.float64, device=self.frequency.device)
         return self
 
 
@@ -138,7 +139,8 @@ def _yarn(frequency: Tensor, theta: float, scaling: dict[str, Any]) -> tuple[Ten
     if truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * size - 1)
-    ramp = ((torch.arange(size, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)
+    place = torch.arange(size, dtype=torch.float64, device=frequency.device)
+    ramp = ((place - low) / max(high - low, 0.001)).clamp(0, 1)
     return frequency / factor * ramp + frequency * (1 - ramp), attention_factor
 
 
