@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from nsa import NSAAttention, NSACache, NSAConfig, ops
+from nsa.config import COMPRESSIONS, ROPE_CMP
 from nsa_varlen import BlockGeometry, VarlenLayout, masks, reference
 from torch import Tensor
 
@@ -26,6 +27,19 @@ SIZES = {
     "topk": 4,
     "window_size": 12,
 }
+VARIANTS = [
+    *({"compression": kind, "rope_cmp": rope} for kind in COMPRESSIONS for rope in ROPE_CMP),
+    {"shared_kv": True},
+    {"shared_kv": True, "compression": "mlp", "rope_cmp": "before"},
+    {"shared_kv": True, "rope_cmp": "none", "bias": True},
+    {"rope_theta": None},
+    {"rope_interleaved": True},
+    {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+    {"v_head_dim": None, "num_kv_heads": 4},
+    {"num_kv_heads": 1, "bias": True},
+]
+
+
 # What backend sdpa may do to a score in fp64: it reads an LSE rounded to fp32 (|lse| < 16, so a relative error of
 # 16 * 2^-24 in each probability) and ranks scores rounded to fp32. Scores are at most G * l / d = 4.
 SCORE_ERROR = 4 * (16 + 1) * 2**-24
@@ -37,6 +51,17 @@ def _same_start(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     for name in [name for name in os.environ if name.startswith("NSA_")]:
         monkeypatch.delenv(name)
+
+
+def name_of(variant: dict) -> str:
+    """As it appears in a test's id."""
+    return "-".join(f"{key}={value['rope_type'] if isinstance(value, dict) else value}" for key, value in variant.items())
+
+
+@pytest.fixture(scope="session", params=VARIANTS, ids=name_of)
+def variant(request: pytest.FixtureRequest) -> dict:
+    """Changes to `SIZES` that between them take every option of the layer."""
+    return request.param
 
 
 @pytest.fixture(scope="session")
