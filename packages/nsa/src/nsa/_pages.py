@@ -42,6 +42,10 @@ class PagedStream:
                 self.block_table[sequence, len(owned) : len(owned) + needed] = fresh
                 owned.extend(pages)
 
+    def held(self) -> list[int]:
+        """Rows that each sequence's pages can hold."""
+        return [len(owned) * self.page_size for owned in self._owned]
+
     def release(self, rows: list[int]) -> None:
         """Return the pages that `rows[b]` rows do not need to the pool."""
         for sequence, (owned, count) in enumerate(zip(self._owned, rows, strict=True)):

@@ -3,7 +3,15 @@
 from typing import Literal, NamedTuple, overload
 
 from nsa_varlen import BlockGeometry, VarlenLayout
-from nsa_varlen.arguments import KV, check_attention, check_gates, check_layout
+from nsa_varlen.arguments import (
+    KV,
+    check_attention,
+    check_block_indices,
+    check_gates,
+    check_layout,
+    check_rows,
+    heads_and_dim,
+)
 from torch import Tensor
 
 from nsa import ops
@@ -118,13 +126,25 @@ def nsa_attention(
         torch.Size([107, 4, 8])
     """
     check_layout(layout, blocks)
+    check_rows("q", q, layout.total_q, layout)
     q_cmp = q if q_cmp is None else q_cmp
+    check_rows("q_cmp", q_cmp, layout.total_q, layout)
+    if q_cmp.shape != q.shape or q_cmp.dtype != q.dtype:
+        raise ValueError(
+            f"q_cmp: expected {q.dtype} {list(q.shape)} of q, got {q_cmp.dtype} {list(q_cmp.shape)}"
+        )
     check_attention(("k_cmp", "v_cmp"), q_cmp, k_cmp, v_cmp, layout.compressed(blocks).total, layout)
     check_attention(("k_slc", "v_slc"), q, k_slc, v_slc, layout.total_k, layout)
     check_attention(("k_win", "v_win"), q, k_win, v_win, layout.total_k, layout)
-    if q_cmp.shape != q.shape:
-        raise ValueError(f"q_cmp: expected shape {list(q.shape)} of q, got {list(q_cmp.shape)}")
+    heads = {name: heads_and_dim(x)[0] for name, x in (("k_cmp", k_cmp), ("k_slc", k_slc), ("k_win", k_win))}
+    if len(set(heads.values())) > 1:
+        raise ValueError(f"k_cmp, k_slc, k_win: expected the same number of kv heads, got {heads}")
+    dims = {name: heads_and_dim(x)[1] for name, x in (("v_cmp", v_cmp), ("v_slc", v_slc), ("v_win", v_win))}
+    if len(set(dims.values())) > 1:
+        raise ValueError(f"v_cmp, v_slc, v_win: expected the same head_dim, got {dims}")
     check_gates(gates, {"q": q})
+    if block_indices is not None:
+        check_block_indices(block_indices, heads["k_slc"], layout)
     o_cmp, lse_cmp = ops.compressed_attention(
         q_cmp, k_cmp, v_cmp, layout, blocks, scale=scale, deterministic=deterministic, backend=backend
     )

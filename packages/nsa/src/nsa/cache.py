@@ -7,6 +7,7 @@ from typing import Self
 
 import torch
 from nsa_varlen import PagedKV, VarlenLayout
+from nsa_varlen.arguments import FLOATS
 from torch import Tensor
 
 from nsa._pages import PagedStream
@@ -58,6 +59,8 @@ class NSACache:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if not isinstance(config, NSAConfig):
+            raise TypeError(f"config: expected an NSAConfig, got {type(config).__name__}")
         for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens), ("page_size", page_size)):
             if type(value) is not int:
                 raise TypeError(f"{name}: expected an int, got {value!r} of type {type(value).__name__}")
@@ -69,6 +72,8 @@ class NSACache:
         self.batch_size = batch_size
         self.max_tokens = max_tokens
         self.dtype = torch.get_default_dtype() if dtype is None else dtype
+        if self.dtype not in FLOATS:
+            raise TypeError(f"dtype: expected one of {[str(x) for x in FLOATS]}, got {self.dtype}")
         heads, dims = config.num_kv_heads, (config.head_dim, config.value_dim)
         max_cmp = config.blocks.num_compressed(max_tokens)
         anywhere = torch.empty(0, device=device).device
@@ -84,6 +89,7 @@ class NSACache:
             for dim in dims
         )
         self._lengths = [0] * batch_size
+        self._step: CacheStep | None = None  # the one that is open
 
     @property
     def device(self) -> torch.device:
@@ -102,6 +108,8 @@ class NSACache:
             TypeError: a length is not an int.
             ValueError: a wrong number of lengths, a negative one, or one past the capacity.
         """
+        if isinstance(lengths, str) or not isinstance(lengths, Sequence):
+            raise TypeError(f"lengths: expected a sequence of ints, got {type(lengths).__name__}")
         if len(lengths) != self.batch_size:
             raise ValueError(f"lengths: expected {self.batch_size}, one per sequence, got {len(lengths)}")
         for sequence, (old, new) in enumerate(zip(self._lengths, lengths, strict=True)):
@@ -126,25 +134,26 @@ class NSACache:
         self._reserve([length + tokens for length in self._lengths])
 
     def reset(self) -> None:
-        """Forget all sequences."""
+        """Forget all sequences and return their pages."""
         self._lengths = [0] * self.batch_size
-        self._release()
+        for stream in self._streams():
+            stream.release(self._lengths)
+
+    def _streams(self) -> list[PagedStream]:
+        return [self.cmp, self.slc] if self.win is self.slc else [self.cmp, self.slc, self.win]
 
     def _reserve(self, lengths: list[int]) -> None:
-        self.cmp.reserve([self.config.blocks.num_compressed(length) for length in lengths])
-        for stream in {id(self.slc): self.slc, id(self.win): self.win}.values():
+        compressed, *raw = self._streams()
+        compressed.reserve([self.config.blocks.num_compressed(length) for length in lengths])
+        for stream in raw:
             stream.reserve(lengths)
-
-    def _release(self) -> None:
-        self.cmp.release([self.config.blocks.num_compressed(length) for length in self._lengths])
-        for stream in {id(self.slc): self.slc, id(self.win): self.win}.values():
-            stream.release(self._lengths)
 
 
 class CacheStep:
     """New tokens on their way into a cache. Leaving the `with` block commits them; an exception drops them.
 
-    Write all three branches, then attend to `cmp`, `slc` and `win` with `layout`.
+    Write all three branches, then attend to `cmp`, `slc` and `win` with `layout`. One step at a time may be
+    open, and only there it takes tokens; anything else is a RuntimeError.
 
     Fields:
         layout: the new tokens as queries over all the tokens of each sequence.
@@ -173,6 +182,7 @@ class CacheStep:
         self._old_cmp = [blocks.num_compressed(old) for old in self._old]
         self._total_cmp = [blocks.num_compressed(total) for total in self._total]
         self._commit_pending: Callable[[], None] | None = None
+        self._unwritten = {"slc", "win", "cmp"} if any(lengths) else set()
 
     @cached_property
     def new(self) -> VarlenLayout:
@@ -181,16 +191,24 @@ class CacheStep:
         return VarlenLayout(cu_seqlens, cu_seqlens, longest, longest, total, total)
 
     def __enter__(self) -> Self:
+        if self._cache._step is not None:
+            raise RuntimeError("cache: expected one open step at a time, got a second one")
         if list(self._cache.lengths) != self._old:
             raise RuntimeError(f"cache: expected lengths {self._old} as when the step began, got {self._cache.lengths}")
+        self._held = [stream.held() for stream in self._cache._streams()]
         self._cache._reserve(self._total)
+        self._cache._step = self
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self._cache._release()
+        self._cache._step = None
+        if kind is not None or self._unwritten:
+            for stream, rows in zip(self._cache._streams(), self._held, strict=True):
+                stream.release(rows)
+            if kind is None:
+                raise RuntimeError(f"step: expected tokens for slc, win and cmp, got none for {sorted(self._unwritten)}")
             return
         if self._commit_pending is not None:
             self._commit_pending()
@@ -216,6 +234,7 @@ class CacheStep:
         self._check("k_slc", k, self.layout.total_q, 0)
         self._check("v_slc", v, self.layout.total_q, 1)
         self._cache.slc.write(k, v, self.layout.sequence_of_queries(), self.layout.positions())
+        self._unwritten.discard("slc")
 
     def write_win(self, k: Tensor, v: Tensor) -> None:
         """The same for the window; with `config.shared_kv` the streams are one and there is nothing to store."""
@@ -223,6 +242,7 @@ class CacheStep:
         self._check("v_win", v, self.layout.total_q, 1)
         if self._cache.win is not self._cache.slc:
             self._cache.win.write(k, v, self.layout.sequence_of_queries(), self.layout.positions())
+        self._unwritten.discard("win")
 
     def write_cmp(self, k: Tensor, v: Tensor, compress: Compress) -> None:
         """Store the blocks that the new tokens complete; tokens of a block still open wait for a later step.
@@ -238,6 +258,7 @@ class CacheStep:
         cache, stride = self._cache, self._cache.config.kernel_stride
         if self._total_cmp == self._old_cmp:
             self._commit_pending = lambda: self._append_pending(k, v)
+            self._unwritten.discard("cmp")
             return
         pending = [old - count * stride for old, count in zip(self._old, self._old_cmp, strict=True)]
         kept = [total - count * stride for total, count in zip(self._total, self._total_cmp, strict=True)]
@@ -268,6 +289,7 @@ class CacheStep:
         cache.cmp.write(k_cmp, v_cmp, emitted.sequence_of_queries(), emitted.positions())
         kept_k, kept_v = k_raw[kept_rows], v_raw[kept_rows]
         self._commit_pending = lambda: self._replace_pending(kept_k, kept_v)
+        self._unwritten.discard("cmp")
 
     def _append_pending(self, k: Tensor, v: Tensor) -> None:
         first = torch.tensor(self._old_cmp).to(self._cache.device) * self._cache.config.kernel_stride
@@ -281,6 +303,8 @@ class CacheStep:
         self._cache.pending_v.copy_(v)
 
     def _check(self, name: str, x: Tensor, rows: int, which: int) -> None:
+        if self._cache._step is not self:
+            raise RuntimeError("step: expected to be used inside its `with` block, got a call outside it")
         config = self._cache.config
         expected = (rows, config.num_kv_heads, (config.head_dim, config.value_dim)[which])
         if x.shape != expected:

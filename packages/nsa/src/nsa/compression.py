@@ -92,4 +92,5 @@ def _flat_blocks(unfolded: Tensor) -> Tensor:
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return torch.einsum("nhi,hio->nho", x, weight) + bias
+    projected = torch.einsum("nhi,hio->nho", x, weight)
+    return projected + bias.to(projected.dtype)  # under autocast the product is half precision, the bias is not

@@ -1,11 +1,15 @@
 """Everything that defines an NSA layer."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
+import torch
 from nsa_varlen import BlockGeometry
+
+from nsa.rope import scale_frequency
 
 COMPRESSIONS = ("mean", "weighted_pool", "linear", "mlp")
 ROPE_CMP = ("after", "before", "none")
@@ -60,7 +64,7 @@ class NSAConfig:
     gate_hidden_size: int | None = None
     rope_theta: float | None = 10_000.0
     rope_interleaved: bool = False
-    rope_scaling: Mapping[str, Any] | None = None
+    rope_scaling: Mapping[str, Any] | None = field(default=None, hash=False)
     rope_cmp: str = "after"
     bias: bool = False
 
@@ -83,16 +87,28 @@ class NSAConfig:
         if self.rope_theta is not None:
             if isinstance(self.rope_theta, bool) or not isinstance(self.rope_theta, int | float):
                 raise TypeError(f"rope_theta: expected a float or None, got {self.rope_theta!r}")
-            if not self.rope_theta > 0:
-                raise ValueError(f"rope_theta: expected a number above 0, got {self.rope_theta}")
+            if not 0 < self.rope_theta < math.inf:
+                raise ValueError(f"rope_theta: expected a finite number above 0, got {self.rope_theta}")
             if self.head_dim % 2:
                 raise ValueError(f"head_dim: expected an even number for rotary embedding, got {self.head_dim}")
+        self._check_rope_scaling()
         self.blocks  # noqa: B018  # the geometry checks its own fields
+
+    def _check_rope_scaling(self) -> None:
+        if self.rope_scaling is None:
+            return
+        if not isinstance(self.rope_scaling, Mapping):
+            raise TypeError(f"rope_scaling: expected a mapping or None, got {self.rope_scaling!r}")
+        if self.rope_theta is None:
+            raise ValueError(f"rope_scaling: expected None without positions, rope_theta=None, got {self.rope_scaling}")
+        object.__setattr__(self, "rope_scaling", dict(self.rope_scaling))  # the caller may change his own
+        frequency = torch.ones(self.head_dim // 2, dtype=torch.float64, device="cpu")
+        scale_frequency(frequency, self.rope_theta, self.rope_scaling)
 
     @cached_property
     def blocks(self) -> BlockGeometry:
         """The block sizes."""
-        return BlockGeometry(**{field.name: getattr(self, field.name) for field in fields(BlockGeometry)})
+        return BlockGeometry(**{size.name: getattr(self, size.name) for size in fields(BlockGeometry)})
 
     @property
     def group_size(self) -> int:

@@ -33,8 +33,8 @@ def count_reads(block_indices: Tensor, layout: VarlenLayout, blocks: BlockGeomet
         (7, 66, 130)
     """
     check_layout(layout, blocks)
-    check_block_indices(block_indices, block_indices.shape[1], layout)
-    num_kv_heads = block_indices.shape[1]
+    num_kv_heads = block_indices.shape[1] if isinstance(block_indices, Tensor) and block_indices.ndim == 3 else 0
+    check_block_indices(block_indices, num_kv_heads, layout)
     seen = (layout.positions() + 1).clamp_min(0)[:, None]
     indices = block_indices.long().sort(-1).values
     repeated = torch.zeros_like(indices, dtype=torch.bool)

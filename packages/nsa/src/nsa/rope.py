@@ -44,10 +44,12 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         if head_dim % 2:
             raise ValueError(f"head_dim: expected an even number, got {head_dim}")
-        frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-        frequency, self.attention_factor = _scale_frequency(frequency, theta, dict(scaling or {}))
+        # On the CPU even where new tensors go elsewhere: a layer made on "meta" must know its frequencies later.
+        frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
+        frequency, self.attention_factor = scale_frequency(frequency, theta, scaling or {})
         self.interleaved = interleaved
-        self.register_buffer("frequency", frequency, persistent=False)
+        self._exact = tuple(frequency.tolist())
+        self.register_buffer("frequency", torch.tensor(self._exact, dtype=torch.float64), persistent=False)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate x [T, H, D] by integer `positions` [T]: the same shape and dtype."""
@@ -60,17 +62,19 @@ class RotaryEmbedding(nn.Module):
         return out.to(x.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "RotaryEmbedding":
-        # `.half()` and friends convert parameters; frequencies keep fp64 and only follow the device.
-        frequency = self.frequency
+        # `.half()` converts and `.to_empty()` drops what it finds; frequencies stay exact and only follow the device.
         super()._apply(fn, recurse)
-        self.frequency = frequency.to(self.frequency.device)
+        self.frequency = torch.tensor(self._exact, dtype=torch.float64, device=self.frequency.device)
         return self
 
 
-def _scale_frequency(frequency: Tensor, theta: float, scaling: dict[str, Any]) -> tuple[Tensor, float]:
-    """Scaled frequencies and the factor on cos and sin."""
+def scale_frequency(frequency: Tensor, theta: float, mapping: Mapping[str, Any]) -> tuple[Tensor, float]:
+    """Frequencies scaled as `RotaryEmbedding` says, and the factor on cos and sin."""
+    scaling = dict(mapping)
     kind = scaling.pop("rope_type", scaling.pop("type", "default" if not scaling else None))
-    scaling.pop("rope_theta", None)
+    stated_theta = scaling.pop("rope_theta", theta)
+    if stated_theta != theta:
+        raise ValueError(f"rope_scaling: expected rope_theta to be {theta}, got {stated_theta!r}")
     if kind == "default":
         scaled, factor = frequency, 1.0
     elif kind == "linear":
@@ -89,7 +93,7 @@ def _scale_frequency(frequency: Tensor, theta: float, scaling: dict[str, Any]) -
 def _number(scaling: dict[str, Any], key: str, default: float | None = None) -> float:
     value = scaling.pop(key, None)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"rope_scaling: expected {key} to be a number above 0, got {value!r}")
     return float(value)
 
@@ -112,14 +116,19 @@ def _yarn(frequency: Tensor, theta: float, scaling: dict[str, Any]) -> tuple[Ten
     factor = _number(scaling, "factor")
     original = _number(scaling, "original_max_position_embeddings")
     fast, slow = _number(scaling, "beta_fast", 32.0), _number(scaling, "beta_slow", 1.0)
-    truncate = bool(scaling.pop("truncate", True))
-    mscale, mscale_all_dim = scaling.pop("mscale", None), scaling.pop("mscale_all_dim", None)
-    attention_factor = scaling.pop("attention_factor", None)
-    if attention_factor is None:
-        if mscale and mscale_all_dim:
-            attention_factor = _temperature(factor, mscale) / _temperature(factor, mscale_all_dim)
-        else:
-            attention_factor = _temperature(factor, 1.0)
+    if not fast > slow:
+        raise ValueError(f"rope_scaling: expected beta_fast above beta_slow={slow}, got {fast}")
+    truncate = scaling.pop("truncate", True)
+    if type(truncate) is not bool:
+        raise ValueError(f"rope_scaling: expected truncate to be a bool, got {truncate!r}")
+    # A multiplier of 0 means none, as in transformers.
+    mscale, mscale_all_dim = (
+        _number(scaling, key) if scaling.get(key) else scaling.pop(key, None) for key in ("mscale", "mscale_all_dim")
+    )
+    temperature = _temperature(factor, 1.0)
+    if mscale and mscale_all_dim:
+        temperature = _temperature(factor, mscale) / _temperature(factor, mscale_all_dim)
+    attention_factor = _number(scaling, "attention_factor", temperature)
 
     size = frequency.shape[0]
 
@@ -130,8 +139,9 @@ def _yarn(frequency: Tensor, theta: float, scaling: dict[str, Any]) -> tuple[Ten
     if truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * size - 1)
-    ramp = ((torch.arange(size, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)
-    return frequency / factor * ramp + frequency * (1 - ramp), float(attention_factor)
+    place = torch.arange(size, dtype=torch.float64, device=frequency.device)
+    ramp = ((place - low) / max(high - low, 0.001)).clamp(0, 1)
+    return frequency / factor * ramp + frequency * (1 - ramp), attention_factor
 
 
 def _temperature(factor: float, mscale: float) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nsa_varlen.arguments import KV, heads_and_dim
+from nsa_varlen.sdpa._autocast import outside_autocast
 from nsa_varlen.sdpa._rows import slice_rows
 from nsa_varlen.sdpa._tiles import Tile, plan_tiles
 
@@ -99,6 +100,7 @@ def step_logits(q_tile: Tensor, k_rows: Tensor, interval: Interval, tile: Tile, 
 
 class _IntervalAttention(torch.autograd.Function):
     @staticmethod
+    @outside_autocast
     def forward(ctx: Any, q: Tensor, k: KV, v: KV, interval: Interval, scale: float) -> tuple[Tensor, Tensor]:
         num_kv_heads, v_head_dim = heads_and_dim(v)
         dtype = compute_dtype(q.dtype)
@@ -132,6 +134,7 @@ class _IntervalAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         interval, scale = ctx.interval, ctx.scale

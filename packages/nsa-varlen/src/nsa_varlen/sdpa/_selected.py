@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from nsa_varlen.arguments import KV, heads_and_dim
 from nsa_varlen.geometry import BlockGeometry
 from nsa_varlen.layout import VarlenLayout
+from nsa_varlen.sdpa._autocast import outside_autocast
 from nsa_varlen.sdpa._interval import compute_dtype
 from nsa_varlen.sdpa._rows import take_head_rows
 
@@ -32,6 +33,7 @@ def selected(
 
 class _SelectedAttention(torch.autograd.Function):
     @staticmethod
+    @outside_autocast
     def forward(
         ctx: Any,
         q: Tensor,
@@ -57,6 +59,7 @@ class _SelectedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         dq, dk, dv = _backward_by_block(grad_out, ctx.saved_tensors, ctx.layout, ctx.blocks, ctx.scale)
         return dq, dk, dv, None, None, None, None
@@ -192,7 +195,7 @@ def _by_block(
         out.index_copy_(0, row, part.addcmul_(out.index_select(0, row), shrink))
     out /= total.masked_fill(total == 0, 1.0)
     lse = (top + total.log()).reshape(q.shape[:2])
-    return out.reshape(*q.shape[:2], -1).to(q.dtype), lse.T.contiguous()
+    return out.reshape(*q.shape[:2], v.shape[-1]).to(q.dtype), lse.T.contiguous()
 
 
 def _backward_by_block(

@@ -6,6 +6,7 @@ from torch import Tensor
 from nsa_varlen.arguments import KV, heads_and_dim
 from nsa_varlen.geometry import BlockGeometry
 from nsa_varlen.layout import VarlenLayout
+from nsa_varlen.sdpa._autocast import outside_autocast
 from nsa_varlen.sdpa._interval import Interval, compute_dtype, group_heads, head_major_rows, step_logits
 from nsa_varlen.sdpa._tiles import Tile
 
@@ -13,6 +14,7 @@ FORCED = 0x7F800000  # bits of +inf: above every finite score
 INDEX_BITS = 32
 
 
+@outside_autocast
 def select(
     q: Tensor, k_cmp: KV, lse: Tensor, layout: VarlenLayout, blocks: BlockGeometry, interval: Interval, scale: float
 ) -> Tensor:

@@ -1,0 +1,216 @@
+"""Do the operations go through the route, tell it the truth about the problem, and agree with the oracle?"""
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from nsa import NSAConfig, ops
+from nsa_routing import Problem
+from nsa_varlen import BlockGeometry, PagedKV, VarlenLayout, reference
+from torch import Tensor
+
+OPS = ("compress_mean", "compressed_attention", "select_blocks", "selected_attention", "window_attention", "combine")
+LAYOUT = VarlenLayout.from_lengths([9, 0, 90, 3], [9, 5, 100, 3])
+# Outputs of order one, sums of at most 100 terms in fp64.
+FP64 = {"rtol": 0, "atol": 1e-13}
+# An LSE below 8 in magnitude, rounded once to fp32.
+LSE = {"rtol": 0, "atol": 8 * 2**-24}
+
+
+@pytest.fixture
+def blocks(make_config: Callable[..., NSAConfig]) -> BlockGeometry:
+    return make_config().blocks
+
+
+@pytest.fixture
+def arguments(blocks: BlockGeometry) -> dict[str, tuple]:
+    """Positional arguments of every op, in fp64, with 4 query heads over 2 kv heads and Dk=8, Dv=6."""
+    torch.manual_seed(2)
+    q = torch.randn(LAYOUT.total_q, 4, 8, dtype=torch.float64)
+    k, v = (torch.randn(LAYOUT.total_k, 2, dim, dtype=torch.float64) for dim in (8, 6))
+    k_cmp, v_cmp = (reference.compress_mean(x, LAYOUT, blocks) for x in (k, v))
+    _, lse = reference.compressed_attention(q, k_cmp, v_cmp, LAYOUT, blocks)
+    indices = reference.select_blocks(q, k_cmp, lse, LAYOUT, blocks)
+    gates = torch.rand(LAYOUT.total_q, 4, 3, dtype=torch.float64)
+    outputs = torch.randn(3, LAYOUT.total_q, 4, 6, dtype=torch.float64)
+    return {
+        "compress_mean": (k, LAYOUT, blocks),
+        "compressed_attention": (q, k_cmp, v_cmp, LAYOUT, blocks),
+        "select_blocks": (q, k_cmp, lse, LAYOUT, blocks),
+        "selected_attention": (q, k, v, indices, LAYOUT, blocks),
+        "window_attention": (q, k, v, LAYOUT, blocks),
+        "combine": (gates, *outputs),
+    }
+
+
+def assert_close(got: Tensor | tuple, expected: Tensor | tuple) -> None:
+    if isinstance(got, tuple):
+        torch.testing.assert_close(got[0], expected[0], **FP64)
+        torch.testing.assert_close(got[1].double(), expected[1], **LSE)
+    else:
+        torch.testing.assert_close(got, expected, **FP64)
+
+
+@pytest.mark.parametrize("backend", [None, "sdpa"])
+@pytest.mark.parametrize("op", OPS)
+def test_agrees_with_the_oracle(op: str, backend: str | None, arguments: dict, margin: Callable, score_error: float) -> None:
+    if op == "select_blocks":
+        q, k_cmp, _, *rest = arguments[op]
+        assert 2 * score_error < margin(q, k_cmp, *rest) < float("inf")
+    assert_close(getattr(ops, op)(*arguments[op], backend=backend), getattr(reference, op)(*arguments[op]))
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if "attention" in op or op == "select_blocks"])
+def test_scale_reaches_the_logits(op: str, arguments: dict) -> None:
+    got, default = getattr(ops, op)(*arguments[op], scale=0.9), getattr(ops, op)(*arguments[op])
+    if op == "select_blocks":
+        # The LSE given belongs to another scale, so compare with scaled queries instead of with the oracle.
+        q, *rest = arguments[op]
+        assert torch.equal(got, ops.select_blocks(q * (0.9 * 8**0.5), *rest))
+        assert not torch.equal(got, default)
+    else:
+        assert_close(got, getattr(reference, op)(*arguments[op], scale=0.9))
+        assert (got[0] - default[0]).abs().max() > 1e-3
+
+
+class Recorder:
+    """Stands for `dispatch`: remembers the problems and gives a fixed answer."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Problem, str | None]] = []
+        self.run = mock.Mock(return_value="answer")
+
+    def __call__(self, op: str, problem: Problem, *, backend: str | None = None) -> Callable[..., Any]:
+        self.calls.append((op, problem, backend))
+        return self.run
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    recorder = Recorder()
+    monkeypatch.setattr(ops, "dispatch", recorder)
+    return recorder
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_runs_what_the_route_gives(op: str, recorder: Recorder, arguments: dict) -> None:
+    options: dict[str, Any] = {}
+    if op not in ("compress_mean", "combine"):
+        options["scale"] = 0.5
+    if op.endswith("attention"):
+        options["deterministic"] = True
+    assert getattr(ops, op)(*arguments[op], **options, backend="some") == "answer"
+    ((asked, problem, backend),) = recorder.calls
+    assert (asked, problem.op, backend) == (op, op, "some")
+    recorder.run.assert_called_once_with(*arguments[op], **options)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_states_the_problem(op: str, recorder: Recorder, arguments: dict) -> None:
+    getattr(ops, op)(*arguments[op])
+    expected = {
+        "compress_mean": (8, 8, 1),
+        "combine": (6, 6, 1),
+        "select_blocks": (8, 8, 2),
+    }.get(op, (8, 6, 2))
+    problem = recorder.calls[0][1]
+    assert problem == Problem(op, "cpu", torch.float64, *expected)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_states_the_device_and_dtype(op: str, recorder: Recorder, arguments: dict) -> None:
+    def move(x: object) -> object:
+        if isinstance(x, Tensor):
+            return x.to("meta", torch.bfloat16 if x.is_floating_point() else x.dtype)
+        return x.to("meta") if isinstance(x, VarlenLayout) else x
+
+    getattr(ops, op)(*map(move, arguments[op]))
+    problem = recorder.calls[0][1]
+    assert (problem.device, problem.dtype) == ("meta", torch.bfloat16)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_needs_grad_if_any_argument_does_and_grad_mode_is_on(op: str, recorder: Recorder, arguments: dict) -> None:
+    differentiable = [i for i, x in enumerate(arguments[op]) if isinstance(x, Tensor) and x.is_floating_point()]
+    for index in differentiable:
+        given = [x.clone().requires_grad_() if i == index else x for i, x in enumerate(arguments[op])]
+        getattr(ops, op)(*given)
+        with torch.no_grad():
+            getattr(ops, op)(*given)
+        with_grad, without = (call[1].needs_grad for call in recorder.calls[-2:])
+        assert (with_grad, without) == (op != "select_blocks", False), f"argument {index}"
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op.endswith("attention")])
+@pytest.mark.parametrize("deterministic, stated", [(None, False), (False, False), (True, True)])
+def test_states_determinism(op: str, deterministic: bool | None, stated: bool, recorder: Recorder, arguments: dict) -> None:
+    getattr(ops, op)(*arguments[op], deterministic=deterministic)
+    assert recorder.calls[0][1].deterministic is stated
+
+
+def paged(x: Tensor, lengths: list[int], page_size: int = 16) -> PagedKV:
+    """Packed rows in shuffled pages, NaN where no row is."""
+    pages_each = [-(-length // page_size) for length in lengths]
+    order = torch.randperm(sum(pages_each)).tolist()
+    pages = torch.full((sum(pages_each), page_size, *x.shape[1:]), torch.nan, dtype=x.dtype)
+    table = torch.full((len(lengths), max(pages_each)), -1, dtype=torch.int32)
+    for sequence, rows in enumerate(x.split(lengths)):
+        for number, part in enumerate(rows.split(page_size) if len(rows) else ()):
+            page = order.pop()
+            pages[page, : len(part)] = part
+            table[sequence, number] = page
+    return PagedKV(pages, table, torch.tensor(lengths, dtype=torch.int32))
+
+
+PAGED = {"compressed_attention": (1, 2), "select_blocks": (1,), "selected_attention": (1, 2), "window_attention": (1, 2)}
+
+
+@pytest.mark.parametrize("op", PAGED)
+def test_pages_stand_for_packed_rows(op: str, arguments: dict, blocks: BlockGeometry) -> None:
+    lengths = LAYOUT.cu_seqlens_k.diff()
+    rows = blocks.num_compressed(lengths) if op in ("compressed_attention", "select_blocks") else lengths
+    given = [paged(x, rows.tolist()) if i in PAGED[op] else x for i, x in enumerate(arguments[op])]
+    assert_close(getattr(ops, op)(*given), getattr(reference, op)(*arguments[op]))
+
+
+@pytest.mark.parametrize("op", PAGED)
+def test_states_that_keys_are_paged(op: str, recorder: Recorder, arguments: dict, blocks: BlockGeometry) -> None:
+    lengths = LAYOUT.cu_seqlens_k.diff()
+    rows = blocks.num_compressed(lengths) if op in ("compressed_attention", "select_blocks") else lengths
+    for index in PAGED[op]:
+        given = [paged(x, rows.tolist()) if i == index else x for i, x in enumerate(arguments[op])]
+        getattr(ops, op)(*given)
+        assert recorder.calls[-1][1].paged
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op not in ("select_blocks",)])
+def test_gradients(op: str) -> None:
+    """In fp64, with indices fixed: nothing here selects."""
+    blocks = BlockGeometry(kernel_size=2, kernel_stride=1, block_size=2, topk=2, local_blocks=1, window_size=2)
+    layout = VarlenLayout.from_lengths([3, 5])
+
+    def rows(count: int, heads: int, dim: int) -> Tensor:
+        return torch.randn(count, heads, dim, dtype=torch.float64, requires_grad=True)
+
+    count = layout.compressed(blocks).total if op == "compressed_attention" else 8
+    q, k, v = rows(8, 2, 2), rows(count, 1, 2), rows(count, 1, 3)
+    indices = torch.tensor([[0, -1], [0, 1], [1, 0]]).repeat(3, 1)[:8, None].int()
+    run, inputs = {
+        "compress_mean": (lambda x: ops.compress_mean(x, layout, blocks), (k,)),
+        "compressed_attention": (lambda *x: ops.compressed_attention(*x, layout, blocks)[0], (q, k, v)),
+        "selected_attention": (lambda *x: ops.selected_attention(*x, indices, layout, blocks)[0], (q, k, v)),
+        "window_attention": (lambda *x: ops.window_attention(*x, layout, blocks)[0], (q, k, v)),
+        "combine": (ops.combine, (rows(8, 2, 3), rows(8, 2, 2), rows(8, 2, 2), rows(8, 2, 2))),
+    }[op]
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op.endswith("attention")])
+def test_an_lse_carries_no_gradient(op: str, arguments: dict) -> None:
+    given = [x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments[op]]
+    out, lse = getattr(ops, op)(*given)
+    assert out.requires_grad
+    assert not lse.requires_grad
+    assert lse.dtype == torch.float32
