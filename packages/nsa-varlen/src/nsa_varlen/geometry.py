@@ -51,7 +51,8 @@ class BlockGeometry:
         for name, value in (("kernel_size", self.kernel_size), ("block_size", self.block_size)):
             if value % self.kernel_stride:
                 raise ValueError(
-                    f"kernel_stride: expected a divisor of {name}={value}, got {self.kernel_stride}"
+                    f"kernel_stride: expected a divisor of {name}, "
+                    f"got {name}={value}, kernel_stride={self.kernel_stride}"
                 )
         if self.kernel_size > self.block_size:
             raise ValueError(
