@@ -10,7 +10,7 @@ import torch
 from nsa_varlen import BlockGeometry, VarlenLayout, masks, reference
 
 OUT = Path(__file__).parents[1] / "images" / "branches.png"
-BLOCKS = BlockGeometry(kernel_size=4, kernel_stride=2, block_size=8, topk=4, init_blocks=1, local_blocks=1, window_size=8)
+BLOCKS = BlockGeometry(kernel_size=4, kernel_stride=2, block_size=8, topk=4, local_blocks=1, window_size=8)
 TOKENS = 96
 SEEN, UNSEEN, CHOSEN = "#0072B2", "#F0F0F0", "#D55E00"  # safe for colour-blind readers
 

@@ -87,7 +87,7 @@ class PagedKV:
         return self.pages.flatten(0, 1)[self.slots(sequence, position)]
 
     def span(self, sequence: int, start: int, end: int) -> Tensor:
-        """Rows [start, end) of one sequence: [end - start, H, D]. A view where their pages lie side by side on a CPU."""
+        """Rows [start, end) of one sequence: [end - start, H, D]. On a CPU, a view if their pages lie side by side."""
         first, last = start // self.page_size, -(-end // self.page_size)
         table = self.block_table[sequence, first:last]
         if self.device.type == "cpu" and bool((table.diff() == 1).all()):

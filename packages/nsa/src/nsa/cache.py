@@ -208,7 +208,7 @@ class CacheStep:
             for stream, rows in zip(self._cache._streams(), self._held, strict=True):
                 stream.release(rows)
             if kind is None:
-                raise RuntimeError(f"step: expected tokens for slc, win and cmp, got none for {sorted(self._unwritten)}")
+                raise RuntimeError(f"step: expected slc, win and cmp to be written, got no {sorted(self._unwritten)}")
             return
         if self._commit_pending is not None:
             self._commit_pending()

@@ -21,6 +21,7 @@ from nsa_varlen.paged import PagedKV
 from nsa_varlen.sdpa._interval import Interval, interval_attention
 from nsa_varlen.sdpa._selected import selected
 from nsa_varlen.sdpa._selection import select
+from nsa_varlen.sdpa._tiles import Position
 from nsa_varlen.unfold import unfold_blocks
 
 OPS = (
@@ -146,12 +147,12 @@ BACKEND = SdpaBackend()
 def _compressed_interval(layout: VarlenLayout, blocks: BlockGeometry, num_heads: int, num_kv_heads: int) -> Interval:
     """Query at position t sees the first num_cmp(t + 1) compressed blocks of its sequence."""
 
+    def visible(position: Position) -> tuple[Position, Position]:
+        return 0 * position, blocks.num_compressed(position + 1)
+
     def build() -> Interval:
-        host = layout.host
-        low = host.compressed(blocks).cu_seqlens.long()[host.sequence_of_queries()]
-        high = low + blocks.num_compressed(host.positions() + 1)
-        cu_seqlens_k = layout.compressed(blocks).cu_seqlens
-        return Interval(low, high, host.cu_seqlens_q, cu_seqlens_k, num_heads, num_heads // num_kv_heads)
+        offsets = layout.host.compressed(blocks).cu_seqlens, layout.compressed(blocks).cu_seqlens
+        return Interval(layout, offsets, blocks.kernel_size - 1, visible, num_heads, num_heads // num_kv_heads)
 
     return layout.derive(("sdpa", "cmp", blocks, num_heads, num_kv_heads), build)
 
@@ -159,16 +160,18 @@ def _compressed_interval(layout: VarlenLayout, blocks: BlockGeometry, num_heads:
 def _window_interval(layout: VarlenLayout, blocks: BlockGeometry, num_heads: int, num_kv_heads: int) -> Interval:
     """Query at position t sees the keys at positions (t - w, t]."""
 
+    def visible(position: Position) -> tuple[Position, Position]:
+        return _at_least_0(position + 1 - blocks.window_size), _at_least_0(position + 1)
+
     def build() -> Interval:
-        host = layout.host
-        seen = (host.positions() + 1).clamp_min(0)
-        first = host.cu_seqlens_k.long()[host.sequence_of_queries()]
-        low = first + (seen - blocks.window_size).clamp_min(0)
-        return Interval(
-            low, first + seen, host.cu_seqlens_q, layout.cu_seqlens_k, num_heads, num_heads // num_kv_heads
-        )
+        offsets = layout.host.cu_seqlens_k, layout.cu_seqlens_k
+        return Interval(layout, offsets, 0, visible, num_heads, num_heads // num_kv_heads)
 
     return layout.derive(("sdpa", "win", blocks, num_heads, num_kv_heads), build)
+
+
+def _at_least_0(x: Position) -> Position:
+    return x.clamp_min(0) if isinstance(x, Tensor) else max(0, x)
 
 
 def _check_no_grad_through_pages(q: Tensor, *kv: KV) -> None:

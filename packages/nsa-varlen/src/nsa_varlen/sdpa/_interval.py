@@ -5,6 +5,7 @@ size [Tq, Tk] exists. The backward recomputes the probabilities from the LSE.
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nsa_varlen.arguments import KV, heads_and_dim
+from nsa_varlen.layout import VarlenLayout
 from nsa_varlen.sdpa._autocast import outside_autocast
 from nsa_varlen.sdpa._rows import slice_rows
-from nsa_varlen.sdpa._tiles import Tile, plan_tiles
+from nsa_varlen.sdpa._tiles import Tile, Visible, plan_tiles
 
 # On a CPU one head's logits, (query rows x heads of the group) x keys, are 2 MB of fp32: in cache. Elsewhere a step
 # costs a handful of kernel launches: 256 MB of fp32 logits at a time.
@@ -24,28 +26,41 @@ DEVICE_TILE_LOGITS = 1 << 26
 
 
 class Interval:
-    """Which packed keys each packed query sees: [low, high), with the tiles that cover them.
+    """Which packed keys each packed query sees: one run each, with the tiles that cover them all.
 
     Args:
-        low, high: int64 [Tq] on the host.
-        cu_seqlens_q: offsets of the queries, on the host.
-        cu_seqlens_k: offsets of the keys, on the device.
+        layout: of the raw tokens.
+        cu_seqlens_k: offsets of the keys that the queries see, on the host and on the layout's device.
+        first_seeing, visible: see `plan_tiles`.
         num_heads, group_size: of the queries, for the size of a tile.
     """
 
     def __init__(
-        self, low: Tensor, high: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_heads: int, group_size: int
+        self,
+        layout: VarlenLayout,
+        cu_seqlens_k: tuple[Tensor, Tensor],
+        first_seeing: int,
+        visible: Visible,
+        num_heads: int,
+        group_size: int,
     ) -> None:
-        self.low, self.high = low.to(cu_seqlens_k.device), high.to(cu_seqlens_k.device)
-        self.cu_seqlens_k = cu_seqlens_k
-        widest = max(1, int((high - low).max())) if len(low) else 1
-        if cu_seqlens_k.device.type == "cpu":
+        host_offsets, self.cu_seqlens_k = cu_seqlens_k
+        self._layout, self._visible = layout, visible
+        low, high = visible(max(first_seeing, layout.max_seqlen_k - 1))
+        if layout.device.type == "cpu":
             rows = max(1, CPU_TILE_ROWS // min(group_size, 8))
             self.tile_logits = CPU_TILE_ROWS * CPU_TILE_KEYS // group_size
         else:
-            rows = min(1024, max(16, DEVICE_TILE_LOGITS // (num_heads * widest)))
+            rows = min(1024, max(16, DEVICE_TILE_LOGITS // (num_heads * (high - low))))
             self.tile_logits = DEVICE_TILE_LOGITS // num_heads
-        self.tiles = plan_tiles(low, high, cu_seqlens_q, rows)
+        self.tiles = plan_tiles(layout, host_offsets.tolist()[:-1], first_seeing, visible, rows)
+
+    @cached_property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """First and end packed key of each query: int64 [Tq, 1] each, on the device."""
+        low, high = self._visible(self._layout.positions())
+        first = self.cu_seqlens_k.long()[self._layout.sequence_of_queries()]
+        return (first + low)[:, None], (first + high)[:, None]
 
     def steps(self, tile: Tile) -> Iterator[tuple[int, int]]:
         """Key ranges that cover the tile's span, each small enough for one matmul."""
@@ -58,9 +73,9 @@ class Interval:
         all0, all1 = (tile.all0, tile.all1) if tile.all0 < tile.all1 else (tile.k1, tile.k1)
         for start, end in ((k0, min(k1, all0)), (max(k0, all1), k1)):
             if start < end:
-                rows = slice(tile.q0, tile.q1)
+                low, high = (bound[tile.q0 : tile.q1] for bound in self.bounds)
                 column = torch.arange(start, end, device=logits.device)
-                hidden = (column < self.low[rows, None]) | (column >= self.high[rows, None])
+                hidden = (column < low) | (column >= high)
                 logits[..., start - k0 : end - k0].masked_fill_(hidden, -torch.inf)
 
 
@@ -98,6 +113,24 @@ def step_logits(q_tile: Tensor, k_rows: Tensor, interval: Interval, tile: Tile, 
     return logits
 
 
+Running = tuple[Tensor, Tensor, Tensor]  # maximum, sum of exponentials, unnormalised output
+
+
+def _add_step(running: Running | None, logits: Tensor, v_rows: Tensor) -> Running:
+    """Running softmax: take logits [Hk, G*R, n] and values [Hk, n, Dv] in; overwrites its arguments."""
+    top = logits.amax(-1, keepdim=True)
+    if running is not None:
+        top = torch.maximum(top, running[0])
+    shift = top.masked_fill(top == -torch.inf, 0.0)
+    weights = logits.sub_(shift).exp_()
+    total = weights.sum(-1, keepdim=True)
+    if running is None:
+        return top, total, torch.bmm(weights, v_rows)
+    old_top, old_total, acc = running
+    shrink = old_top.sub_(shift).exp_()
+    return top, total.addcmul_(old_total, shrink), acc.mul_(shrink).baddbmm_(weights, v_rows)
+
+
 class _IntervalAttention(torch.autograd.Function):
     @staticmethod
     @outside_autocast
@@ -109,22 +142,14 @@ class _IntervalAttention(torch.autograd.Function):
         for tile in interval.tiles:
             rows = slice(tile.q0, tile.q1)
             q_tile = group_heads(q[rows], num_kv_heads, dtype) * scale
-            # Running softmax: maximum, sum of exponentials, unnormalised output.
-            top = q_tile.new_full((*q_tile.shape[:2], 1), -torch.inf)
-            total = torch.zeros_like(top)
-            acc = q_tile.new_zeros(*q_tile.shape[:2], v_head_dim)
+            running: Running | None = None
             for k0, k1 in interval.steps(tile):
                 logits = step_logits(q_tile, head_major_rows(k, k0, k1, interval, dtype), interval, tile, k0)
-                new_top = torch.maximum(top, logits.amax(-1, keepdim=True))
-                finite = new_top.masked_fill(new_top == -torch.inf, 0.0)
-                weights = logits.sub_(finite).exp_()
-                shrink = top.sub_(finite).exp_()
-                total.mul_(shrink).add_(weights.sum(-1, keepdim=True))
-                acc.mul_(shrink).baddbmm_(weights, head_major_rows(v, k0, k1, interval, dtype))
-                top = new_top
-            # Every query of a tile sees at least one key, so its sum is at least 1.
+                running = _add_step(running, logits, head_major_rows(v, k0, k1, interval, dtype))
+            assert running is not None  # a tile has keys, and every query of it sees one: its sum is at least 1
+            top, total, acc = running
             out[rows] = ungroup_heads(acc.div_(total), tile.q1 - tile.q0)
-            lse[:, rows] = (top + total.log()).reshape(q.shape[1], -1)
+            lse[:, rows] = total.log_().add_(top).reshape(q.shape[1], -1)
         if isinstance(k, Tensor) and isinstance(v, Tensor):
             ctx.save_for_backward(q, k, v, out, lse)
         ctx.interval, ctx.scale = interval, scale

@@ -21,14 +21,27 @@ def slice_rows(kv: KV, start: int, end: int, cu_seqlens: Tensor) -> Tensor:
     return kv.rows(sequence, index - cu_seqlens[sequence])
 
 
-def take_head_rows(kv: KV, sequence: Tensor, position: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Row `position[t, h, s]` of head h of `sequence[t]`: sequence [R], position [R, Hk, S] -> [R, Hk, S, D]."""
+def take_head_rows(
+    k: KV, v: KV, sequence: Tensor, position: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rows `position[t, h, s]` of head h of `sequence[t]`: sequence [R], position [R, Hk, S] -> two [R, Hk, S, D]."""
+    index = _head_row(k, sequence, position, cu_seqlens)
+    shared = isinstance(k, PagedKV) and isinstance(v, PagedKV) and k.block_table is v.block_table
+    same = shared or (isinstance(k, Tensor) and isinstance(v, Tensor))
+    return _take(k, index), _take(v, index if same else _head_row(v, sequence, position, cu_seqlens))
+
+
+def _head_row(kv: KV, sequence: Tensor, position: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Row number of each head's row among all heads' rows: int64 [R, Hk, S]."""
+    sequence = sequence[:, None, None]
+    row = kv.slots(sequence, position) if isinstance(kv, PagedKV) else position + cu_seqlens.long()[sequence]
     heads = torch.arange(position.shape[1], device=position.device)[:, None]
-    if isinstance(kv, PagedKV):
-        rows, row = kv.pages.flatten(0, 1), kv.slots(sequence[:, None, None], position)
-    else:
-        rows, row = kv, position + cu_seqlens.long()[sequence][:, None, None]
+    return row * position.shape[1] + heads
+
+
+def _take(kv: KV, index: Tensor) -> Tensor:
+    rows = kv.pages.flatten(0, 1) if isinstance(kv, PagedKV) else kv
     if rows.is_contiguous():  # index_select copies whole rows, several times faster than indexing
-        flat = (row * rows.shape[1] + heads).flatten()
-        return rows.flatten(0, 1).index_select(0, flat).unflatten(0, row.shape)
-    return rows[row, heads]
+        return rows.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
+    num_heads = rows.shape[1]
+    return rows[torch.div(index, num_heads, rounding_mode="floor"), index % num_heads]

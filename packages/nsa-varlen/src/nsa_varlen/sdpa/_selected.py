@@ -91,14 +91,14 @@ def _by_query(
         key = (indices[rows, :, :, None] * blocks.block_size + within).flatten(2)  # [R, Hk, N*l'], by sequence
         hidden = (key < 0) | (key > positions[rows, None, None])
         key.masked_fill_(hidden, 0)
-        k_rows, v_rows = (take_head_rows(x, sequence[rows], key, layout.cu_seqlens_k).to(dtype) for x in (k, v))
+        k_rows, v_rows = take_head_rows(k, v, sequence[rows], key, layout.cu_seqlens_k)
         grouped = q[rows].to(dtype).unflatten(1, (num_kv_heads, -1)) * scale
-        logits = torch.matmul(grouped, k_rows.mT).masked_fill_(hidden[:, :, None], -torch.inf)
+        logits = torch.matmul(grouped, k_rows.to(dtype).mT).masked_fill_(hidden[:, :, None], -torch.inf)
         top = logits.amax(-1, keepdim=True)
         top.masked_fill_(top == -torch.inf, 0.0)
         weights = logits.sub_(top).exp_()
         total = weights.sum(-1, keepdim=True)
-        out[rows] = (torch.matmul(weights, v_rows) / total.masked_fill(total == 0, 1.0)).flatten(1, 2)
+        out[rows] = (torch.matmul(weights, v_rows.to(dtype)) / total.masked_fill(total == 0, 1.0)).flatten(1, 2)
         lse[:, rows] = (top + total.log()).flatten(1).T
     return out, lse
 

@@ -23,13 +23,12 @@ def select(
     positions = layout.positions()
     current = torch.div(positions, blocks.block_size, rounding_mode="floor")
     indices = _all_candidates(current, blocks).to(torch.int32)[:, None].repeat(1, num_kv_heads, 1)
-    first_cmp = layout.host.compressed(blocks).cu_seqlens.long()[layout.host.sequence_of_queries()]
     for tile in interval.tiles:
         rows = slice(tile.q0, tile.q1)
         p_cmp = _group_probabilities(q, k_cmp, lse, interval, tile, num_kv_heads, scale)
-        first = first_cmp[rows] - tile.k0
-        if int(first.max()):  # several short sequences share the tile
-            p_cmp = _align(p_cmp, first.to(p_cmp.device))
+        if tile.sequences > 1:
+            first = layout.compressed(blocks).cu_seqlens.long()[layout.sequence_of_queries()[rows]]
+            p_cmp = _align(p_cmp, first - tile.k0)
         # p_cmp's columns come from the tile's last block in sight; a block more holds the query's own.
         num_blocks = (p_cmp.shape[-1] - 1) * blocks.kernel_stride // blocks.block_size + 3
         if num_blocks > blocks.topk:  # otherwise every candidate is chosen

@@ -1,19 +1,26 @@
 """Cuts a ragged batch into tiles: a run of packed queries with the span of packed keys that they may see."""
 
+from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
+
+from nsa_varlen.layout import VarlenLayout
 
 # A tile may hold several whole sequences while its keys stay this few: short sequences share tiles, long ones do not
 # compute against one another's keys.
 SHARED_KEYS = 1024
 
+Position = TypeVar("Position", int, Tensor)
+# position of a query -> the keys [low, high) of its sequence that it sees; both ascend with the position
+Visible = Callable[[Position], tuple[Position, Position]]
+
 
 class Tile(NamedTuple):
     """Packed queries [q0, q1); packed keys [k0, k1) that some of them see, and [all0, all1) that all of them see.
 
-    Where all0 >= all1, no key is seen by all.
+    Where all0 >= all1, no key is seen by all. `sequences` is how many the tile holds.
     """
 
     q0: int
@@ -22,27 +29,31 @@ class Tile(NamedTuple):
     k1: int
     all0: int
     all1: int
+    sequences: int = 1
 
 
-def plan_tiles(low: Tensor, high: Tensor, cu_seqlens_q: Tensor, rows: int) -> list[Tile]:
-    """Tiles of at most `rows` queries where query i sees the packed keys [low[i], high[i]).
+def plan_tiles(
+    layout: VarlenLayout, key_starts: list[int], first_seeing: int, visible: Visible, rows: int
+) -> list[Tile]:
+    """Tiles of at most `rows` queries, in order; queries that see nothing belong to none.
 
-    All arguments live on the host. low and high ascend with the query, over the whole batch among those that see
-    anything. Queries that see nothing belong to no tile.
+    Args:
+        key_starts: packed row of each sequence's first key, on the host.
+        first_seeing: least position that sees a key.
+        visible: keys that a position sees.
     """
-    lows, highs = low.tolist(), high.tolist()
     tiles: list[Tile] = []
-    for start, end in pairwise(cu_seqlens_q.tolist()):
-        for first in range(start, end, rows):
-            q0, q1 = first, min(first + rows, end)
-            while q0 < q1 and lows[q0] >= highs[q0]:
-                q0 += 1
-            if q0 == q1:
-                continue
-            tile = Tile(q0, q1, k0=lows[q0], k1=highs[q1 - 1], all0=lows[q1 - 1], all1=highs[q0])
+    offsets = zip(*(pairwise(cu.tolist()) for cu in (layout.host.cu_seqlens_q, layout.host.cu_seqlens_k)), strict=True)
+    for ((start, end), (begin_k, end_k)), first_key in zip(offsets, key_starts, strict=True):
+        shift = (end_k - begin_k) - end  # position of packed query i is i + shift
+        for q0 in range(max(start, first_seeing - shift), end, rows):
+            q1 = min(q0 + rows, end)
+            low, all_high = visible(q0 + shift)
+            all_low, high = visible(q1 - 1 + shift)
+            tile = Tile(q0, q1, first_key + low, first_key + high, first_key + all_low, first_key + all_high)
             last = tiles[-1] if tiles else None
             if last and last.q1 == q0 and q1 - last.q0 <= rows and tile.k1 - last.k0 <= SHARED_KEYS:
-                tiles[-1] = Tile(last.q0, q1, last.k0, tile.k1, all0=tile.all0, all1=last.all1)
+                tiles[-1] = Tile(last.q0, q1, last.k0, tile.k1, tile.all0, last.all1, last.sequences + 1)
             else:
                 tiles.append(tile)
     return tiles
