@@ -1,6 +1,6 @@
 """The decision: which backend runs one operation, with a reason for every one that does not."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from nsa_routing.backends import load_backend
 from nsa_routing.environment import Environment
@@ -90,7 +90,7 @@ def explain(plan: Plan) -> str:
     lines = [
         f"{problem.op} on {problem.device}, {problem.dtype}, head_dim {problem.head_dim}/{problem.v_head_dim}, "
         f"group size {problem.group_size}"
-        + "".join(f", {name}" for name in ("needs_grad", "deterministic", "paged") if getattr(problem, name))
+        + "".join(f", {field.name}" for field in fields(problem) if getattr(problem, field.name) is True)
     ]
     for candidate in plan.candidates:
         if isinstance(candidate, Rejected):

@@ -50,14 +50,16 @@ class Policy:
 def _parse_backends(value: str) -> tuple[tuple[str, str], ...]:
     if not value:
         return ()
-    if "=" not in value and "," not in value:
+    if value.strip() and "=" not in value and "," not in value:
         return tuple((op, value.strip()) for op in OPS)
-    pairs = []
+    pairs: list[tuple[str, str]] = []
     for pair in value.split(","):
         op, separator, name = (part.strip() for part in pair.partition("="))
         if not separator or not name:
             raise ValueError(f"NSA_BACKEND: expected a name or op=name pairs, got {value!r}")
         if op not in OPS:
             raise ValueError(f"NSA_BACKEND: expected an op of {list(OPS)}, got {op!r}")
+        if op in dict(pairs):
+            raise ValueError(f"NSA_BACKEND: expected each op once, got {op!r} twice in {value!r}")
         pairs.append((op, name))
     return tuple(pairs)

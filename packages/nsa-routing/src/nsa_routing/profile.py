@@ -2,6 +2,7 @@
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
@@ -35,6 +36,18 @@ class Profile(BaseModel):
         return order
 
 
+class _Loader(yaml.SafeLoader):
+    """A key that appears twice in a mapping is an error; YAML's own loaders let the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            keys = [self.construct_object(key, deep) for key, _ in node.value]
+            twice = next(key for number, key in enumerate(keys) if key in keys[:number])
+            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {twice!r}", node.start_mark)
+        return mapping
+
+
 @cache
 def load_profile(name_or_path: str | Path) -> Profile:
     """The shipped profile of that name, or the profile at that path (anything with a `.yaml` suffix).
@@ -50,7 +63,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
     if path.suffix != ".yaml":
         path = SHIPPED / f"{name_or_path}.yaml"
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         shipped = sorted(file.stem for file in SHIPPED.glob("*.yaml"))
         raise ValueError(f"profile: expected one of {shipped} or a .yaml file, got {str(name_or_path)!r}") from None

@@ -51,12 +51,10 @@ def heads_and_dim(x: KV) -> tuple[int, int]:
     return (x.num_heads, x.head_dim) if isinstance(x, PagedKV) else (x.shape[1], x.shape[2])
 
 
-def check_attention(names: tuple[str, str], q: Tensor, k: KV, v: KV | None, rows_k: int, layout: VarlenLayout) -> None:
+def check_attention(names: tuple[str, str], q: Tensor, k: KV, v: KV, rows_k: int, layout: VarlenLayout) -> None:
     """Raise unless q [Tq, Hq, Dk], k [rows_k, Hk, Dk] and v [rows_k, Hk, Dv] fit the layout and one another."""
     check_rows("q", q, layout.total_q, layout)
     for name, x in zip(names, (k, v), strict=True):
-        if x is None:
-            continue
         check_kv(name, x, rows_k, layout)
         if x.dtype != q.dtype:
             raise TypeError(f"{name}: expected dtype {q.dtype} of q, got {x.dtype}")
@@ -66,7 +64,7 @@ def check_attention(names: tuple[str, str], q: Tensor, k: KV, v: KV | None, rows
         raise ValueError(f"{names[0]}: expected head_dim {head_dim} of q, got {k_dim}")
     if num_kv_heads == 0 or num_heads % num_kv_heads:
         raise ValueError(f"{names[0]}: expected kv heads that divide q's {num_heads} heads, got {num_kv_heads}")
-    if v is not None and heads_and_dim(v)[0] != num_kv_heads:
+    if heads_and_dim(v)[0] != num_kv_heads:
         raise ValueError(f"{names[1]}: expected {num_kv_heads} heads of {names[0]}, got {heads_and_dim(v)[0]}")
 
 

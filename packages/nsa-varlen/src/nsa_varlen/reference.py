@@ -110,7 +110,7 @@ def block_scores(
     score[j] = sum over heads and i of overlap[i, j] * p_cmp[i], p_cmp = exp(scale * q.k_cmp - lse) where visible.
     """
     check_layout(layout, blocks)
-    check_attention(("k_cmp", "v_cmp"), q, k_cmp, None, layout.compressed(blocks).total, layout)
+    check_attention(("k_cmp", "k_cmp"), q, k_cmp, k_cmp, layout.compressed(blocks).total, layout)
     check_lse(lse, q.shape[1], layout)
     _check_precision(q)
     num_kv_heads = k_cmp.shape[1]

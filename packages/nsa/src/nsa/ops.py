@@ -96,7 +96,7 @@ def select_blocks(
         [[0, -1, -1], [0, 1, -1], [0, 1, 2]]
     """
     check_layout(layout, blocks)
-    check_attention(("k_cmp", "v_cmp"), q, k_cmp, None, layout.compressed(blocks).total, layout)
+    check_attention(("k_cmp", "k_cmp"), q, k_cmp, k_cmp, layout.compressed(blocks).total, layout)
     problem = _problem("select_blocks", q, k_cmp, k_cmp, None, differentiable=False)
     return dispatch("select_blocks", problem, backend=backend)(q, k_cmp, lse, layout, blocks, scale=scale)
 

@@ -90,7 +90,7 @@ class SdpaBackend:
     ) -> Tensor:
         """The blocks each query attends to: int32 [Tq, Hk, topk]. No gradient."""
         check_layout(layout, blocks)
-        check_attention(("k_cmp", "v_cmp"), q, k_cmp, None, layout.compressed(blocks).total, layout)
+        check_attention(("k_cmp", "k_cmp"), q, k_cmp, k_cmp, layout.compressed(blocks).total, layout)
         check_lse(lse, q.shape[1], layout)
         interval = _compressed_interval(layout, blocks, q.shape[1], heads_and_dim(k_cmp)[0])
         with torch.no_grad():
