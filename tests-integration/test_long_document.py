@@ -1,4 +1,4 @@
-"""The parts of docs/examples/long_document.py that need no model: the document, its needle, the tables and the figure."""
+"""The parts of docs/examples/long_document.py that need no model: document, fact, tables and figure."""
 
 import io
 

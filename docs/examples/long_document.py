@@ -3,9 +3,9 @@
     hatch run demo                                  # 4,096 tokens; topk 4, 8 and 16; a few minutes on two cores
     hatch run demo --tokens 8000 --needle-depth 0.6
 
-SmolLM2-135M-Instruct reads Python's own documentation, in which one fact is planted: once with its own dense attention and
-once per topk with NSA's selected branch in every layer. All run in the same loop over the same kind of key/value memory
-and take turns chunk by chunk, so that a busy machine slows them alike. A missed fact is printed as a miss.
+SmolLM2-135M-Instruct reads Python's own documentation, in which one fact is planted: once with its own dense attention
+and once per topk with NSA's selected branch in every layer. All run in the same loop, each with its own cache, and take
+turns chunk by chunk, so that a busy machine slows them alike. A missed fact is printed as a miss.
 """
 
 import platform
@@ -187,18 +187,8 @@ def quality_table(scores: Sequence[Score]) -> Table:
 def reads_table(rows: Sequence[Reads]) -> Table:
     """Actual reads beside the budget, which bounds them and also counts a window that this mode never reads."""
     table = Table(title="Keys read per decode step, layer and kv head (means)")
-    for column in (
-        "topk",
-        "cmp",
-        "slc",
-        "win",
-        "read",
-        "budget\nless win",
-        "budget",
-        "dense",
-        "read /\ndense",
-        "fact\nselected",
-    ):
+    counted = ("cmp", "slc", "win", "read", "budget\nless win", "budget", "dense")
+    for column in ("topk", *counted, "read /\ndense", "fact\nselected"):
         table.add_column(column, justify="right")
     for r in rows:
         read = r.compressed + r.selected

@@ -9,13 +9,14 @@ its dependencies and never imported: only its file is read.
 
 import functools
 import importlib.util
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-import nsa.ops as ops
 import torch
 import torch.nn.functional as F
-from nsa_varlen import BlockGeometry, VarlenLayout
+from nsa import NSACache, NSAConfig, ops
+from nsa_varlen import BlockGeometry
 from torch import Tensor
 
 NAME = "SmolLM2-135M-Instruct"
@@ -25,24 +26,8 @@ class Attention(Protocol):
     """One sequence's attention in every layer, with its own key/value memory. It sees rotated q and k."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Appends k, v [T, Hk, D] to the layer's memory; q [T, Hq, D] at the same positions attends. Returns [T, Hq, D]."""
+        """Appends k, v [T, Hk, D] to the layer's memory; q [T, Hq, D] of the same positions attends to it."""
         ...
-
-
-class KeyValues:
-    """Keys and values of every layer, [layers, max_tokens, Hk, D], written in place; dense and NSA pay for it alike."""
-
-    def __init__(self, config: Any, max_tokens: int) -> None:
-        shape = (config.num_hidden_layers, max_tokens, config.num_key_value_heads, config.head_dim)
-        self.keys, self.values = torch.empty(shape), torch.empty(shape)
-        self.lengths = [0] * config.num_hidden_layers
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns all keys and values of the layer so far, as views."""
-        start, end = self.lengths[layer], self.lengths[layer] + k.shape[0]
-        self.keys[layer, start:end], self.values[layer, start:end] = k, v
-        self.lengths[layer] = end
-        return self.keys[layer, :end], self.values[layer, :end]
 
 
 @functools.lru_cache(maxsize=1)
@@ -52,15 +37,21 @@ def causal_mask(q_len: int, k_len: int) -> Tensor | None:
 
 
 class DenseAttention:
-    """Causal attention over everything, by torch's scaled_dot_product_attention."""
+    """Causal attention over everything, by torch's scaled_dot_product_attention; its cache is one plain buffer."""
 
     def __init__(self, config: Any, max_tokens: int) -> None:
-        self.memory = KeyValues(config, max_tokens)
+        shape = (config.num_hidden_layers, max_tokens, config.num_key_value_heads, config.head_dim)
+        self.keys, self.values = torch.empty(shape), torch.empty(shape)
+        self.lengths = [0] * config.num_hidden_layers
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        keys, values = self.memory.append(layer, k, v)
-        mask = causal_mask(q.shape[0], keys.shape[0])  # of one length in all layers: built once per call
-        q, keys, values = (x.transpose(0, 1).unsqueeze(0) for x in (q, keys, values))
+        start, end = self.lengths[layer], self.lengths[layer] + k.shape[0]
+        self.keys[layer, start:end], self.values[layer, start:end] = k, v
+        self.lengths[layer] = end
+        mask = causal_mask(q.shape[0], end)  # the same for all layers: built once per call of the model
+        q, keys, values = (
+            x.transpose(0, 1).unsqueeze(0) for x in (q, self.keys[layer, :end], self.values[layer, :end])
+        )
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
         return out[0].transpose(0, 1)
 
@@ -68,34 +59,35 @@ class DenseAttention:
 class SelectedAttention:
     """NSA without training: gates 0/1/0, so the selected branch alone, scored by mean-pooled keys (Eq. 9-11).
 
-    The compressed branch computes the probabilities that score the blocks, and its output is dropped. `selected[layer]`
-    lists the block indices of each call, int32 [T, Hk, topk], padded with -1.
+    One paged `NSACache` per layer; the branches share their keys. The compressed branch computes the probabilities that
+    score the blocks, and its output is dropped. `selected[layer]` lists the block indices of each call, int32
+    [T, Hk, topk], padded with -1.
     """
 
     def __init__(self, config: Any, max_tokens: int, blocks: BlockGeometry) -> None:
         self.blocks = blocks
-        self.memory = KeyValues(config, max_tokens)
-        layers, heads, dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-        self.pooled = torch.empty(layers, blocks.num_compressed(max_tokens), heads, dim)
-        self.selected: list[list[Tensor]] = [[] for _ in range(layers)]
-
-    def _pool(self, layer: int, keys: Tensor, new: int) -> Tensor:
-        """The layer's compressed keys; only the blocks that the `new` last tokens completed are computed."""
-        done, end = (self.blocks.num_compressed(n) for n in (keys.shape[0] - new, keys.shape[0]))
-        if end > done:
-            tail = keys[done * self.blocks.kernel_stride :]
-            self.pooled[layer, done:end] = ops.compress_mean(tail, VarlenLayout.from_lengths([len(tail)]), self.blocks)
-        return self.pooled[layer, :end]
+        nsa_config = NSAConfig(
+            hidden_size=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            shared_kv=True,
+            **asdict(blocks),
+        )
+        self.caches = [NSACache(nsa_config, 1, max_tokens) for _ in range(config.num_hidden_layers)]
+        self.selected: list[list[Tensor]] = [[] for _ in self.caches]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        keys, values = self.memory.append(layer, k, v)
-        layout = VarlenLayout.from_lengths([q.shape[0]], [keys.shape[0]])
-        k_cmp = self._pool(layer, keys, k.shape[0])
-        # Only the LSE is wanted, so any values will do.
-        _, lse = ops.compressed_attention(q, k_cmp, k_cmp, layout, self.blocks, scale=scale)
-        indices = ops.select_blocks(q, k_cmp, lse, layout, self.blocks, scale=scale)
+        blocks = self.blocks
+        with self.caches[layer].extend([len(k)]) as step:
+            step.write_slc(k, v)
+            k_raw, v_raw, raw = step.raw_cmp(k, v)  # tokens of the compressed blocks that this call completes
+            step.write_cmp(*(ops.compress_mean(x, raw, blocks) for x in (k_raw, v_raw)))
+            k_cmp, v_cmp = step.cmp
+            _, lse = ops.compressed_attention(q, k_cmp, v_cmp, step.layout, blocks, scale=scale)
+            indices = ops.select_blocks(q, k_cmp, lse, step.layout, blocks, scale=scale)
+            out, _ = ops.selected_attention(q, *step.slc, indices, step.layout, blocks, scale=scale)
         self.selected[layer].append(indices)
-        out, _ = ops.selected_attention(q, keys, values, indices, layout, self.blocks, scale=scale)
         return out
 
 
@@ -130,6 +122,6 @@ def load() -> tuple[Any, Any]:
 
 
 def forward(model: Any, tokens: Tensor, start: int, attention: Attention) -> Tensor:
-    """Logits [T, vocabulary] of tokens int64 [T] at positions start, start + 1, ...; `attention` holds what came before."""
+    """Logits [T, vocabulary] of tokens int64 [T] at positions start, start + 1, ...; `attention` holds those before."""
     positions = torch.arange(start, start + len(tokens)).unsqueeze(0)
     return model(tokens.unsqueeze(0), position_ids=positions, use_cache=False, nsa=attention).logits[0]

@@ -46,7 +46,7 @@ def run(model, tokens: Tensor, attention: smollm2.Attention, *ends: int) -> Tens
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
-    """fp32 rounding through 30 layers: differences stay below 1e-5 of the largest logit (about 40; 7e-5 was measured)."""
+    """Equal but for fp32 rounding (6e-8) that 30 layers amplify: 2e-6 of the largest logit was measured."""
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=1e-5 * expected.abs().max().item())
 
 
