@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from nsa import NSACache, NSAConfig, ops
-from nsa_varlen import BlockGeometry
+from nsa_varlen import BlockGeometry, PagedKV, VarlenLayout
 from torch import Tensor
 
 NAME = "SmolLM2-135M-Instruct"
@@ -77,18 +77,29 @@ class SelectedAttention:
         self.caches = [NSACache(nsa_config, 1, max_tokens) for _ in range(config.num_hidden_layers)]
         self.selected: list[list[Tensor]] = [[] for _ in self.caches]
 
+    def _mean(self, k: Tensor, v: Tensor, _: Tensor, layout: VarlenLayout, __: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.compress_mean(k, layout, self.blocks), ops.compress_mean(v, layout, self.blocks)
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         blocks = self.blocks
         with self.caches[layer].extend([len(k)]) as step:
             step.write_slc(k, v)
-            k_raw, v_raw, raw = step.raw_cmp(k, v)  # tokens of the compressed blocks that this call completes
-            step.write_cmp(*(ops.compress_mean(x, raw, blocks) for x in (k_raw, v_raw)))
+            step.write_win(k, v)  # stores nothing: with shared_kv the window has the same keys
+            step.write_cmp(k, v, self._mean)
             k_cmp, v_cmp = step.cmp
             _, lse = ops.compressed_attention(q, k_cmp, v_cmp, step.layout, blocks, scale=scale)
             indices = ops.select_blocks(q, k_cmp, lse, step.layout, blocks, scale=scale)
-            out, _ = ops.selected_attention(q, *step.slc, indices, step.layout, blocks, scale=scale)
+            k_slc, v_slc = step.slc
+            if len(q) > 1:  # queries that share blocks run block by block on a CPU, if keys and values are packed
+                k_slc, v_slc = _pack(k_slc, step.layout), _pack(v_slc, step.layout)
+            out, _ = ops.selected_attention(q, k_slc, v_slc, indices, step.layout, blocks, scale=scale)
         self.selected[layer].append(indices)
         return out
+
+
+def _pack(pages: PagedKV, layout: VarlenLayout) -> Tensor:
+    """The rows [Tk, Hk, D] that lie in the pages."""
+    return pages.rows(layout.sequence_of_keys(), layout.key_positions())
 
 
 def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: None, *, scaling: float, nsa: Attention, **_: Any):
