@@ -13,6 +13,7 @@ from nsa_routing import OPS, Environment, Problem, Profile, backends, dispatchin
 def _forget() -> None:
     for remembered in (
         backends.load_backend,
+        dispatching._policy_of,
         dispatching._route,
         dispatching._this_machine,
         profile.load_profile,

@@ -1,4 +1,4 @@
-"""What the operator asked for: environment variables, read in one place.
+"""What the operator asked for: environment variables, read in one place, when the first operation runs.
 
 | variable | value | meaning |
 | --- | --- | --- |
