@@ -257,11 +257,10 @@ class VarlenLayout:
         """Layout of the compressed blocks of this layout's keys: num_cmp(k_len) per sequence."""
 
         def build() -> CompressedLayout:
-            lengths = blocks.num_compressed(self.host.cu_seqlens_k.long().diff())
-            cu_seqlens = torch.zeros(self.batch_size + 1, dtype=torch.int32)
-            cu_seqlens[1:] = lengths.cumsum(0)
-            longest = int(lengths.max()) if self.batch_size else 0
-            return CompressedLayout(cu_seqlens.to(self.device), longest, int(cu_seqlens[-1]))
+            lengths = [blocks.num_compressed(end - start) for start, end in pairwise(self.host.cu_seqlens_k.tolist())]
+            cu_seqlens = list(accumulate(lengths, initial=0))
+            offsets = torch.tensor(cu_seqlens, dtype=torch.int32).to(self.device)
+            return CompressedLayout(offsets, max(lengths, default=0), cu_seqlens[-1])
 
         return self.derive(("compressed", blocks.kernel_size, blocks.kernel_stride), build)
 

@@ -90,9 +90,9 @@ class PagedKV:
         """Rows [start, end) of one sequence: [end - start, H, D]. On a CPU, a view if their pages lie side by side."""
         first, last = start // self.page_size, -(-end // self.page_size)
         table = self.block_table[sequence, first:last]
-        if self.device.type == "cpu" and bool((table.diff() == 1).all()):
-            page = int(table[0]) if last > first else 0
-            pages = self.pages[page : page + last - first]
+        numbers = table.tolist() if self.device.type == "cpu" else []
+        if numbers and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+            pages = self.pages[numbers[0] : numbers[0] + len(numbers)]
         else:
             pages = self.pages.index_select(0, table)
         return pages.flatten(0, 1)[start - first * self.page_size : end - first * self.page_size]

@@ -24,15 +24,16 @@ def select(
     current = torch.div(positions, blocks.block_size, rounding_mode="floor")
     indices = _all_candidates(current, blocks).to(torch.int32)[:, None].repeat(1, num_kv_heads, 1)
     for tile in interval.tiles:
+        # The tile's last compressed block lies in one of these blocks; the one after may hold the query's own.
+        num_blocks = (tile.k1 - tile.k0 - 1) * blocks.kernel_stride // blocks.block_size + 3
+        if num_blocks <= blocks.topk:
+            continue  # every candidate is chosen
         rows = slice(tile.q0, tile.q1)
         p_cmp = _group_probabilities(q, k_cmp, lse, interval, tile, num_kv_heads, scale)
         if tile.sequences > 1:
             first = layout.compressed(blocks).cu_seqlens.long()[layout.sequence_of_queries()[rows]]
             p_cmp = _align(p_cmp, first - tile.k0)
-        # p_cmp's columns come from the tile's last block in sight; a block more holds the query's own.
-        num_blocks = (p_cmp.shape[-1] - 1) * blocks.kernel_stride // blocks.block_size + 3
-        if num_blocks > blocks.topk:  # otherwise every candidate is chosen
-            indices[rows] = top_blocks(stencil(p_cmp, num_blocks, blocks), current[rows], blocks).transpose(0, 1)
+        indices[rows] = top_blocks(stencil(p_cmp, num_blocks, blocks), current[rows], blocks).transpose(0, 1)
     return indices
 
 
