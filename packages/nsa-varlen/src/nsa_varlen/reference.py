@@ -116,7 +116,7 @@ def block_scores(
     num_kv_heads = k_cmp.shape[1]
     logits = _logits(q, k_cmp, scale_or_default(scale, q.shape[-1]))
     visible = masks.compressed_mask(layout, blocks)[:, None, None]
-    shift = torch.where(lse.isinf(), 0.0, lse).T.reshape(layout.total_q, num_kv_heads, -1, 1)
+    shift = torch.where(lse.isinf(), 0.0, lse).T.unflatten(1, (num_kv_heads, -1))[..., None]
     p_cmp = torch.where(visible, (logits - shift).exp(), 0.0)
     weight = overlap(layout.compressed(blocks).max_seqlen, blocks.num_blocks(layout.max_seqlen_k), blocks)
     block_in_sequence = torch.div(layout.compressed_starts(blocks), blocks.kernel_stride, rounding_mode="floor")
