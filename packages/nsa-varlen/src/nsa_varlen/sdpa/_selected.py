@@ -80,7 +80,7 @@ def _by_query(
     (num_kv_heads, k_dim), v_dim, dtype = heads_and_dim(k), heads_and_dim(v)[1], compute_dtype(q.dtype)
     out = q.new_zeros(*q.shape[:2], v_dim)
     lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, dtype=dtype, device=q.device)
-    if layout.total_k == 0:
+    if layout.total_k == 0 or indices.shape[-1] == 0:
         return out, lse
     positions, sequence = layout.positions(), layout.sequence_of_queries()
     within = torch.arange(blocks.block_size, device=q.device)
