@@ -41,9 +41,7 @@ class NSAAttention(nn.Module):
         self.rope = (
             None
             if config.rope_theta is None
-            else RotaryEmbedding(
-                config.head_dim, config.rope_theta, config.rope_interleaved, config.rope_scaling
-            )
+            else RotaryEmbedding(config.head_dim, config.rope_theta, config.rope_interleaved, config.rope_scaling)
         )
 
     def forward(
@@ -87,9 +85,7 @@ class NSAAttention(nn.Module):
             positions = layout.positions()
             q_cmp, q, k_slc, k_win = self._rotate_new(q, k_slc, k_win, positions)
             k_cmp, v_cmp = self._compress(k_cmp, v_cmp, positions, layout, layout.compressed_starts(blocks))
-            out = nsa_attention(
-                q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, layout, blocks, q_cmp=q_cmp
-            )
+            out = nsa_attention(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, layout, blocks, q_cmp=q_cmp)
         else:
             with cache.extend(layout.host.cu_seqlens_q.diff().tolist()) as step:
                 q_cmp, q, k_slc, k_win = self._rotate_new(q, k_slc, k_win, step.layout.positions())
@@ -100,9 +96,7 @@ class NSAAttention(nn.Module):
                 positions = raw.key_positions() + shift[raw.sequence_of_keys()]
                 starts = raw.compressed_starts(blocks) + shift[raw.sequence_of_compressed(blocks)]
                 step.write_cmp(*self._compress(k_raw, v_raw, positions, raw, starts))
-                out = nsa_attention(
-                    q, *step.cmp, *step.slc, *step.win, gates, step.layout, blocks, q_cmp=q_cmp
-                )
+                out = nsa_attention(q, *step.cmp, *step.slc, *step.win, gates, step.layout, blocks, q_cmp=q_cmp)
         return self.o_proj(out.flatten(1))
 
     def _branches(self, projected: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,7 +156,9 @@ class NSAAttention(nn.Module):
                     f"got cu_seqlens_k={layout.host.cu_seqlens_k.tolist()}"
                 )
         elif layout is not None:
-            raise ValueError("layout: expected None for padded x [B, S, hidden_size], got one; pass padding_mask instead")
+            raise ValueError(
+                "layout: expected None for padded x [B, S, hidden_size], got one; pass padding_mask instead"
+            )
         if cache is not None:
             self._check_cache(x, layout, cache)
 
