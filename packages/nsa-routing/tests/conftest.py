@@ -103,7 +103,11 @@ def fake_backend() -> type[FakeBackend]:
 @pytest.fixture
 def environment() -> Callable[..., Environment]:
     def make(*names: str, **facts: Any) -> Environment:
-        return Environment(**({"device": "cpu", "sm": None, "torch": "2.13.0", "triton": None} | facts), flash_attn=None, backends=names)
+        return Environment(
+            **({"device": "cpu", "sm": None, "torch": "2.13.0", "triton": None} | facts),
+            flash_attn=None,
+            backends=names,
+        )
 
     return make
 

@@ -39,7 +39,9 @@ def test_a_named_backend_is_obeyed(install: Callable, order: Callable, problem: 
     assert dispatch("window_attention", problem)()[0] == "sdpa"
 
 
-def test_a_named_backend_that_refuses_raises_with_the_table(install: Callable, order: Callable, problem: Problem) -> None:
+def test_a_named_backend_that_refuses_raises_with_the_table(
+    install: Callable, order: Callable, problem: Problem
+) -> None:
     install("sdpa", fast={"window_attention": "needs a GPU"})
     order("fast", "sdpa")
     with pytest.raises(RuntimeError) as caught:
@@ -95,11 +97,13 @@ def test_an_argument_outranks_the_flag(install: Callable, problem: Problem, monk
     assert dispatch("window_attention", problem, backend="sdpa")()[0] == "sdpa"
 
 
-def test_a_bad_flag_stops_even_a_named_backend(install: Callable, problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_flag_stops_even_a_named_backend(
+    install: Callable, problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
     install("sdpa")
     monkeypatch.setenv("NSA_PRESTE", "perf")
     for name in (None, "sdpa"):
-        with pytest.raises(ValueError, match="^NSA_PRESTE: expected one of the variables"):
+        with pytest.raises(ValueError, match=r"^NSA_PRESTE: expected one of the variables"):
             dispatch("window_attention", problem, backend=name)
 
 

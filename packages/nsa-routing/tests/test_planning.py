@@ -18,7 +18,9 @@ def test_the_first_that_accepts_is_chosen(
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_each_op_has_its_own_order(op: str, install: Callable, environment: Callable, ordered: Callable, problem: Problem) -> None:
+def test_each_op_has_its_own_order(
+    op: str, install: Callable, environment: Callable, ordered: Callable, problem: Problem
+) -> None:
     install("a", "b")
     profile = ordered("a", "b").model_copy(update={"order": {name: ["b" if name == op else "a"] for name in OPS}})
     for asked in OPS:
@@ -26,13 +28,17 @@ def test_each_op_has_its_own_order(op: str, install: Callable, environment: Call
         assert chosen.backend == ("b" if asked == op else "a")
 
 
-def test_backends_are_told_everything(install: Callable, environment: Callable, ordered: Callable, problem: Problem) -> None:
+def test_backends_are_told_everything(
+    install: Callable, environment: Callable, ordered: Callable, problem: Problem
+) -> None:
     made, machine = install("sdpa"), environment("sdpa", device="cuda", sm=90, triton="3.7.1")
     plan(machine, ordered("sdpa"), problem, Policy())
     assert made["sdpa"].asked == [("window_attention", problem, machine)]
 
 
-def test_same_arguments_same_plan(install: Callable, environment: Callable, ordered: Callable, problem: Problem) -> None:
+def test_same_arguments_same_plan(
+    install: Callable, environment: Callable, ordered: Callable, problem: Problem
+) -> None:
     install("sdpa", fast={"window_attention": "no"})
     arguments = environment("fast", "sdpa"), ordered("fast", "sdpa"), problem, Policy()
     assert plan(*arguments) == plan(*arguments)
@@ -84,7 +90,11 @@ def test_closed_routes_are_not_taken(
     chosen = plan(*arguments, closed)
     assert chosen.candidates == (Rejected("fast", "closed on cpu after a failure"), Accepted("sdpa"))
     assert made["fast"].asked == []
-    for other in (("fast", "combine", "cpu"), ("fast", "window_attention", "cuda"), ("sdpa", "window_attention", "cpu")):
+    for other in (
+        ("fast", "combine", "cpu"),
+        ("fast", "window_attention", "cuda"),
+        ("sdpa", "window_attention", "cpu"),
+    ):
         assert plan(*arguments, frozenset({other})).backend == "fast"
 
 

@@ -39,14 +39,20 @@ def test_pairs_are_for_their_ops() -> None:
 @pytest.mark.parametrize(
     "environ, message",
     [
-        ({"NSA_BAKCEND": "sdpa"}, r"^NSA_BAKCEND: expected one of the variables \['NSA_BACKEND'\], got an unknown one$"),
+        (
+            {"NSA_BAKCEND": "sdpa"},
+            r"^NSA_BAKCEND: expected one of the variables \['NSA_BACKEND'\], got an unknown one$",
+        ),
         ({"NSA_BACKEND": "sdpa", "NSA_": "1"}, r"^NSA_: expected one of the variables"),
         ({"NSA_Z": "1", "NSA_A": "1"}, r"^NSA_A: expected one of the variables"),
         ({"NSA_BACKEND": "sdpa,fa2"}, r"^NSA_BACKEND: expected a name or op=name pairs, got 'sdpa,fa2'$"),
         ({"NSA_BACKEND": "combine=sdpa,"}, r"^NSA_BACKEND: expected a name or op=name pairs, got 'combine=sdpa,'$"),
         ({"NSA_BACKEND": "combine="}, r"^NSA_BACKEND: expected a name or op=name pairs, got 'combine='$"),
         ({"NSA_BACKEND": "=sdpa"}, r"^NSA_BACKEND: expected an op of \['compress_mean', .*\], got ''$"),
-        ({"NSA_BACKEND": "attention=sdpa"}, r"^NSA_BACKEND: expected an op of \['compress_mean', .*\], got 'attention'$"),
+        (
+            {"NSA_BACKEND": "attention=sdpa"},
+            r"^NSA_BACKEND: expected an op of \['compress_mean', .*\], got 'attention'$",
+        ),
         ({"NSA_BACKEND": "   "}, r"^NSA_BACKEND: expected a name or op=name pairs, got '   '$"),
         ({"NSA_BACKEND": "combine=sdpa,combine=fa2"}, r"^NSA_BACKEND: expected each op once, got 'combine' twice in"),
     ],
@@ -61,7 +67,7 @@ def test_the_environment_of_the_process_is_the_default(monkeypatch: pytest.Monke
     assert Policy.from_env().backend_for("combine") == "sdpa"
     assert Policy.from_env(dict(os.environ)) == Policy.from_env()
     monkeypatch.setenv("NSA_BACKEND_FOR_COMBINE", "sdpa")
-    with pytest.raises(ValueError, match="^NSA_BACKEND_FOR_COMBINE: expected one of the variables"):
+    with pytest.raises(ValueError, match=r"^NSA_BACKEND_FOR_COMBINE: expected one of the variables"):
         Policy.from_env()
 
 

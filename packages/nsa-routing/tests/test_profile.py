@@ -71,15 +71,24 @@ WITHOUT = {op: ["sdpa"] for op in OPS if op != "combine"}
         ({"order": GOOD["order"]}, r"name: Field required"),
         (GOOD | {"name": 7}, r"name: Input should be a valid string, got 7"),
         (GOOD | {"order": "sdpa"}, r"order: Input should be a valid dictionary, got 'sdpa'"),
-        (GOOD | {"order": GOOD["order"] | {"combine": "sdpa"}}, r"order.combine: Input should be a valid list, got 'sdpa'"),
+        (
+            GOOD | {"order": GOOD["order"] | {"combine": "sdpa"}},
+            r"order.combine: Input should be a valid list, got 'sdpa'",
+        ),
         (GOOD | {"order": GOOD["order"] | {"combine": [1]}}, r"order.combine.0: Input should be a valid string, got 1"),
         (GOOD | {"order": WITHOUT}, r"order: .*expected exactly the ops .*'combine'\], got \['compress_mean'"),
-        (GOOD | {"order": GOOD["order"] | {"atention": ["sdpa"]}}, r"order: .*expected exactly the ops .*, got \['atention'"),
+        (
+            GOOD | {"order": GOOD["order"] | {"atention": ["sdpa"]}},
+            r"order: .*expected exactly the ops .*, got \['atention'",
+        ),
         (
             GOOD | {"order": GOOD["order"] | {"combine": ["sdpa", "sdpa"]}},
             r"order: .*combine: expected one or more different backends, got \['sdpa', 'sdpa'\]",
         ),
-        (GOOD | {"order": GOOD["order"] | {"combine": []}}, r"order: .*combine: expected one or more different backends, got \[\]"),
+        (
+            GOOD | {"order": GOOD["order"] | {"combine": []}},
+            r"order: .*combine: expected one or more different backends, got \[\]",
+        ),
         ([GOOD], r"document: Input should be a valid dictionary"),
         ("", r"document: Input should be a valid dictionary .*, got None"),
         ("name: [made\norder:", r"expected YAML, got while parsing"),

@@ -5,7 +5,7 @@ window of 12. From 65 tokens on a query leaves blocks out.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from unittest import mock
 
 import pytest
@@ -55,7 +55,9 @@ def _same_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def name_of(variant: dict) -> str:
     """As it appears in a test's id."""
-    return "-".join(f"{key}={value['rope_type'] if isinstance(value, dict) else value}" for key, value in variant.items())
+    return "-".join(
+        f"{key}={value['rope_type'] if isinstance(value, dict) else value}" for key, value in variant.items()
+    )
 
 
 @pytest.fixture(scope="session", params=VARIANTS, ids=name_of)
@@ -166,7 +168,7 @@ def contents() -> Callable[[NSACache], list[dict[str, Tensor]]]:
 
 @pytest.fixture(scope="session")
 def feed() -> Callable[[NSAAttention, NSACache, Sequence[Tensor], Sequence[Sequence[int]]], list[Tensor]]:
-    """Send sequences [S_b, hidden] through a layer and its cache in steps of `steps[i][b]` tokens; outputs per sequence."""
+    """Send sequences [S_b, hidden] through a layer and its cache, `steps[i][b]` tokens at a time; their outputs."""
 
     def run(
         layer: NSAAttention, cache: NSACache, sequences: Sequence[Tensor], steps: Sequence[Sequence[int]]
@@ -183,12 +185,3 @@ def feed() -> Callable[[NSAAttention, NSACache, Sequence[Tensor], Sequence[Seque
         return [torch.cat(kept) for kept in outputs]
 
     return run
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Tiny matrices lose time to a pool of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

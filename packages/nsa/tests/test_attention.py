@@ -50,7 +50,9 @@ class Case:
         o_cmp, lse_cmp = reference.compressed_attention(q_cmp, x["k_cmp"], x["v_cmp"], *where, scale=scale)
         if block_indices is None:
             block_indices = reference.select_blocks(q_cmp, x["k_cmp"], lse_cmp, *where, scale=scale)
-        o_slc, lse_slc = reference.selected_attention(x["q"], x["k_slc"], x["v_slc"], block_indices, *where, scale=scale)
+        o_slc, lse_slc = reference.selected_attention(
+            x["q"], x["k_slc"], x["v_slc"], block_indices, *where, scale=scale
+        )
         o_win, lse_win = reference.window_attention(x["q"], x["k_win"], x["v_win"], *where, scale=scale)
         out = reference.combine(x["gates"], o_cmp, o_slc, o_win)
         return out, NSAAux(block_indices, lse_cmp, lse_slc, lse_win)

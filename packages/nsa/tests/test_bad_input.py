@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from nsa import NSAAttention, NSACache, NSAConfig, nsa_attention, ops
-from nsa_routing import dispatching
 from nsa_varlen import BlockGeometry, PagedKV, VarlenLayout
 from torch import Tensor
 
@@ -18,7 +17,9 @@ def arguments() -> dict[str, Any]:
     """Right ones: 4 query heads, 2 kv heads, Dk=8, Dv=6, 23 tokens, 4 compressed blocks."""
     x = {"q": torch.randn(23, 4, 8), "gates": torch.rand(23, 4, 3)}
     x |= {f"{side}_cmp": torch.randn(4, 2, dim) for side, dim in (("k", 8), ("v", 6))}
-    x |= {f"{side}_{branch}": torch.randn(23, 2, dim) for side, dim in (("k", 8), ("v", 6)) for branch in ("slc", "win")}
+    x |= {
+        f"{side}_{branch}": torch.randn(23, 2, dim) for side, dim in (("k", 8), ("v", 6)) for branch in ("slc", "win")
+    }
     return x | {"layout": LAYOUT, "blocks": BLOCKS}
 
 
@@ -47,20 +48,44 @@ LONG_KEYS = {name: torch.randn(4, 1, dim) for name, dim in (("k_cmp", 8), ("v_cm
         ({"q": torch.randn(22, 4, 8)}, ValueError, r"q: expected shape \[23, heads, head_dim\], got \[22, 4, 8\]"),
         ({"q": torch.randn(23, 32)}, ValueError, r"q: expected shape \[23, heads, head_dim\], got \[23, 32\]"),
         ({"q": torch.randn(23, 4, 8, device="meta")}, ValueError, "q: expected device cpu of the layout, got meta"),
-        ({"q": torch.randn(23, 4, 8).double()}, TypeError, "k_cmp: expected dtype torch.float64 of q, got torch.float32"),
+        (
+            {"q": torch.randn(23, 4, 8).double()},
+            TypeError,
+            "k_cmp: expected dtype torch.float64 of q, got torch.float32",
+        ),
         ({"q": torch.randn(23, 5, 8)}, ValueError, "k_cmp: expected kv heads that divide q's 5 heads, got 2"),
         ({"q": torch.randn(23, 4, 10)}, ValueError, "k_cmp: expected head_dim 10 of q, got 8"),
         ({"k_cmp": torch.randn(5, 2, 8)}, ValueError, r"k_cmp: expected shape \[4, heads, head_dim\], got \[5, 2, 8\]"),
         ({"v_cmp": torch.randn(4, 1, 6)}, ValueError, "v_cmp: expected 2 heads of k_cmp, got 1"),
-        ({"v_cmp": torch.randn(4, 2, 6).half()}, TypeError, "v_cmp: expected dtype torch.float32 of q, got torch.float16"),
+        (
+            {"v_cmp": torch.randn(4, 2, 6).half()},
+            TypeError,
+            "v_cmp: expected dtype torch.float32 of q, got torch.float16",
+        ),
         ({"k_slc": torch.randn(23, 2, 6)}, ValueError, "k_slc: expected head_dim 8 of q, got 6"),
         ({"k_slc": torch.randn(23, 3, 8)}, ValueError, "k_slc: expected kv heads that divide q's 4 heads, got 3"),
-        ({"v_slc": torch.randn(22, 2, 6)}, ValueError, r"v_slc: expected shape \[23, heads, head_dim\], got \[22, 2, 6\]"),
+        (
+            {"v_slc": torch.randn(22, 2, 6)},
+            ValueError,
+            r"v_slc: expected shape \[23, heads, head_dim\], got \[22, 2, 6\]",
+        ),
         ({"k_win": None}, TypeError, "k_win: expected a tensor, got NoneType"),
         ({"v_win": None}, TypeError, "v_win: expected a tensor, got NoneType"),
-        ({"v_win": torch.randn(23, 2, 6, device="meta")}, ValueError, "v_win: expected device cpu of the layout, got meta"),
-        ({"v_win": torch.randn(23, 2, 5)}, ValueError, "v_cmp, v_slc, v_win: expected the same head_dim, got .*'v_win': 5"),
-        (LONG_KEYS, ValueError, "k_cmp, k_slc, k_win: expected the same number of kv heads, got {'k_cmp': 1, 'k_slc': 2"),
+        (
+            {"v_win": torch.randn(23, 2, 6, device="meta")},
+            ValueError,
+            "v_win: expected device cpu of the layout, got meta",
+        ),
+        (
+            {"v_win": torch.randn(23, 2, 5)},
+            ValueError,
+            "v_cmp, v_slc, v_win: expected the same head_dim, got .*'v_win': 5",
+        ),
+        (
+            LONG_KEYS,
+            ValueError,
+            "k_cmp, k_slc, k_win: expected the same number of kv heads, got {'k_cmp': 1, 'k_slc': 2",
+        ),
         ({"gates": torch.rand(23, 4, 2)}, ValueError, r"gates: expected shape \[23, 4, 3\], got \[23, 4, 2\]"),
         ({"gates": torch.rand(23, 2, 3)}, ValueError, r"gates: expected shape \[23, 4, 3\], got \[23, 2, 3\]"),
         ({"gates": torch.rand(23, 12)}, ValueError, r"gates: expected 3 dimensions, got shape \[23, 12\]"),
@@ -70,13 +95,29 @@ LONG_KEYS = {name: torch.randn(4, 1, dim) for name, dim in (("k_cmp", 8), ("v_cm
         ({"layout": MORE_KEYS}, ValueError, r"k_slc: expected shape \[25, heads, head_dim\], got \[23, 2, 8\]"),
         ({"layout": torch.tensor([0, 20, 23])}, TypeError, "layout: expected a VarlenLayout, got Tensor"),
         ({"blocks": {"topk": 4}}, TypeError, "blocks: expected a BlockGeometry, got dict"),
-        ({"q_cmp": torch.randn(23, 2, 8)}, ValueError, r"q_cmp: expected torch.float32 \[23, 4, 8\] of q, got .* \[23, 2, 8\]"),
-        ({"q_cmp": torch.randn(23, 4, 8).double()}, ValueError, "q_cmp: expected torch.float32 .* of q, got torch.float64"),
-        ({"q_cmp": torch.randn(22, 4, 8)}, ValueError, r"q_cmp: expected shape \[23, heads, head_dim\], got \[22, 4, 8\]"),
+        (
+            {"q_cmp": torch.randn(23, 2, 8)},
+            ValueError,
+            r"q_cmp: expected torch.float32 \[23, 4, 8\] of q, got .* \[23, 2, 8\]",
+        ),
+        (
+            {"q_cmp": torch.randn(23, 4, 8).double()},
+            ValueError,
+            "q_cmp: expected torch.float32 .* of q, got torch.float64",
+        ),
+        (
+            {"q_cmp": torch.randn(22, 4, 8)},
+            ValueError,
+            r"q_cmp: expected shape \[23, heads, head_dim\], got \[22, 4, 8\]",
+        ),
         ({"scale": 0.0}, ValueError, "scale: expected a finite number above 0, got 0.0"),
         ({"scale": float("nan")}, ValueError, "scale: expected a finite number above 0, got nan"),
         ({"scale": "1"}, TypeError, "scale: expected a float or None, got str"),
-        ({"block_indices": torch.zeros(23, 2, 4)}, TypeError, "block_indices: expected dtype torch.int32, got torch.float32"),
+        (
+            {"block_indices": torch.zeros(23, 2, 4)},
+            TypeError,
+            "block_indices: expected dtype torch.int32, got torch.float32",
+        ),
         (
             {"block_indices": torch.zeros(23, 4, 4, dtype=torch.int32)},
             ValueError,
@@ -219,7 +260,11 @@ TEN = VarlenLayout.from_lengths([5, 5])
         ),
         ({"x": X, "padding_mask": torch.ones(2, 5)}, TypeError, "mask: expected a bool tensor .*, got torch.float32"),
         ({"x": X, "padding_mask": torch.ones(2, 4) > 0}, ValueError, r"mask: expected shape \[2, 5\] .*, got \[2, 4\]"),
-        ({"x": X, "padding_mask": (torch.ones(2, 5) > 0).to("meta")}, ValueError, "mask: expected device cpu of x, got meta"),
+        (
+            {"x": X, "padding_mask": (torch.ones(2, 5) > 0).to("meta")},
+            ValueError,
+            "mask: expected device cpu of x, got meta",
+        ),
         ({"x": X, "cache": {}}, TypeError, "cache: expected an NSACache, got dict"),
     ],
 )
@@ -254,7 +299,11 @@ def started(make_layer: Callable, make_cache: Callable) -> tuple[NSAAttention, N
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        ({"x": torch.zeros(2, 22, 24)}, ValueError, r"lengths: expected at most max_tokens=32 .*, got 11 \+ 22 for sequence 0"),
+        (
+            {"x": torch.zeros(2, 22, 24)},
+            ValueError,
+            r"lengths: expected at most max_tokens=32 .*, got 11 \+ 22 for sequence 0",
+        ),
         ({"x": torch.zeros(3, 1, 24)}, ValueError, "cache: expected batch_size 3, got 2"),
         (
             {"x": torch.zeros(3, 24), "layout": VarlenLayout.from_lengths([1, 1, 1])},
@@ -296,8 +345,16 @@ def test_a_layer_that_records_gradients_is_refused(started: tuple[NSAAttention, 
 def other_caches(config: NSAConfig, make_config: Callable) -> list[tuple[NSACache, type[Exception], str]]:
     options = {"page_size": 16, "dtype": torch.float64}
     return [
-        (NSACache(make_config(topk=5), 2, 32, **options), ValueError, r"cache: expected one made for NSAConfig\(.*topk=5"),
-        (NSACache(make_config(shared_kv=True), 2, 32, **options), ValueError, r"cache: expected one made for NSAConfig"),
+        (
+            NSACache(make_config(topk=5), 2, 32, **options),
+            ValueError,
+            r"cache: expected one made for NSAConfig\(.*topk=5",
+        ),
+        (
+            NSACache(make_config(shared_kv=True), 2, 32, **options),
+            ValueError,
+            r"cache: expected one made for NSAConfig",
+        ),
         (NSACache(config, 2, 32, device="meta", **options), ValueError, "cache: expected device cpu of x, got meta"),
         (NSACache(config, 2, 32, page_size=16), TypeError, "cache: expected dtype torch.float64 .*, got torch.float32"),
     ]
@@ -361,7 +418,6 @@ def test_no_backend_for_the_problem_shows_the_plan(monkeypatch: pytest.MonkeyPat
     x = arguments()
     with pytest.raises(RuntimeError, match=r"requested: none-such(.|\n)*none-such +rejected: not installed"):
         ops.window_attention(x["q"], x["k_win"], x["v_win"], LAYOUT, BLOCKS)
-    dispatching._route.cache_clear()
 
 
 def test_an_unknown_flag_stops_every_operation(monkeypatch: pytest.MonkeyPatch) -> None:

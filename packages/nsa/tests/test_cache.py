@@ -290,7 +290,9 @@ def test_pages_are_taken_again_and_nothing_grows(cache: NSACache, config: NSACon
         max_size=12,
     )
 )
-def test_any_history_holds_the_tokens_of_its_steps(actions: list, make_config: Callable, make_cache: Callable, contents: Callable) -> None:
+def test_any_history_holds_the_tokens_of_its_steps(
+    actions: list, make_config: Callable, make_cache: Callable, contents: Callable
+) -> None:
     """No page belongs to two sequences, no page is lost, and each row is the token that was appended."""
     config = make_config()
     cache, tokens = make_cache(config, 2, 64), [rows(0, config), rows(0, config)]

@@ -14,19 +14,19 @@ from torch import Tensor, nn
 LENGTHS = [0, 7, 8, 11, 12, 30]  # none, one short of a block, one block, one short of two, two, six
 
 
-def by_hand(module: nn.Module, kind: str, x: Tensor, lengths: list[int], l: int, d: int) -> Tensor:
+def by_hand(module: nn.Module, kind: str, x: Tensor, lengths: list[int], size: int, stride: int) -> Tensor:
     """The formula for one block and one head at a time."""
     rows, offset = [], 0
     for length in lengths:
-        for start in range(0, length - l + 1, d):
-            block = x[offset + start : offset + start + l]
+        for start in range(0, length - size + 1, stride):
+            block = x[offset + start : offset + start + size]
             heads = []
             for h in range(x.shape[1]):
                 tokens = block[:, h]
                 if kind == "mean":
-                    heads.append(tokens.sum(0) / l)
+                    heads.append(tokens.sum(0) / size)
                 elif kind == "weighted_pool":
-                    heads.append(sum(module.weight[h, i] * tokens[i] for i in range(l)))
+                    heads.append(sum(module.weight[h, i] * tokens[i] for i in range(size)))
                 elif kind == "linear":
                     heads.append(tokens.reshape(-1) @ module.weight[h] + module.bias[h])
                 else:
@@ -118,7 +118,9 @@ def test_compression_hidden_size_is_the_width_of_the_mlp(make_config: Callable[.
 
 
 @pytest.mark.parametrize("kind", COMPRESSIONS)
-def test_no_block_gives_no_row(kind: str, make: Callable[[str], nn.Module], make_config: Callable[..., NSAConfig]) -> None:
+def test_no_block_gives_no_row(
+    kind: str, make: Callable[[str], nn.Module], make_config: Callable[..., NSAConfig]
+) -> None:
     x = torch.randn(7, 2, 6, dtype=torch.float64)
     assert make(kind)(x, VarlenLayout.from_lengths([7]), make_config().blocks).shape == (0, 2, 6)
 

@@ -1,13 +1,13 @@
 """Do the operations go through the route, tell it the truth about the problem, and agree with the oracle?"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from nsa import NSAConfig, ops
-from nsa_routing import Problem
+from nsa_routing import Problem, backends, dispatching, environment
 from nsa_varlen import BlockGeometry, PagedKV, VarlenLayout, reference
 from torch import Tensor
 
@@ -55,7 +55,9 @@ def assert_close(got: Tensor | tuple, expected: Tensor | tuple) -> None:
 
 @pytest.mark.parametrize("backend", [None, "sdpa"])
 @pytest.mark.parametrize("op", OPS)
-def test_agrees_with_the_oracle(op: str, backend: str | None, arguments: dict, margin: Callable, score_error: float) -> None:
+def test_agrees_with_the_oracle(
+    op: str, backend: str | None, arguments: dict, margin: Callable, score_error: float
+) -> None:
     if op == "select_blocks":
         q, k_cmp, _, *rest = arguments[op]
         assert 2 * score_error < margin(q, k_cmp, *rest) < float("inf")
@@ -145,7 +147,9 @@ def test_needs_grad_if_any_argument_does_and_grad_mode_is_on(op: str, recorder: 
 
 @pytest.mark.parametrize("op", [op for op in OPS if op.endswith("attention")])
 @pytest.mark.parametrize("deterministic, stated", [(None, False), (False, False), (True, True)])
-def test_states_determinism(op: str, deterministic: bool | None, stated: bool, recorder: Recorder, arguments: dict) -> None:
+def test_states_determinism(
+    op: str, deterministic: bool | None, stated: bool, recorder: Recorder, arguments: dict
+) -> None:
     getattr(ops, op)(*arguments[op], deterministic=deterministic)
     assert recorder.calls[0][1].deterministic is stated
 
@@ -164,7 +168,12 @@ def paged(x: Tensor, lengths: list[int], page_size: int = 16) -> PagedKV:
     return PagedKV(pages, table, torch.tensor(lengths, dtype=torch.int32))
 
 
-PAGED = {"compressed_attention": (1, 2), "select_blocks": (1,), "selected_attention": (1, 2), "window_attention": (1, 2)}
+PAGED = {
+    "compressed_attention": (1, 2),
+    "select_blocks": (1,),
+    "selected_attention": (1, 2),
+    "window_attention": (1, 2),
+}
 
 
 @pytest.mark.parametrize("op", PAGED)
@@ -214,3 +223,62 @@ def test_an_lse_carries_no_gradient(op: str, arguments: dict) -> None:
     assert out.requires_grad
     assert not lse.requires_grad
     assert lse.dtype == torch.float32
+
+
+@pytest.fixture
+def fresh_routes() -> Iterator[None]:
+    """Nothing remembered of earlier routes, nor of these afterwards."""
+
+    def forget() -> None:
+        for remembered in (backends.load_backend, dispatching._route, dispatching._this_machine):
+            remembered.cache_clear()
+
+    forget()
+    yield
+    forget()
+
+
+class Fake:
+    """A backend that answers with its name and what it was asked."""
+
+    name = "fake"
+
+    def refuse(self, op: str, problem: Problem, environment: object) -> str | None:
+        return "cannot combine" if op == "combine" else None
+
+    def __getattr__(self, op: str) -> Callable[..., Any]:
+        if op not in OPS:
+            raise AttributeError(op)
+        return lambda *args, **options: (self.name, op, options)
+
+
+@pytest.fixture
+def fake_installed(fresh_routes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backend `fake` beside the installed ones, by entry point."""
+    points = backends.installed_backends() | {"fake": mock.Mock(load=Fake)}
+    for module in (backends, environment):
+        monkeypatch.setattr(module, "installed_backends", lambda: points)
+
+
+@pytest.mark.usefixtures("fake_installed")
+@pytest.mark.parametrize("op", OPS[:-1])
+def test_a_backend_found_by_entry_point_runs(op: str, arguments: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, asked, _ = getattr(ops, op)(*arguments[op], backend="fake")
+    assert (name, asked) == ("fake", op)
+    monkeypatch.setenv("NSA_BACKEND", f"{op}=fake")
+    assert getattr(ops, op)(*arguments[op])[:2] == ("fake", op)
+    monkeypatch.delenv("NSA_BACKEND")
+    assert_close(getattr(ops, op)(*arguments[op]), getattr(reference, op)(*arguments[op]))
+
+
+@pytest.mark.usefixtures("fake_installed")
+def test_a_backend_that_refuses_is_not_replaced(arguments: dict) -> None:
+    with pytest.raises(RuntimeError, match=r"requested: fake(.|\n)*fake +rejected: cannot combine"):
+        ops.combine(*arguments["combine"], backend="fake")
+
+
+@pytest.mark.usefixtures("fresh_routes")
+@pytest.mark.parametrize("op", OPS)
+def test_a_backend_that_is_not_installed(op: str, arguments: dict) -> None:
+    with pytest.raises(ValueError, match=r"^backend: expected one of \[.*'sdpa'.*\], got 'none-such'$"):
+        getattr(ops, op)(*arguments[op], backend="none-such")

@@ -130,9 +130,7 @@ def nsa_attention(
     q_cmp = q if q_cmp is None else q_cmp
     check_rows("q_cmp", q_cmp, layout.total_q, layout)
     if q_cmp.shape != q.shape or q_cmp.dtype != q.dtype:
-        raise ValueError(
-            f"q_cmp: expected {q.dtype} {list(q.shape)} of q, got {q_cmp.dtype} {list(q_cmp.shape)}"
-        )
+        raise ValueError(f"q_cmp: expected {q.dtype} {list(q.shape)} of q, got {q_cmp.dtype} {list(q_cmp.shape)}")
     check_attention(("k_cmp", "v_cmp"), q_cmp, k_cmp, v_cmp, layout.compressed(blocks).total, layout)
     check_attention(("k_slc", "v_slc"), q, k_slc, v_slc, layout.total_k, layout)
     check_attention(("k_win", "v_win"), q, k_win, v_win, layout.total_k, layout)

@@ -78,9 +78,7 @@ class NSAConfig:
             if type(getattr(self, name)) is not bool:
                 raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_kv_heads: expected a divisor of num_heads={self.num_heads}, got {self.num_kv_heads}"
-            )
+            raise ValueError(f"num_kv_heads: expected a divisor of num_heads={self.num_heads}, got {self.num_kv_heads}")
         for name, allowed in (("compression", COMPRESSIONS), ("rope_cmp", ROPE_CMP)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {list(allowed)}, got {getattr(self, name)!r}")

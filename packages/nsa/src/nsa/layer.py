@@ -41,9 +41,7 @@ class NSAAttention(nn.Module):
         self.rope = (
             None
             if config.rope_theta is None
-            else RotaryEmbedding(
-                config.head_dim, config.rope_theta, config.rope_interleaved, config.rope_scaling
-            )
+            else RotaryEmbedding(config.head_dim, config.rope_theta, config.rope_interleaved, config.rope_scaling)
         )
 
     def forward(
@@ -87,9 +85,7 @@ class NSAAttention(nn.Module):
             positions = layout.positions()
             q_cmp, q, k_slc, k_win = self._rotate_new(q, k_slc, k_win, positions)
             k_cmp, v_cmp = self._compress(k_cmp, v_cmp, positions, layout, layout.compressed_starts(blocks))
-            out = nsa_attention(
-                q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, layout, blocks, q_cmp=q_cmp
-            )
+            out = nsa_attention(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, layout, blocks, q_cmp=q_cmp)
         else:
             with cache.extend(layout.host.cu_seqlens_q.diff().tolist()) as step:
                 q_cmp, q, k_slc, k_win = self._rotate_new(q, k_slc, k_win, step.layout.positions())

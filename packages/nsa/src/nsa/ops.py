@@ -32,9 +32,7 @@ def compress_mean(x: Tensor, layout: VarlenLayout, blocks: BlockGeometry, *, bac
     """
     check_layout(layout, blocks)
     check_rows("x", x, layout.total_k, layout)
-    problem = Problem(
-        "compress_mean", x.device.type, x.dtype, x.shape[-1], x.shape[-1], 1, needs_grad=_needs_grad(x)
-    )
+    problem = Problem("compress_mean", x.device.type, x.dtype, x.shape[-1], x.shape[-1], 1, needs_grad=_needs_grad(x))
     return dispatch("compress_mean", problem, backend=backend)(x, layout, blocks)
 
 
@@ -178,9 +176,7 @@ def combine(gates: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, *, backe
     return dispatch("combine", problem, backend=backend)(gates, o_cmp, o_slc, o_win)
 
 
-def _problem(
-    op: str, q: Tensor, k: KV, v: KV, deterministic: bool | None, *, differentiable: bool = True
-) -> Problem:
+def _problem(op: str, q: Tensor, k: KV, v: KV, deterministic: bool | None, *, differentiable: bool = True) -> Problem:
     num_kv_heads, v_head_dim = heads_and_dim(v)
     tensors = [x for x in (q, k, v) if isinstance(x, Tensor)]
     return Problem(
