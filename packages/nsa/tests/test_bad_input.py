@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from nsa import NSAAttention, NSACache, NSAConfig, nsa_attention, ops
+from nsa_routing import dispatching
 from nsa_varlen import BlockGeometry, PagedKV, VarlenLayout
 from torch import Tensor
 

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nsa import NSACache, NSAConfig
 from nsa.cache import CacheStep
-from nsa_varlen import VarlenLayout
+from nsa_varlen import BlockGeometry, VarlenLayout
 from torch import Tensor
+
+BLOCKS = BlockGeometry(kernel_size=8, kernel_stride=4, block_size=16)  # as `make_config` has them
 
 
 def tensors(cache: NSACache) -> dict[str, Tensor]:
@@ -46,17 +48,23 @@ def rows(count: int, config: NSAConfig, seed: int = 0) -> tuple[Tensor, Tensor]:
     return k, v
 
 
+def mean(k: Tensor, v: Tensor, positions: Tensor, layout: VarlenLayout, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """Means of the blocks' tokens, found by their positions."""
+    sequence, start_sequence = layout.sequence_of_keys(), layout.sequence_of_compressed(BLOCKS)
+    member = (positions >= starts[:, None]) & (positions < starts[:, None] + 8) & (sequence == start_sequence[:, None])
+    assert member.sum(1).tolist() == [8] * len(starts)
+    return torch.stack([k[m].mean(0) for m in member]), torch.stack([v[m].mean(0) for m in member])
+
+
+def write_mean(step: CacheStep, k: Tensor, v: Tensor) -> None:
+    step.write_cmp(k, v, mean)
+
+
 def append(step: CacheStep, k: Tensor, v: Tensor) -> None:
     """The new tokens into every stream, blocks being their means."""
     step.write_slc(k, v)
     step.write_win(2 * k, 2 * v)
-    k_raw, v_raw, raw = step.raw_cmp(k, v)
-    blocks = step._cache.config.blocks
-    means = []
-    for x in (k_raw, v_raw):
-        start = raw.compressed_starts(blocks) + raw.cu_seqlens_k.long()[raw.sequence_of_compressed(blocks)]
-        means.append(x[start[:, None] + torch.arange(blocks.kernel_size)].mean(1))
-    step.write_cmp(*means)
+    write_mean(step, k, v)
 
 
 @pytest.fixture
@@ -122,16 +130,21 @@ def test_what_a_step_says(cache: NSACache, config: NSAConfig) -> None:
         assert step.layout.cu_seqlens_q.tolist() == [0, 3, 7]
         assert step.layout.cu_seqlens_k.tolist() == [0, 33, 42]
         assert step.layout.positions().tolist() == [30, 31, 32, 5, 6, 7, 8]
-        assert step.first_cmp().tolist() == [6, 0]  # of 30 tokens: (30 - 8) // 4 + 1
-        k_raw, v_raw, raw = step.raw_cmp(k, v)
-        assert isinstance(raw, VarlenLayout)
-        assert raw.cu_seqlens_k.tolist() == [0, 9, 18]  # 6 pending and 3 new, 5 pending and 4 new
         old_k, old_v = rows(35, config)
-        for got, old, new in ((k_raw, old_k, k), (v_raw, old_v, v)):
-            assert torch.equal(got, torch.cat([old[24:30], new[:3], old[30:35], new[3:]]))
+
+        def compress(
+            k_raw: Tensor, v_raw: Tensor, positions: Tensor, raw: VarlenLayout, starts: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            assert raw.cu_seqlens_k.tolist() == [0, 9, 18]  # 6 waiting and 3 new, 5 waiting and 4 new
+            assert positions.tolist() == [*range(24, 33), *range(9)]
+            assert starts.tolist() == [24, 0]
+            for got, old, new in ((k_raw, old_k, k), (v_raw, old_v, v)):
+                assert torch.equal(got, torch.cat([old[24:30], new[:3], old[30:35], new[3:]]))
+            return rows(2, config)
+
         step.write_slc(k, v)
         step.write_win(k, v)
-        step.write_cmp(*rows(2, config))
+        step.write_cmp(k, v, compress)
         assert [x.lengths.tolist() for x in step.slc + step.win + step.cmp] == [[33, 9]] * 4 + [[7, 1]] * 2
         assert torch.equal(step.slc[0].rows(torch.tensor([0, 1]), torch.tensor([32, 8])), k[[2, 6]])
     assert cache.lengths == (33, 9)
@@ -152,7 +165,7 @@ def test_a_shared_stream_is_written_once(make_config: Callable, make_cache: Call
     with cache.extend([3]) as step:
         step.write_slc(k, v)
         step.write_win(2 * k, 2 * v)  # nothing to store
-        step.raw_cmp(k, v)
+        write_mean(step, k, v)
     assert torch.equal(cache.slc.k_pages[cache.slc.block_table[0, 0], :3], k)
     assert pages_in_use(cache)["slc"] == 1
 
@@ -347,8 +360,10 @@ def test_arguments_that_do_not_fit(arguments: dict, error: type[Exception], mess
         NSACache(**({"config": config, "batch_size": 1, "max_tokens": 64} | arguments))
 
 
-@pytest.mark.parametrize("method, name", [("write_slc", "k_slc"), ("write_win", "k_win"), ("raw_cmp", "k_cmp")])
-def test_rows_that_do_not_fit(method: str, name: str, cache: NSACache, config: NSAConfig) -> None:
+@pytest.mark.parametrize(
+    "write, name", [(CacheStep.write_slc, "k_slc"), (CacheStep.write_win, "k_win"), (write_mean, "k_cmp")]
+)
+def test_rows_that_do_not_fit(write: Callable, name: str, cache: NSACache, config: NSAConfig) -> None:
     k, v = rows(2, config)
     before = snapshot(cache)
     wrong = [
@@ -360,7 +375,7 @@ def test_rows_that_do_not_fit(method: str, name: str, cache: NSACache, config: N
 
     def attempt(given: tuple[Tensor, Tensor]) -> None:
         with cache.extend([1, 1]) as step:
-            getattr(step, method)(*given)
+            write(step, *given)
 
     for given_rows, error, message in wrong:
         with pytest.raises(error, match=message):
@@ -373,20 +388,18 @@ def test_as_many_blocks_as_the_step_completes(cache: NSACache, config: NSAConfig
 
     def attempt() -> None:
         with cache.extend([2, 0]) as step:  # 32 tokens: one block more
-            step.write_cmp(*rows(2, config))
+            step.write_cmp(*rows(2, config), lambda *raw: rows(2, config))
 
-    with pytest.raises(ValueError, match=r"^k_cmp: expected shape \[1, 2, 8\], got \[2, 2, 8\]$"):
+    with pytest.raises(ValueError, match=r"^compressed k: expected shape \[1, 2, 8\], got \[2, 2, 8\]$"):
         attempt()
     assert_unchanged(cache, before)
 
 
 def test_a_step_takes_tokens_only_inside_its_block(cache: NSACache, config: NSAConfig) -> None:
     before, step = snapshot(cache), cache.extend([1, 1])
-    for method in (step.write_slc, step.write_win, step.raw_cmp):
+    for write in (CacheStep.write_slc, CacheStep.write_win, write_mean):
         with pytest.raises(RuntimeError, match=r"^step: expected to be used inside its `with` block"):
-            method(*rows(2, config))
-    with pytest.raises(RuntimeError, match=r"^step: expected to be used inside its `with` block"):
-        step.write_cmp(*rows(0, config))
+            write(step, *rows(2, config))
     assert_unchanged(cache, before)
 
 
@@ -410,3 +423,19 @@ def test_a_copy_goes_its_own_way(cache: NSACache, config: NSAConfig, contents: C
     assert (cache.lengths, other.lengths) == ((30, 5), (40, 15))
     for got, old in zip(contents(cache), before, strict=True):
         assert all(torch.equal(got[name], old[name]) for name in old)
+
+
+@pytest.mark.parametrize("left_out", ["slc", "win", "cmp"])
+def test_a_step_writes_every_stream(left_out: str, cache: NSACache, config: NSAConfig) -> None:
+    before = snapshot(cache)
+    writes = {"slc": CacheStep.write_slc, "win": CacheStep.write_win, "cmp": write_mean}
+
+    def attempt() -> None:
+        with cache.extend([1, 1]) as step:
+            for name, write in writes.items():
+                if name != left_out:
+                    write(step, *rows(2, config))
+
+    with pytest.raises(RuntimeError, match=rf"^step: expected slc, win and cmp .*, got no \['{left_out}'\]$"):
+        attempt()
+    assert cache.lengths == before[0]

@@ -34,7 +34,10 @@ def take_head_rows(
 def _head_row(kv: KV, sequence: Tensor, position: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Row number of each head's row among all heads' rows: int64 [R, Hk, S]."""
     sequence = sequence[:, None, None]
-    row = kv.slots(sequence, position) if isinstance(kv, PagedKV) else position + cu_seqlens.long()[sequence]
+    if isinstance(kv, PagedKV):
+        row = kv.slots(sequence, position).clamp_min_(0)  # a sequence without pages: any row will do
+    else:
+        row = position + cu_seqlens.long()[sequence]
     heads = torch.arange(position.shape[1], device=position.device)[:, None]
     return row * position.shape[1] + heads
 
