@@ -36,7 +36,8 @@ def test_operations_and_gradients_match_the_oracle() -> None:
     for name in ("k_cmp", "o_cmp", "o_slc", "o_win", "out"):
         assert float((getattr(got, name).cpu() - getattr(exact, name)).abs().amax()) <= FP32, name
     for name in ("lse_cmp", "lse_slc", "lse_win"):
-        torch.testing.assert_close(getattr(got, name).cpu().double(), getattr(exact, name).double(), rtol=1e-6, atol=1e-5)
+        lse, expected = getattr(got, name).cpu().double(), getattr(exact, name)
+        torch.testing.assert_close(lse, expected.double(), rtol=1e-6, atol=1e-5)
     for name, x, y in zip(("q", "k", "v", "gates"), cuda_inputs, exact_inputs, strict=True):
         # Gradients of a sum over up to 196 queries: their scale, not 1, is what rounding is relative to.
         assert float((x.grad.cpu() - y.grad).abs().amax()) <= FP32 * float(y.grad.abs().amax().clamp_min(1)), name
