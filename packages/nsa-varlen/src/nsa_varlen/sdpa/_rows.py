@@ -21,9 +21,7 @@ def slice_rows(kv: KV, start: int, end: int, cu_seqlens: Tensor) -> Tensor:
     return kv.rows(sequence, index - cu_seqlens[sequence])
 
 
-def take_head_rows(
-    k: KV, v: KV, sequence: Tensor, position: Tensor, cu_seqlens: Tensor
-) -> tuple[Tensor, Tensor]:
+def take_head_rows(k: KV, v: KV, sequence: Tensor, position: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """Rows `position[t, h, s]` of head h of `sequence[t]`: sequence [R], position [R, Hk, S] -> two [R, Hk, S, D]."""
     index = _head_row(k, sequence, position, cu_seqlens)
     shared = isinstance(k, PagedKV) and isinstance(v, PagedKV) and k.block_table is v.block_table
