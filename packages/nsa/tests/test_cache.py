@@ -2,8 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from functools import partial
-from itertools import pairwise
 from unittest import mock
 
 import pytest
@@ -12,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nsa import NSACache, NSAConfig
 from nsa.cache import CacheStep
-from nsa_varlen import VarlenLayout
+from nsa_varlen import BlockGeometry, VarlenLayout
 from torch import Tensor
+
+BLOCKS = BlockGeometry(kernel_size=8, kernel_stride=4, block_size=16)  # as `make_config` has them
 
 
 def tensors(cache: NSACache) -> dict[str, Tensor]:
@@ -49,18 +49,23 @@ def rows(count: int, config: NSAConfig, seed: int = 0) -> tuple[Tensor, Tensor]:
     return k, v
 
 
-def means(k: Tensor, v: Tensor, positions: Tensor, layout: VarlenLayout, starts: Tensor) -> tuple[Tensor, Tensor]:
-    """A compression: the 8 tokens from every 4th on, sequence by sequence."""
-    offsets = layout.cu_seqlens_k.tolist()
-    first = [at for begin, end in pairwise(offsets) for at in range(begin, end - 7, 4)]
-    return torch.stack([k[at : at + 8].mean(0) for at in first]), torch.stack([v[at : at + 8].mean(0) for at in first])
+def mean(k: Tensor, v: Tensor, positions: Tensor, layout: VarlenLayout, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """Means of the blocks' tokens, found by their positions."""
+    sequence, start_sequence = layout.sequence_of_keys(), layout.sequence_of_compressed(BLOCKS)
+    member = (positions >= starts[:, None]) & (positions < starts[:, None] + 8) & (sequence == start_sequence[:, None])
+    assert member.sum(1).tolist() == [8] * len(starts)
+    return torch.stack([k[m].mean(0) for m in member]), torch.stack([v[m].mean(0) for m in member])
+
+
+def write_mean(step: CacheStep, k: Tensor, v: Tensor) -> None:
+    step.write_cmp(k, v, mean)
 
 
 def append(step: CacheStep, k: Tensor, v: Tensor) -> None:
     """The new tokens into every stream, blocks being their means."""
     step.write_slc(k, v)
     step.write_win(2 * k, 2 * v)
-    step.write_cmp(k, v, means)
+    write_mean(step, k, v)
 
 
 @pytest.fixture
@@ -126,18 +131,21 @@ def test_what_a_step_says(cache: NSACache, config: NSAConfig) -> None:
         assert step.layout.cu_seqlens_q.tolist() == [0, 3, 7]
         assert step.layout.cu_seqlens_k.tolist() == [0, 33, 42]
         assert step.layout.positions().tolist() == [30, 31, 32, 5, 6, 7, 8]
-        compress = mock.Mock(side_effect=means)
-        step.write_cmp(k, v, compress)
-        k_raw, v_raw, positions, raw, starts = compress.call_args.args
-        # Of 30 tokens 6 blocks were complete, (30 - 8) // 4 + 1, so the next begins at 24: 6 wait and 3 are new.
-        assert raw.cu_seqlens_k.tolist() == [0, 9, 18]
-        assert positions.tolist() == [*range(24, 33), *range(9)]
-        assert starts.tolist() == [24, 0]
         old_k, old_v = rows(35, config)
-        for got, old, new in ((k_raw, old_k, k), (v_raw, old_v, v)):
-            assert torch.equal(got, torch.cat([old[24:30], new[:3], old[30:35], new[3:]]))
+
+        def compress(
+            k_raw: Tensor, v_raw: Tensor, positions: Tensor, raw: VarlenLayout, starts: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            assert raw.cu_seqlens_k.tolist() == [0, 9, 18]  # 6 waiting and 3 new, 5 waiting and 4 new
+            assert positions.tolist() == [*range(24, 33), *range(9)]
+            assert starts.tolist() == [24, 0]
+            for got, old, new in ((k_raw, old_k, k), (v_raw, old_v, v)):
+                assert torch.equal(got, torch.cat([old[24:30], new[:3], old[30:35], new[3:]]))
+            return rows(2, config)
+
         step.write_slc(k, v)
         step.write_win(k, v)
+        step.write_cmp(k, v, compress)
         assert [x.lengths.tolist() for x in step.slc + step.win + step.cmp] == [[33, 9]] * 4 + [[7, 1]] * 2
         assert torch.equal(step.slc[0].rows(torch.tensor([0, 1]), torch.tensor([32, 8])), k[[2, 6]])
     assert cache.lengths == (33, 9)
@@ -158,7 +166,7 @@ def test_a_shared_stream_is_written_once(make_config: Callable, make_cache: Call
     with cache.extend([3]) as step:
         step.write_slc(k, v)
         step.write_win(2 * k, 2 * v)  # nothing to store
-        step.write_cmp(k, v, means)
+        write_mean(step, k, v)
     assert torch.equal(cache.slc.k_pages[cache.slc.block_table[0, 0], :3], k)
     assert pages_in_use(cache)["slc"] == 1
 
@@ -353,8 +361,10 @@ def test_arguments_that_do_not_fit(arguments: dict, error: type[Exception], mess
         NSACache(**({"config": config, "batch_size": 1, "max_tokens": 64} | arguments))
 
 
-@pytest.mark.parametrize("method, name", [("write_slc", "k_slc"), ("write_win", "k_win"), ("write_cmp", "k_cmp")])
-def test_rows_that_do_not_fit(method: str, name: str, cache: NSACache, config: NSAConfig) -> None:
+@pytest.mark.parametrize(
+    "write, name", [(CacheStep.write_slc, "k_slc"), (CacheStep.write_win, "k_win"), (write_mean, "k_cmp")]
+)
+def test_rows_that_do_not_fit(write: Callable, name: str, cache: NSACache, config: NSAConfig) -> None:
     k, v = rows(2, config)
     before = snapshot(cache)
     wrong = [
@@ -366,7 +376,7 @@ def test_rows_that_do_not_fit(method: str, name: str, cache: NSACache, config: N
 
     def attempt(given: tuple[Tensor, Tensor]) -> None:
         with cache.extend([1, 1]) as step:
-            getattr(step, method)(*given, *([means] if method == "write_cmp" else []))
+            write(step, *given)
 
     for given_rows, error, message in wrong:
         with pytest.raises(error, match=message):
@@ -379,7 +389,7 @@ def test_as_many_blocks_as_the_step_completes(cache: NSACache, config: NSAConfig
 
     def attempt() -> None:
         with cache.extend([2, 0]) as step:  # 32 tokens: one block more
-            step.write_cmp(*rows(2, config), lambda *_: rows(2, config))
+            step.write_cmp(*rows(2, config), lambda *raw: rows(2, config))
 
     with pytest.raises(ValueError, match=r"^compressed k: expected shape \[1, 2, 8\], got \[2, 2, 8\]$"):
         attempt()
@@ -388,29 +398,25 @@ def test_as_many_blocks_as_the_step_completes(cache: NSACache, config: NSAConfig
 
 def test_a_step_takes_tokens_only_inside_its_block(cache: NSACache, config: NSAConfig) -> None:
     before, step = snapshot(cache), cache.extend([1, 1])
-    for method in (step.write_slc, step.write_win, partial(step.write_cmp, compress=means)):
+    for write in (CacheStep.write_slc, CacheStep.write_win, write_mean):
         with pytest.raises(RuntimeError, match=r"^step: expected to be used inside its `with` block"):
-            method(*rows(2, config))
+            write(step, *rows(2, config))
     assert_unchanged(cache, before)
 
 
 @pytest.mark.parametrize("left_out", ["slc", "win", "cmp"])
 def test_a_step_that_leaves_a_stream_out_is_dropped(left_out: str, cache: NSACache, config: NSAConfig) -> None:
     used, (k, v) = pages_in_use(cache), rows(40, config)
+    writes = {"slc": CacheStep.write_slc, "win": CacheStep.write_win, "cmp": write_mean}
 
     def forget() -> None:
         with cache.extend([20, 20]) as step:
-            for name, write in (
-                ("slc", step.write_slc),
-                ("win", step.write_win),
-                ("cmp", partial(step.write_cmp, compress=means)),
-            ):
+            for name, write in writes.items():
                 if name != left_out:
-                    write(k, v)
+                    write(step, k, v)
 
-    with pytest.raises(
-        RuntimeError, match=rf"^step: expected slc, win and cmp to be written, got no \['{left_out}'\]$"
-    ):
+    message = rf"^step: expected slc, win and cmp to be written, got no \['{left_out}'\]$"
+    with pytest.raises(RuntimeError, match=message):
         forget()
     assert cache.lengths == (30, 5)
     assert pages_in_use(cache) == used
@@ -424,16 +430,15 @@ def test_compression_runs_if_a_block_completes(
     new: list[int], called: bool, cache: NSACache, config: NSAConfig, contents: Callable
 ) -> None:
     k, v = rows(sum(new), config, seed=1)
-    compress = mock.Mock(side_effect=means)
+    compress = mock.Mock(side_effect=mean)
     with cache.extend(new) as step:
         step.write_slc(k, v)
         step.write_win(k, v)
         step.write_cmp(k, v, compress)
     assert compress.called == called
     old = rows(35, config)[0]
-    for held, tokens in zip(
-        contents(cache), (torch.cat([old[:30], k[: new[0]]]), torch.cat([old[30:], k[new[0] :]])), strict=True
-    ):
+    expected = torch.cat([old[:30], k[: new[0]]]), torch.cat([old[30:], k[new[0] :]])
+    for held, tokens in zip(contents(cache), expected, strict=True):
         blocks = config.blocks.num_compressed(len(tokens))
         assert torch.equal(held["pending_k"], tokens[4 * blocks :])
 
@@ -458,3 +463,19 @@ def test_a_copy_goes_its_own_way(cache: NSACache, config: NSAConfig, contents: C
     assert (cache.lengths, other.lengths) == ((30, 5), (40, 15))
     for got, old in zip(contents(cache), before, strict=True):
         assert all(torch.equal(got[name], old[name]) for name in old)
+
+
+@pytest.mark.parametrize("left_out", ["slc", "win", "cmp"])
+def test_a_step_writes_every_stream(left_out: str, cache: NSACache, config: NSAConfig) -> None:
+    before = snapshot(cache)
+    writes = {"slc": CacheStep.write_slc, "win": CacheStep.write_win, "cmp": write_mean}
+
+    def attempt() -> None:
+        with cache.extend([1, 1]) as step:
+            for name, write in writes.items():
+                if name != left_out:
+                    write(step, *rows(2, config))
+
+    with pytest.raises(RuntimeError, match=rf"^step: expected slc, win and cmp .*, got no \['{left_out}'\]$"):
+        attempt()
+    assert cache.lengths == before[0]

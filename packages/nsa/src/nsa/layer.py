@@ -92,9 +92,7 @@ class NSAAttention(nn.Module):
                 step.write_slc(k_slc, v_slc)
                 step.write_win(k_win, v_win)
                 step.write_cmp(k_cmp, v_cmp, self._compress)
-                out = nsa_attention(
-                    q, *step.cmp, *step.slc, *step.win, gates, step.layout, blocks, q_cmp=q_cmp
-                )
+                out = nsa_attention(q, *step.cmp, *step.slc, *step.win, gates, step.layout, blocks, q_cmp=q_cmp)
         return self.o_proj(out.flatten(1))
 
     def _branches(self, projected: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:

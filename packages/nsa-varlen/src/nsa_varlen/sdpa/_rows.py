@@ -21,9 +21,7 @@ def slice_rows(kv: KV, start: int, end: int, cu_seqlens: Tensor) -> Tensor:
     return kv.rows(sequence, index - cu_seqlens[sequence])
 
 
-def take_head_rows(
-    k: KV, v: KV, sequence: Tensor, position: Tensor, cu_seqlens: Tensor
-) -> tuple[Tensor, Tensor]:
+def take_head_rows(k: KV, v: KV, sequence: Tensor, position: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """Rows `position[t, h, s]` of head h of `sequence[t]`: sequence [R], position [R, Hk, S] -> two [R, Hk, S, D]."""
     index = _head_row(k, sequence, position, cu_seqlens)
     shared = isinstance(k, PagedKV) and isinstance(v, PagedKV) and k.block_table is v.block_table
@@ -34,7 +32,10 @@ def take_head_rows(
 def _head_row(kv: KV, sequence: Tensor, position: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Row number of each head's row among all heads' rows: int64 [R, Hk, S]."""
     sequence = sequence[:, None, None]
-    row = kv.slots(sequence, position) if isinstance(kv, PagedKV) else position + cu_seqlens.long()[sequence]
+    if isinstance(kv, PagedKV):
+        row = kv.slots(sequence, position).clamp_min_(0)  # a sequence without pages: any row will do
+    else:
+        row = position + cu_seqlens.long()[sequence]
     heads = torch.arange(position.shape[1], device=position.device)[:, None]
     return row * position.shape[1] + heads
 

@@ -98,7 +98,9 @@ def _by_query(
         top.masked_fill_(top == -torch.inf, 0.0)
         weights = logits.sub_(top).exp_()
         total = weights.sum(-1, keepdim=True)
-        out[rows] = (torch.matmul(weights, v_rows.to(dtype)) / total.masked_fill(total == 0, 1.0)).flatten(1, 2)
+        # A query without keys was given a row that may belong to nobody; whatever it holds must not count.
+        mean = torch.matmul(weights, v_rows.to(dtype)) / total
+        out[rows] = mean.masked_fill_(total == 0, 0.0).flatten(1, 2)
         lse[:, rows] = (top + total.log()).flatten(1).T
     return out, lse
 

@@ -1,0 +1,94 @@
+"""Does the plain-torch backend give on a GPU what it gives on a CPU? Everything else about it is tested there."""
+
+import pytest
+import torch
+from nsa import NSAAttention, NSACache, NSAConfig
+from nsa_varlen import BlockGeometry, VarlenLayout, masks, reference
+from nsa_varlen.sdpa import BACKEND
+from nsa_varlen.testing import (
+    Inputs,
+    assert_within_budget,
+    certified_inputs,
+    plain_attention,
+    poisoned_empty,
+    random_inputs,
+    run_ops,
+)
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+BLOCKS = BlockGeometry(kernel_size=8, kernel_stride=4, block_size=16, topk=4, window_size=20)
+LENGTHS = ([150, 0, 5, 1, 40], [150, 3, 70, 33, 40])
+FP32 = 5e-5  # DESIGN: max-abs error of an fp32 backend at unit-scale inputs
+
+
+def test_operations_and_gradients_match_the_oracle() -> None:
+    layout = VarlenLayout.from_lengths(*LENGTHS)
+    inputs, _ = certified_inputs(layout, BLOCKS, dtype=torch.float32)
+    exact_inputs = inputs.to(torch.float64).leaves()
+    exact = run_ops(reference, exact_inputs, layout, BLOCKS)
+    exact.out.sum().backward()
+    cuda_inputs = type(inputs)(*(x.cuda() for x in inputs)).leaves()
+    with poisoned_empty():
+        got = run_ops(BACKEND, cuda_inputs, layout.to("cuda"), BLOCKS)
+        got.out.sum().backward()
+    assert torch.equal(got.block_indices.cpu(), exact.block_indices)
+    for name in ("k_cmp", "o_cmp", "o_slc", "o_win", "out"):
+        assert float((getattr(got, name).detach().cpu() - getattr(exact, name).detach()).abs().amax()) <= FP32, name
+    for name in ("lse_cmp", "lse_slc", "lse_win"):
+        lse, expected = getattr(got, name).cpu().double(), getattr(exact, name)
+        torch.testing.assert_close(lse, expected.double(), rtol=1e-6, atol=1e-5)
+    for name, x, y in zip(("q", "k", "v", "gates"), cuda_inputs, exact_inputs, strict=True):
+        # Gradients of a sum over up to 196 queries: their scale, not 1, is what rounding is relative to.
+        assert float((x.grad.cpu() - y.grad).abs().amax()) <= FP32 * float(y.grad.abs().amax().clamp_min(1)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_half_precision_keeps_its_budget(dtype: torch.dtype) -> None:
+    layout = VarlenLayout.from_lengths([2048], device="cuda")
+    inputs = random_inputs(layout, heads=8, kv_heads=2, head_dim=64, dtype=dtype)
+    q, k, v = (x.double() for x in inputs[:3])
+    out, _ = BACKEND.window_attention(*inputs[:3], layout, BlockGeometry())
+    exact, _ = reference.window_attention(q, k, v, layout, BlockGeometry())
+    mask = masks.window_mask(layout, BlockGeometry())[:, None]
+    assert_within_budget(out, plain_attention(*inputs[:3], mask), exact)
+
+
+def test_forward_and_backward_repeat_bit_by_bit() -> None:
+    layout = VarlenLayout.from_lengths(*LENGTHS, device="cuda")
+    inputs = random_inputs(layout, dtype=torch.float32)
+    runs = []
+    for _ in range(5):
+        leaves = inputs.leaves()
+        out = run_ops(BACKEND, leaves, layout, BLOCKS).out
+        out.sum().backward()
+        runs.append([out, *(x.grad for x in leaves)])
+    for again in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
+
+
+@pytest.mark.parametrize("compression", ["mean", "weighted_pool", "linear", "mlp"])
+def test_decode_continues_prefill(compression: str) -> None:
+    torch.manual_seed(0)
+    config = NSAConfig(
+        32, 4, 2, 8, kernel_size=8, kernel_stride=4, block_size=16, topk=4, window_size=12, compression=compression
+    )
+    layer, x = NSAAttention(config).double().cuda(), torch.randn(2, 70, 32, dtype=torch.float64, device="cuda")
+    cache = NSACache(config, 2, 70, device="cuda", dtype=torch.float64)
+    with torch.no_grad():
+        whole = layer(x)
+        parts = [layer(part, cache=cache) for part in (x[:, :50], *x[:, 50:].split(1, dim=1))]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-10, atol=1e-10)
+
+
+def test_long_prefill_stays_bounded() -> None:
+    """64k tokens, 16 query and 4 kv heads, bf16: far less memory than one [Tq, Tk] matrix of logits."""
+    layout = VarlenLayout.from_lengths([65_536], device="cuda")
+    q, k = (torch.randn(65_536, h, 64, device="cuda", dtype=torch.bfloat16) for h in (16, 4))
+    gates = torch.rand(65_536, 16, 3, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.no_grad():
+        out = run_ops(BACKEND, Inputs(q, k, k, gates), layout, BlockGeometry()).out
+    assert bool(out.isfinite().all())
+    assert torch.cuda.max_memory_allocated() - before < 4 << 30
