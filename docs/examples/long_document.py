@@ -258,9 +258,8 @@ def main(
         raise typer.BadParameter(f"tokens + steps must fit the model's context of {room}, got {tokens} + {steps}")
     prompt = write_prompt(tokenizer, tokens, needle_depth)
     total = len(prompt.tokens)
-    console.print(
-        f"{smollm2.NAME}, fp32, CPU threads: {threads}; docstrings of Python {platform.python_version()}: {total:,} tokens"
-    )
+    console.print(f"{smollm2.NAME}, fp32, CPU threads: {threads}")
+    console.print(f"docstrings of Python {platform.python_version()}: {total:,} tokens")
     console.print(f"planted at depth {needle_depth:.0%}, token {prompt.fact.start:,}: {needle.FACT}")
     console.print(f"asked at the end: {needle.QUESTION}\n")
 
