@@ -32,6 +32,7 @@ LAYOUTS = {
     "decode": ([1, 1, 1], [50, 1, 29]),
     "no-keys-no-queries": ([0, 7, 3, 5], [6, 0, 0, 31]),
     "more-queries-than-keys": ([12, 30], [5, 25]),
+    "no-keys-at-the-end": ([4, 3], [9, 0]),
     "one-token": ([1], [1]),
     "nothing": ([0, 0], [0, 0]),
     "no-sequence": ([], []),
