@@ -32,6 +32,7 @@ LAYOUTS = {
     "decode": ([1, 1, 1], [50, 1, 29]),
     "no-keys-no-queries": ([0, 7, 3, 5], [6, 0, 0, 31]),
     "more-queries-than-keys": ([12, 30], [5, 25]),
+    "no-keys-at-the-end": ([4, 3], [9, 0]),
     "one-token": ([1], [1]),
     "nothing": ([0, 0], [0, 0]),
     "no-sequence": ([], []),
@@ -222,6 +223,26 @@ def test_pages_hold_what_packed_rows_hold(name: str, page_size: int) -> None:
     assert torch.equal(BACKEND.select_blocks(q, paged_cmp[0], lse, layout, SMALL), indices)
     both("selected_attention", [k, v], paged, indices)
     both("window_attention", [k, v], paged)
+
+
+@pytest.mark.parametrize("shared_keys", [0, 1 << 20], ids=["a-tile-each", "one-tile"])
+def test_a_window_never_depends_on_pages_behind_it(shared_keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache frees them: -1 in the table, and whatever another owner left in the pool, NaN here."""
+    monkeypatch.setattr(_tiles, "SHARED_KEYS", shared_keys)
+    lengths = [50, 33, 41]
+    layout = VarlenLayout.from_lengths([1, 2, 1], lengths)
+    q, k, v, _ = random_inputs(layout)
+    paged = [to_pages(x, lengths, 4, seed=seed) for seed, x in enumerate((k, v))]
+    expected = BACKEND.window_attention(q, *paged, layout, SMALL)
+    for kv in paged:
+        for sequence, (q_len, k_len) in enumerate(zip([1, 2, 1], lengths, strict=True)):
+            first_seen = k_len - q_len + 1 - SMALL.window_size
+            freed = kv.block_table[sequence, : first_seen // 4]
+            assert len(freed)
+            kv.pages[freed.long()] = torch.nan
+            freed.fill_(-1)
+    for x, y in zip(BACKEND.window_attention(q, *paged, layout, SMALL), expected, strict=True):
+        assert torch.equal(x, y)
 
 
 @pytest.fixture

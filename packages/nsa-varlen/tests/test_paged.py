@@ -25,6 +25,16 @@ def test_rows_take_any_shape_of_index() -> None:
     assert torch.equal(rows, x[torch.tensor([[0, 5], [18, 10]])])
 
 
+def test_rows_without_a_page_are_zeros() -> None:
+    """What another owner left in the pool must not be read, not even to be multiplied by 0."""
+    paged = to_pages(torch.randn(20, 2, 3), LENGTHS, 4)
+    paged.pages[paged.block_table[2, 0]] = torch.nan
+    paged.block_table[2, 0] = -1
+    rows = paged.rows(torch.tensor([2, 2, 1]), torch.tensor([0, 3, 0]))
+    assert not rows.any()
+    assert (paged.slots(torch.tensor([2, 2, 2]), torch.tensor([0, 3, 4])) < 0).tolist() == [True, True, False]
+
+
 def test_properties_describe_the_stream() -> None:
     paged = to_pages(torch.randn(20, 2, 3, dtype=torch.float16), LENGTHS, 4)
     assert (paged.num_heads, paged.head_dim, paged.page_size) == (2, 3, 4)

@@ -78,13 +78,18 @@ class PagedKV:
         return self.pages.shape[1]
 
     def slots(self, sequence: Tensor, position: Tensor) -> Tensor:
-        """Row numbers in `pages.flatten(0, 1)` of given positions: int64, shaped as the (broadcast) arguments."""
+        """Row numbers in `pages.flatten(0, 1)` of given positions: int64, shaped as the (broadcast) arguments.
+
+        Negative where the sequence has no page.
+        """
         page = self.block_table[sequence, torch.div(position, self.page_size, rounding_mode="floor")].long()
         return page * self.page_size + position % self.page_size
 
     def rows(self, sequence: Tensor, position: Tensor) -> Tensor:
-        """The stored rows at given (sequence, position): [..., H, D]."""
-        return self.pages.flatten(0, 1)[self.slots(sequence, position)]
+        """The stored rows at given (sequence, position): [..., H, D]. Zeros where the sequence has no page."""
+        slots = self.slots(sequence, position)
+        rows = self.pages.flatten(0, 1)[slots.clamp_min(0)]
+        return rows.masked_fill_((slots < 0)[..., None, None], 0.0)
 
     def span(self, sequence: int, start: int, end: int) -> Tensor:
         """Rows [start, end) of one sequence: [end - start, H, D]. On a CPU, a view if their pages lie side by side."""

@@ -83,6 +83,8 @@ def _by_query(
     if layout.total_k == 0 or indices.shape[-1] == 0:
         return out, lse
     positions, sequence = layout.positions(), layout.sequence_of_queries()
+    # A query before the first key hides all it gathers, but must gather rows that exist: its sequence may have none.
+    sequence = sequence.masked_fill(positions < 0, int(layout.host.cu_seqlens_k.diff().argmax()))
     within = torch.arange(blocks.block_size, device=q.device)
     keys_per_query = num_kv_heads * indices.shape[-1] * blocks.block_size * (k_dim + v_dim)
     chunk = max(1, GATHER_ELEMENTS // max(1, keys_per_query))
