@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from nsa import NSACache, NSAConfig, ops
-from nsa_varlen import BlockGeometry, PagedKV, VarlenLayout
+from nsa_varlen import BlockGeometry, VarlenLayout
 from torch import Tensor
 
 NAME = "SmolLM2-135M-Instruct"
@@ -89,17 +89,9 @@ class SelectedAttention:
             k_cmp, v_cmp = step.cmp
             _, lse = ops.compressed_attention(q, k_cmp, v_cmp, step.layout, blocks, scale=scale)
             indices = ops.select_blocks(q, k_cmp, lse, step.layout, blocks, scale=scale)
-            k_slc, v_slc = step.slc
-            if len(q) > 1:  # queries that share blocks run block by block on a CPU, if keys and values are packed
-                k_slc, v_slc = _pack(k_slc, step.layout), _pack(v_slc, step.layout)
-            out, _ = ops.selected_attention(q, k_slc, v_slc, indices, step.layout, blocks, scale=scale)
+            out, _ = ops.selected_attention(q, *step.slc, indices, step.layout, blocks, scale=scale)
         self.selected[layer].append(indices)
         return out
-
-
-def _pack(pages: PagedKV, layout: VarlenLayout) -> Tensor:
-    """The rows [Tk, Hk, D] that lie in the pages."""
-    return pages.rows(layout.sequence_of_keys(), layout.key_positions())
 
 
 def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: None, *, scaling: float, nsa: Attention, **_: Any):

@@ -32,10 +32,11 @@ def take_head_rows(k: KV, v: KV, sequence: Tensor, position: Tensor, cu_seqlens:
 def _head_row(kv: KV, sequence: Tensor, position: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Row number of each head's row among all heads' rows: int64 [R, Hk, S]."""
     sequence = sequence[:, None, None]
+    # A sequence without keys has no row 0: whatever stands in its place is read, and hidden by the caller.
     if isinstance(kv, PagedKV):
-        row = kv.slots(sequence, position).clamp_min_(0)  # a sequence without pages: any row will do
+        row = kv.slots(sequence, position).clamp_min_(0)
     else:
-        row = position + cu_seqlens.long()[sequence]
+        row = (position + cu_seqlens.long()[sequence]).clamp_max_(kv.shape[0] - 1)
     heads = torch.arange(position.shape[1], device=position.device)[:, None]
     return row * position.shape[1] + heads
 

@@ -2,7 +2,7 @@
 
 `_by_block` takes one KV block at a time with all the queries that chose it: dense matmuls that read each key once, for
 prefill on a CPU and for every backward. `_by_query` gathers each query's keys: a few queries over a long context
-(decode), paged keys, and a GPU's forward, where thousands of small launches would cost more than the gather.
+(decode), and a GPU's forward, where thousands of small launches would cost more than the gather.
 """
 
 from itertools import pairwise
@@ -17,7 +17,7 @@ from nsa_varlen.geometry import BlockGeometry
 from nsa_varlen.layout import VarlenLayout
 from nsa_varlen.sdpa._autocast import outside_autocast
 from nsa_varlen.sdpa._interval import compute_dtype
-from nsa_varlen.sdpa._rows import take_head_rows
+from nsa_varlen.sdpa._rows import slice_rows, take_head_rows
 
 GATHER_ELEMENTS = 1 << 25  # keys and values gathered at a time: 128 MB of fp32
 CHOICES_AT_ONCE = 1024  # queries that meet a block in one matmul: more would leave a CPU core's cache
@@ -46,12 +46,14 @@ class _SelectedAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         indices = _canonical(block_indices, layout, blocks)
         crowded = indices.numel() >= ROWS_PER_BLOCK * blocks.num_blocks(layout.total_k) * indices.shape[1]
-        if isinstance(k, Tensor) and isinstance(v, Tensor):
-            order = _by_block if crowded and q.device.type == "cpu" else _by_query
-            out, lse = order(q, k, v, indices, layout, blocks, scale)
-            ctx.save_for_backward(q, k, v, indices, out, lse)
+        if crowded and q.device.type == "cpu":
+            # Copying all pages once costs far less than gathering each query's keys from them.
+            k_rows, v_rows = (slice_rows(x, 0, layout.total_k, layout.cu_seqlens_k) for x in (k, v))
+            out, lse = _by_block(q, k_rows, v_rows, indices, layout, blocks, scale)
         else:
             out, lse = _by_query(q, k, v, indices, layout, blocks, scale)
+        if isinstance(k, Tensor) and isinstance(v, Tensor):
+            ctx.save_for_backward(q, k, v, indices, out, lse)
         ctx.layout, ctx.blocks, ctx.scale = layout, blocks, scale
         lse = lse.float()
         ctx.mark_non_differentiable(lse)
@@ -83,8 +85,6 @@ def _by_query(
     if layout.total_k == 0 or indices.shape[-1] == 0:
         return out, lse
     positions, sequence = layout.positions(), layout.sequence_of_queries()
-    # A query before the first key hides all it gathers, but must gather rows that exist: its sequence may have none.
-    sequence = sequence.masked_fill(positions < 0, int(layout.host.cu_seqlens_k.diff().argmax()))
     within = torch.arange(blocks.block_size, device=q.device)
     keys_per_query = num_kv_heads * indices.shape[-1] * blocks.block_size * (k_dim + v_dim)
     chunk = max(1, GATHER_ELEMENTS // max(1, keys_per_query))
