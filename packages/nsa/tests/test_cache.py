@@ -262,7 +262,7 @@ def test_reserved_pages_serve_later_steps(cache: NSACache, config: NSAConfig) ->
 @pytest.mark.parametrize("tokens, error", [(35, ValueError), (-1, ValueError), (1.5, TypeError)])
 def test_reserving_what_does_not_fit(tokens: object, error: type[Exception], cache: NSACache) -> None:
     before = snapshot(cache)
-    with pytest.raises(error, match=r"^lengths: expected"):
+    with pytest.raises(error, match=r"^tokens: expected"):
         cache.reserve(tokens)
     assert_unchanged(cache, before)
 

@@ -1,7 +1,9 @@
 """Profiles: per device, which backends to try in which order. YAML files, validated when loaded."""
 
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -23,17 +25,17 @@ class Profile(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     name: str
-    order: dict[str, list[str]]
+    order: Mapping[str, Sequence[str]]
 
     @field_validator("order")
     @classmethod
-    def _orders_every_op_once(cls, order: dict[str, list[str]]) -> dict[str, list[str]]:
+    def _orders_every_op_once(cls, order: Mapping[str, Sequence[str]]) -> Mapping[str, Sequence[str]]:
         if set(order) != set(OPS):
             raise ValueError(f"expected exactly the ops {list(OPS)}, got {list(order)}")
         for op, names in order.items():
             if not names or len(set(names)) != len(names):
                 raise ValueError(f"{op}: expected one or more different backends, got {names}")
-        return order
+        return MappingProxyType({op: tuple(names) for op, names in order.items()})  # loaded once, shared by all
 
 
 class _Loader(yaml.SafeLoader):
@@ -57,7 +59,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
 
     Example:
         >>> load_profile("base").order["combine"]
-        ['sdpa']
+        ('sdpa',)
     """
     path = Path(name_or_path)
     if path.suffix != ".yaml":

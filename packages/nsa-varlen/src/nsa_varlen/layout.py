@@ -285,13 +285,13 @@ class VarlenLayout:
         return self.derive(("compressed_starts", blocks.kernel_size, blocks.kernel_stride), build)
 
 
-def check_padding_mask(mask: Tensor) -> None:
+def check_padding_mask(mask: Tensor, name: str = "mask") -> None:
     """Raise unless `mask` is a bool tensor [B, S]."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask: expected a bool tensor [B, S], got {got}")
+        raise TypeError(f"{name}: expected a bool tensor [B, S], got {got}")
     if mask.ndim != 2:
-        raise ValueError(f"mask: expected shape [B, S], got {list(mask.shape)}")
+        raise ValueError(f"{name}: expected shape [B, S], got {list(mask.shape)}")
 
 
 def _sequence_of_rows(cu_seqlens: Tensor, total: int) -> Tensor:

@@ -29,14 +29,19 @@ def pack(x: Tensor, mask: Tensor) -> tuple[Tensor, VarlenLayout, Tensor]:
         >>> unpack(packed, pad_index).tolist()
         [[0.0, 1.0, 2.0], [3.0, 0.0, 5.0]]
     """
-    check_padding_mask(mask)
-    if x.shape[:2] != mask.shape:
-        raise ValueError(f"mask: expected shape {list(x.shape[:2])} of x's batch and length, got {list(mask.shape)}")
-    if x.device != mask.device:
-        raise ValueError(f"mask: expected device {x.device} of x, got {mask.device}")
+    check_mask_of(x, mask)
     layout = VarlenLayout.from_padding_mask(mask)
     rows = mask.flatten().cumsum(0).reshape(mask.shape) - 1
     return x[mask], layout, torch.where(mask, rows, -1)
+
+
+def check_mask_of(x: Tensor, mask: Tensor, name: str = "mask") -> None:
+    """Raise unless `mask` is a bool tensor [B, S] of x [B, S, ...], on its device."""
+    check_padding_mask(mask, name)
+    if x.shape[:2] != mask.shape:
+        raise ValueError(f"{name}: expected shape {list(x.shape[:2])} of x's batch and length, got {list(mask.shape)}")
+    if x.device != mask.device:
+        raise ValueError(f"{name}: expected device {x.device} of x, got {mask.device}")
 
 
 def unpack(packed: Tensor, pad_index: Tensor) -> Tensor:

@@ -112,26 +112,30 @@ class NSACache:
             raise TypeError(f"lengths: expected a sequence of ints, got {type(lengths).__name__}")
         if len(lengths) != self.batch_size:
             raise ValueError(f"lengths: expected {self.batch_size}, one per sequence, got {len(lengths)}")
-        for sequence, (old, new) in enumerate(zip(self._lengths, lengths, strict=True)):
-            if type(new) is not int:
-                raise TypeError(f"lengths: expected ints, got {new!r} of type {type(new).__name__}")
-            if new < 0:
-                raise ValueError(f"lengths: expected at least 0, got {new} for sequence {sequence}")
-            if old + new > self.max_tokens:
-                raise ValueError(
-                    f"lengths: expected at most max_tokens={self.max_tokens} tokens per sequence, got {old} + {new} "
-                    f"for sequence {sequence}"
-                )
+        self._check_room("lengths", lengths)
         return CacheStep(self, list(lengths))
 
     def reserve(self, tokens: int) -> None:
         """Take pages for `tokens` more tokens of each sequence now, so that a later `extend` allocates none.
 
         Raises:
-            ValueError: past the capacity of a sequence.
+            TypeError: tokens is not an int.
+            ValueError: it is negative, or past the capacity of a sequence.
         """
-        self.extend([tokens] * self.batch_size)  # checks
+        self._check_room("tokens", [tokens] * self.batch_size)
         self._reserve([length + tokens for length in self._lengths])
+
+    def _check_room(self, name: str, lengths: Sequence[int]) -> None:
+        for sequence, (old, new) in enumerate(zip(self._lengths, lengths, strict=True)):
+            if type(new) is not int:
+                raise TypeError(f"{name}: expected ints, got {new!r} of type {type(new).__name__}")
+            if new < 0:
+                raise ValueError(f"{name}: expected at least 0, got {new} for sequence {sequence}")
+            if old + new > self.max_tokens:
+                raise ValueError(
+                    f"{name}: expected at most max_tokens={self.max_tokens} tokens per sequence, got {old} + {new} "
+                    f"for sequence {sequence}"
+                )
 
     def reset(self) -> None:
         """Forget all sequences and return their pages."""

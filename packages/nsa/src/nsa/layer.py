@@ -2,6 +2,7 @@
 
 import torch
 from nsa_varlen import VarlenLayout, pack, unpack
+from nsa_varlen.packing import check_mask_of
 from torch import Tensor, nn
 
 from nsa.attention import nsa_attention
@@ -153,6 +154,8 @@ class NSAAttention(nn.Module):
                 )
         elif layout is not None:
             raise ValueError("layout: expected None for x [B, S, hidden_size] (pass padding_mask), got one")
+        if padding_mask is not None:
+            check_mask_of(x, padding_mask, "padding_mask")
         if cache is not None:
             self._check_cache(x, layout, cache)
 
