@@ -110,7 +110,7 @@ def eq_9_off_by_one_in_the_oracle(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(reference, "overlap", eq_9_read_0_based)
 
 
-@mutant(SEMANTICS, "lower_block and sdpa and fp64 and even and zero")
+@mutant(REFERENCE, "eq_9_is")
 def eq_9_off_by_one_in_sdpa(patch: pytest.MonkeyPatch) -> None:
     def stencil(p_cmp: Tensor, num_blocks: int, blocks: BlockGeometry) -> Tensor:
         return p_cmp @ eq_9_read_0_based(p_cmp.shape[-1], num_blocks, blocks).to(p_cmp.dtype)
@@ -268,19 +268,20 @@ def duplicates_counted_twice(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(_selected, "_canonical", canonical)
 
 
-@mutant(f"{NSA}/test_layer_decode.py", "prefill")
+@mutant(f"{NSA}/test_layer_decode.py", "token_by_token")
 def compression_clock_restarted_by_the_cache(patch: pytest.MonkeyPatch) -> None:
-    right = CacheStep.raw_cmp
+    right = CacheStep.write_cmp
 
-    def raw_cmp(self: CacheStep, k: Tensor, v: Tensor) -> Any:
-        """Blocks begin at the step's first token: the tokens that waited are forgotten, the last ones repeated."""
-        k_raw, v_raw, raw, *rest = right(self, k, v)
-        tail = min(len(k_raw), len(k))
-        for x, new in ((k_raw, k), (v_raw, v)):
-            x[:tail] = new[:tail]
-        return k_raw, v_raw, raw, *rest
+    def write_cmp(self: CacheStep, k: Tensor, v: Tensor, compress: Callable) -> None:
+        """Blocks begin at the step's first token: those that waited are overwritten."""
 
-    patch.setattr(CacheStep, "raw_cmp", raw_cmp)
+        def restarted(k_raw: Tensor, v_raw: Tensor, *rest: Any) -> Any:
+            count = min(len(k_raw), len(k))
+            return compress(torch.cat((k[:count], k_raw[count:])), torch.cat((v[:count], v_raw[count:])), *rest)
+
+        right(self, k, v, restarted)
+
+    patch.setattr(CacheStep, "write_cmp", write_cmp)
 
 
 @mutant(f"{NSA}/test_rope.py", "test")
