@@ -151,7 +151,7 @@ def selection_margin(
 
 
 def certified_inputs(
-    layout: VarlenLayout, blocks: BlockGeometry, *, dtype: torch.dtype = torch.float64, tries: int = 200, **sizes: int
+    layout: VarlenLayout, blocks: BlockGeometry, *, dtype: torch.dtype = torch.float64, tries: int = 200, **sizes: Any
 ) -> tuple[Inputs, Tensor]:
     """(inputs, k_cmp) in `dtype` whose every row chooses with margin > 2 * error: no rounding can change an index.
 
