@@ -77,8 +77,11 @@ def loop_order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.usefixtures("loop_order")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("blocks", [SMALL, DENSE, WIDE], ids=["small", "dense", "wide"])
+@pytest.mark.parametrize(
+    ("blocks", "heads"),
+    [(SMALL, "g3"), (DENSE, "g2-hk3"), (WIDE, "g1"), (WIDE, "g3")],
+    ids=["small-g3", "dense-g2-hk3", "wide-g1", "wide-g3"],
+)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_forward_and_backward_are_the_oracles(name: str, blocks: BlockGeometry, heads: str, dtype: torch.dtype) -> None:
     layout, (q_heads, kv_heads) = layout_named(name), HEADS[heads]
@@ -125,7 +128,7 @@ def check_problem(problem: tuple[VarlenLayout, BlockGeometry, dict[str, int]]) -
     assert_results(got, exact, torch.float64)
 
 
-@settings(deadline=None, derandomize=True, database=None, max_examples=80)
+@settings(deadline=None, derandomize=True, database=None, max_examples=30)
 @given(problems())
 def test_any_problem_agrees_in_fp64(problem: tuple[VarlenLayout, BlockGeometry, dict[str, int]]) -> None:
     check_problem(problem)

@@ -1,0 +1,353 @@
+"""Would the tests notice? Known mistakes are planted, one at a time, and a small selection of tests must go red.
+
+This module is also the plugin that plants them: `python -m pytest -p test_mutants --mutant NAME ...`. A run that
+fails otherwise than by an assertion (an import error, say) ends with status NOT_AN_ASSERTION and counts as a miss.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nsa.cache import CacheStep
+from nsa.rope import RotaryEmbedding
+from nsa_varlen import BlockGeometry, VarlenLayout, masks, reference
+from nsa_varlen.sdpa import SdpaBackend, _backend, _selected, _selection
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+VARLEN, NSA = "packages/nsa-varlen/tests", "packages/nsa/tests"
+NOT_AN_ASSERTION = 70
+MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], list[str]]] = {}
+
+
+def mutant(*selection: str) -> Callable:
+    """Register a mistake with the tests that must notice it: file names, and `-k` expressions joined by or."""
+
+    def register(plant: Callable[[pytest.MonkeyPatch], None]) -> Callable:
+        files = [s for s in selection if s.endswith(".py")]
+        words = " or ".join(f"({s})" for s in selection if not s.endswith(".py"))
+        MUTANTS[plant.__name__] = (plant, [*files, "-k", words])
+        return plant
+
+    return register
+
+
+SEMANTICS, REFERENCE, MASKS = (f"{VARLEN}/test_{name}.py" for name in ("ops_semantics", "reference", "masks"))
+
+
+def wrong_mask(op: str, mask_of: Callable[..., Tensor]) -> Callable:
+    """sdpa's `op` over a wrong mask: the oracle's softmax, so that nothing else is wrong."""
+
+    def run(self: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any, scale: float | None = None, **_: Any) -> tuple:
+        mask = mask_of(*rest)
+        mask = mask if mask.ndim == 3 else mask[:, None]
+        out, lse = reference._attend(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
+        return out, lse.float()
+
+    run.__name__ = op
+    return run
+
+
+def top_left(layout: VarlenLayout) -> Tensor:
+    """Key s is seen by the query that is the s-th or later of its sequence."""
+    rows = torch.arange(layout.total_q) - layout.cu_seqlens_q.long()[layout.sequence_of_queries()]
+    same = layout.sequence_of_queries()[:, None] == layout.sequence_of_keys()
+    return same & (layout.key_positions() <= rows[:, None])
+
+
+@mutant(MASKS, "decode_query or test_causal")
+def top_left_mask_in_the_oracle(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(masks, "causal_mask", top_left)
+
+
+@mutant(SEMANTICS, "last_rows_of_the_prefill and sdpa and even")
+def top_left_mask_in_sdpa(patch: pytest.MonkeyPatch) -> None:
+    run = wrong_mask("window_attention", lambda layout, blocks: top_left(layout) & masks.window_mask(layout, blocks))
+    patch.setattr(SdpaBackend, "window_attention", run)
+
+
+@mutant(MASKS, f"{VARLEN}/test_layout.py", "double_loop or test_causal")
+def top_left_positions(patch: pytest.MonkeyPatch) -> None:
+    def positions(self: VarlenLayout) -> Tensor:
+        return torch.arange(self.total_q) - self.cu_seqlens_q.long()[self.sequence_of_queries()]
+
+    patch.setattr(VarlenLayout, "positions", positions)
+
+
+def whole_sequence(layout: VarlenLayout, blocks: BlockGeometry) -> Tensor:
+    return layout.sequence_of_queries()[:, None] == layout.sequence_of_compressed(blocks)
+
+
+@mutant(REFERENCE, "test_compressed_attention")
+def unmasked_compressed_softmax_in_the_oracle(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(masks, "compressed_mask", whole_sequence)
+
+
+@mutant(SEMANTICS, "no_bit_before_it and sdpa and fp64 and 31")
+def unmasked_compressed_softmax_in_sdpa(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SdpaBackend, "compressed_attention", wrong_mask("compressed_attention", whole_sequence))
+
+
+def eq_9_read_0_based(num_compressed: int, num_blocks: int, blocks: BlockGeometry) -> Tensor:
+    """score[j] = sum over m, n of p[j*l'/d - m - n], the paper's formula with its indices taken as they stand."""
+    step, width = blocks.block_size // blocks.kernel_stride, blocks.kernel_size // blocks.kernel_stride
+    weight = torch.zeros(num_compressed, num_blocks, dtype=torch.float64)
+    for j in range(num_blocks):
+        for i in (j * step - m - n for m in range(step) for n in range(width)):
+            if 0 <= i < num_compressed:
+                weight[i, j] += 1
+    return weight
+
+
+@mutant(REFERENCE, "test_block_scores or eq_9")
+def eq_9_off_by_one_in_the_oracle(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(reference, "overlap", eq_9_read_0_based)
+
+
+@mutant(REFERENCE, "eq_9_is")
+def eq_9_off_by_one_in_sdpa(patch: pytest.MonkeyPatch) -> None:
+    def stencil(p_cmp: Tensor, num_blocks: int, blocks: BlockGeometry) -> Tensor:
+        return p_cmp @ eq_9_read_0_based(p_cmp.shape[-1], num_blocks, blocks).to(p_cmp.dtype)
+
+    patch.setattr(_selection, "stencil", stencil)
+
+
+def complete_only(indices: Tensor, layout: VarlenLayout, blocks: BlockGeometry) -> Tensor:
+    position = layout.positions()[:, None, None]
+    partial = (indices == position // blocks.block_size) & ((position + 1) % blocks.block_size != 0)
+    return indices.masked_fill(partial, -1)
+
+
+@mutant(MASKS, "test_selected")
+def partial_block_dropped_in_the_oracle(patch: pytest.MonkeyPatch) -> None:
+    right = masks.selected_mask
+    patch.setattr(
+        masks, "selected_mask", lambda i, layout, blocks: right(complete_only(i, layout, blocks), layout, blocks)
+    )
+
+
+@mutant(SEMANTICS, "partial_block and sdpa and even")
+def partial_block_dropped_in_sdpa(patch: pytest.MonkeyPatch) -> None:
+    right = _selected._canonical
+    patch.setattr(
+        _selected, "_canonical", lambda i, layout, blocks: complete_only(right(i, layout, blocks), layout, blocks)
+    )
+
+
+@mutant(MASKS, "forced_blocks")
+def forced_local_block_dropped_in_the_oracle(patch: pytest.MonkeyPatch) -> None:
+    right = masks.candidate_blocks
+
+    def candidates(layout: VarlenLayout, blocks: BlockGeometry) -> tuple[Tensor, Tensor]:
+        candidate, forced = right(layout, blocks)
+        return candidate, forced & (torch.arange(forced.shape[1]) < max(1, blocks.init_blocks))
+
+    patch.setattr(masks, "candidate_blocks", candidates)
+
+
+@mutant(SEMANTICS, "forced_blocks and sdpa")
+def forced_local_block_dropped_in_sdpa(patch: pytest.MonkeyPatch) -> None:
+    right = _selection.top_blocks
+
+    def top_blocks(scores: Tensor, current: Tensor, blocks: BlockGeometry) -> Tensor:
+        return right(scores, current, replace(blocks, local_blocks=1) if blocks.local_blocks > 1 else blocks)
+
+    patch.setattr(_selection, "top_blocks", top_blocks)
+
+
+def first_value(right: Callable) -> Callable:
+    def attend(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        _, lse = right(q, k, v, *rest)
+        return v[:1].repeat_interleave(q.shape[1] // v.shape[1], 1).expand(q.shape[0], -1, -1), lse
+
+    return attend
+
+
+@mutant(REFERENCE, "prefix_not_to_the_first or test_window")
+def first_value_returned_by_the_oracle(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(reference, "_attend", first_value(reference._attend))
+
+
+@mutant(SEMANTICS, "exactly_w and sdpa and even")
+def first_value_returned_by_sdpa(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(_backend, "interval_attention", first_value(_backend.interval_attention))
+
+
+def one_more(right: Callable) -> Callable:
+    def widened(*args: Any, **kwargs: Any) -> Any:
+        *head, blocks = args
+        return right(*head, replace(blocks, window_size=blocks.window_size + 1), **kwargs)
+
+    return widened
+
+
+@mutant(MASKS, "exactly_w")
+def window_one_too_wide_in_the_oracle(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(masks, "window_mask", one_more(masks.window_mask))
+
+
+@mutant(SEMANTICS, "exactly_w and sdpa and even")
+def window_one_too_wide_in_sdpa(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SdpaBackend, "window_attention", one_more(SdpaBackend.window_attention))
+
+
+@mutant(SEMANTICS, "finite_lse and sdpa")
+def softmax_maxima_shared_between_rows(patch: pytest.MonkeyPatch) -> None:
+    right = torch.Tensor.amax
+
+    def amax(self: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:
+        top = right(self, dim, keepdim=keepdim)
+        return top.clone().fill_(right(top)) if keepdim and top.numel() else top
+
+    patch.setattr(torch.Tensor, "amax", amax)
+
+
+@mutant(SEMANTICS, "exactly_w and sdpa and even")
+def lse_in_bits(patch: pytest.MonkeyPatch) -> None:
+    right = _backend.interval_attention
+
+    def attend(*args: Any) -> tuple[Tensor, Tensor]:
+        out, lse = right(*args)
+        return out, lse / 0.6931471805599453
+
+    patch.setattr(_backend, "interval_attention", attend)
+
+
+def later_first(scores: Tensor) -> Tensor:
+    """Scores that grow by far less than any real difference with the block."""
+    return scores * (1 + 1e-6 * torch.arange(scores.shape[-1], dtype=scores.dtype))
+
+
+@mutant(SEMANTICS, "lower_block and oracle and fp64 and even and zero")
+def ties_to_the_higher_block_in_the_oracle(patch: pytest.MonkeyPatch) -> None:
+    right = reference.block_scores
+    patch.setattr(reference, "block_scores", lambda *args, **kwargs: later_first(right(*args, **kwargs)))
+
+
+@mutant(SEMANTICS, "lower_block and sdpa and fp64 and even and zero")
+def ties_to_the_higher_block_in_sdpa(patch: pytest.MonkeyPatch) -> None:
+    right = _selection.stencil
+    patch.setattr(_selection, "stencil", lambda *args: later_first(right(*args)))
+
+
+def one_head(right: Callable) -> Callable:
+    """The first head of each group speaks for all."""
+
+    def scored(q: Tensor, k_cmp: Tensor, lse: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        heads = torch.arange(q.shape[1])
+        group = q.shape[1] // k_cmp.shape[1]
+        first = heads // group * group
+        return right(q[:, first], k_cmp, lse[first], *args, **kwargs)
+
+    return scored
+
+
+@mutant(REFERENCE, "test_block_scores")
+def one_head_for_its_group_in_the_oracle(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(reference, "block_scores", one_head(reference.block_scores))
+
+
+@mutant(SEMANTICS, "has_a_say and sdpa")
+def one_head_for_its_group_in_sdpa(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(_backend, "select", one_head(_backend.select))
+
+
+@mutant(SEMANTICS, "blocks_are_sets and sdpa")  # the oracle's mask is boolean: it cannot count twice
+def duplicates_counted_twice(patch: pytest.MonkeyPatch) -> None:
+    def canonical(block_indices: Tensor, layout: VarlenLayout, blocks: BlockGeometry) -> Tensor:
+        indices = block_indices.long().sort(-1).values
+        current = (layout.positions() // blocks.block_size)[:, None, None]
+        return indices.masked_fill((indices < 0) | (indices > current), -1)
+
+    patch.setattr(_selected, "_canonical", canonical)
+
+
+@mutant(f"{NSA}/test_layer_decode.py", "token_by_token")
+def compression_clock_restarted_by_the_cache(patch: pytest.MonkeyPatch) -> None:
+    right = CacheStep.write_cmp
+
+    def write_cmp(self: CacheStep, k: Tensor, v: Tensor, compress: Callable) -> None:
+        """Blocks begin at the step's first token: those that waited are overwritten."""
+
+        def restarted(k_raw: Tensor, v_raw: Tensor, *rest: Any) -> Any:
+            count = min(len(k_raw), len(k))
+            return compress(torch.cat((k[:count], k_raw[count:])), torch.cat((v[:count], v_raw[count:])), *rest)
+
+        right(self, k, v, restarted)
+
+    patch.setattr(CacheStep, "write_cmp", write_cmp)
+
+
+@mutant(f"{NSA}/test_rope.py", "test")
+def rope_flat_across_heads(patch: pytest.MonkeyPatch) -> None:
+    right = RotaryEmbedding.forward
+
+    def forward(self: RotaryEmbedding, x: Tensor, positions: Tensor) -> Tensor:
+        wide = RotaryEmbedding(x.shape[1] * x.shape[2], 10_000.0, self.interleaved)
+        return right(wide, x.flatten(1)[:, None], positions).reshape(x.shape)
+
+    patch.setattr(RotaryEmbedding, "forward", forward)
+
+
+# The first tier plants one mistake of each kind; the second, its twin in the other implementation.
+SLOW = {
+    "eq_9_off_by_one_in_sdpa",
+    "first_value_returned_by_sdpa",
+    "forced_local_block_dropped_in_the_oracle",
+    "lse_in_bits",
+    "one_head_for_its_group_in_the_oracle",
+    "partial_block_dropped_in_the_oracle",
+    "ties_to_the_higher_block_in_the_oracle",
+    "top_left_mask_in_the_oracle",
+    "top_left_positions",
+    "unmasked_compressed_softmax_in_the_oracle",
+    "window_one_too_wide_in_the_oracle",
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """In the inner run: which mistake to plant; none by default."""
+    parser.addoption("--mutant", choices=sorted(MUTANTS))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """In the inner run: plant it."""
+    if name := config.getoption("--mutant"):
+        MUTANTS[name][0](pytest.MonkeyPatch())
+
+
+def pytest_runtest_makereport(call: pytest.CallInfo) -> None:
+    """In the inner run: end at once, with a status of its own, if something else than an assertion fails."""
+    fine = (AssertionError, pytest.fail.Exception, pytest.skip.Exception)
+    if call.excinfo is not None and (call.when != "call" or not call.excinfo.errisinstance(fine)):
+        pytest.exit(f"not an assertion: {call.excinfo!r}", returncode=NOT_AN_ASSERTION)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", *arguments, "-x", "-q", "-p", "no:randomly", "-p", "no:cacheprovider"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    command += ["-p", Path(__file__).stem]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in MUTANTS])
+def test_a_planted_mistake_is_noticed(name: str) -> None:
+    done = run("--mutant", name, *MUTANTS[name][1])
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def test_without_a_mistake_the_same_tests_pass() -> None:
+    files = sorted({part for _, selection in MUTANTS.values() for part in selection if part.endswith(".py")})
+    words = " or ".join(sorted({selection[-1] for _, selection in MUTANTS.values()} - {"(test)"}))
+    done = run(*files, "-k", words)
+    assert done.returncode == pytest.ExitCode.OK, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def test_the_second_tier_names_mutants() -> None:
+    assert set(MUTANTS) >= SLOW
