@@ -295,7 +295,10 @@ def check_padding_mask(mask: Tensor, name: str = "mask") -> None:
 
 
 def _sequence_of_rows(cu_seqlens: Tensor, total: int) -> Tensor:
-    sequences = torch.arange(cu_seqlens.shape[0] - 1, device=cu_seqlens.device)
+    batch_size = cu_seqlens.shape[0] - 1
+    sequences = torch.arange(batch_size, device=cu_seqlens.device)
+    if batch_size == 1:
+        return sequences.new_zeros(total)
     return torch.repeat_interleave(sequences, cu_seqlens.diff(), output_size=total)
 
 

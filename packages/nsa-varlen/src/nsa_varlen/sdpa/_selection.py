@@ -20,21 +20,25 @@ def select(
 ) -> Tensor:
     """Block indices int32 [Tq, Hk, topk], ascending, padded with -1; `interval` is the compressed branch's."""
     num_kv_heads = heads_and_dim(k_cmp)[0]
-    positions = layout.positions()
-    current = torch.div(positions, blocks.block_size, rounding_mode="floor")
-    indices = _all_candidates(current, blocks).to(torch.int32)[:, None].repeat(1, num_kv_heads, 1)
-    for tile in interval.tiles:
-        # The tile's last compressed block lies in one of these blocks; the one after may hold the query's own.
-        num_blocks = (tile.k1 - tile.k0 - 1) * blocks.kernel_stride // blocks.block_size + 3
-        if num_blocks <= blocks.topk:
-            continue  # every candidate is chosen
+    current = torch.div(layout.positions(), blocks.block_size, rounding_mode="floor")
+    indices = torch.empty(q.shape[0], num_kv_heads, blocks.topk, dtype=torch.int32, device=q.device)
+    ranked = [tile for tile in interval.tiles if _num_blocks(tile, blocks) > blocks.topk]
+    if sum(tile.q1 - tile.q0 for tile in ranked) < q.shape[0]:  # where all candidates fit, all are chosen
+        indices[:] = _all_candidates(current, blocks)[:, None]
+    for tile in ranked:
         rows = slice(tile.q0, tile.q1)
         p_cmp = _group_probabilities(q, k_cmp, lse, interval, tile, num_kv_heads, scale)
         if tile.sequences > 1:
             first = layout.compressed(blocks).cu_seqlens.long()[layout.sequence_of_queries()[rows]]
             p_cmp = _align(p_cmp, first - tile.k0)
-        indices[rows] = top_blocks(stencil(p_cmp, num_blocks, blocks), current[rows], blocks).transpose(0, 1)
+        scores = stencil(p_cmp, _num_blocks(tile, blocks), blocks)
+        indices[rows] = top_blocks(scores, current[rows], blocks).transpose(0, 1)
     return indices
+
+
+def _num_blocks(tile: Tile, blocks: BlockGeometry) -> int:
+    """Selection blocks that hold the tile's compressed blocks, and one more that may hold the query's own."""
+    return (tile.k1 - tile.k0 - 1) * blocks.kernel_stride // blocks.block_size + 3
 
 
 def stencil(p_cmp: Tensor, num_blocks: int, blocks: BlockGeometry) -> Tensor:
