@@ -144,8 +144,10 @@ class _IntervalAttention(torch.autograd.Function):
             if tile.q1 - tile.q0 == 1:  # decode: a lone query sees all its tile's keys, so there is nothing to hide
                 k_rows, v_rows = (head_major_rows(x, tile.k0, tile.k1, interval, dtype) for x in (k, v))
                 logits = torch.bmm(q[rows].to(dtype).reshape(num_kv_heads, -1, q.shape[-1]) * scale, k_rows.mT)
-                lse[:, rows] = logits.logsumexp(-1).reshape(-1, 1)
-                out[rows] = torch.bmm(logits.softmax(-1), v_rows).reshape(1, q.shape[1], v_head_dim)
+                weights = logits.softmax(-1)
+                # The largest weight is exp(0) / sum, which gives the sum without a logsumexp over all the keys.
+                lse[:, rows] = (logits.amax(-1) - weights.amax(-1).log_()).reshape(-1, 1)
+                out[rows] = torch.bmm(weights, v_rows).reshape(1, q.shape[1], v_head_dim)
                 continue
             q_tile = group_heads(q[rows], num_kv_heads, dtype) * scale
             running: Running | None = None
