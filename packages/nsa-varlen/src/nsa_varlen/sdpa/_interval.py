@@ -18,10 +18,10 @@ from nsa_varlen.sdpa._autocast import outside_autocast
 from nsa_varlen.sdpa._rows import slice_rows
 from nsa_varlen.sdpa._tiles import Tile, Visible, plan_tiles
 
-# On a CPU one head's logits, (query rows x heads of the group) x keys, are 2 MB of fp32: in cache. Elsewhere a step
+# On a CPU one head's logits, (query rows x heads of the group) x keys, are 1 MB of fp32: in cache. Elsewhere a step
 # costs a handful of kernel launches: 256 MB of fp32 logits at a time.
 CPU_TILE_ROWS = 512
-CPU_TILE_KEYS = 1024
+CPU_TILE_KEYS = 512
 DEVICE_TILE_LOGITS = 1 << 26
 
 
