@@ -138,7 +138,9 @@ class SdpaBackend:
         check_gates(gates, {"o_cmp": o_cmp, "o_slc": o_slc, "o_win": o_win})
         wide = torch.promote_types(torch.float32, torch.promote_types(gates.dtype, o_cmp.dtype))
         g_cmp, g_slc, g_win = gates.to(wide)[..., None].unbind(2)
-        return (g_cmp * o_cmp + g_slc * o_slc + g_win * o_win).to(o_cmp.dtype)
+        out = g_cmp * o_cmp.to(wide)
+        out.addcmul_(g_slc, o_slc.to(wide)).addcmul_(g_win, o_win.to(wide))  # in place: one tensor, not five
+        return out.to(o_cmp.dtype)
 
 
 BACKEND = SdpaBackend()
