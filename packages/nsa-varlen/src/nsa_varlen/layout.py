@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any, Self, TypeVar
 
@@ -120,6 +119,8 @@ class VarlenLayout:
         """
         k = q if k is None else k
         for name, lengths in (("q", q), ("k", k)):
+            if not isinstance(lengths, Sequence):
+                raise TypeError(f"{name}: expected a sequence of ints, got {type(lengths).__name__}")
             for length in lengths:
                 if type(length) is not int:
                     raise TypeError(f"{name}: expected ints, got {length!r} of type {type(length).__name__}")
@@ -158,7 +159,8 @@ class VarlenLayout:
         counts = (max(0, longest[0]), max(0, longest[1]), int(hosts[0][-1]), int(hosts[1][-1]))
         host_layout = cls(hosts[0], hosts[1], *counts)
         layout = host_layout if cu_q.device.type == "cpu" else cls(cu_q, cu_k, *counts)
-        layout.__dict__["host"] = host_layout
+        if layout is not host_layout:
+            layout._derived["host"] = host_layout
         return layout
 
     @classmethod
@@ -183,35 +185,26 @@ class VarlenLayout:
         """Device of the offsets."""
         return self.cu_seqlens_q.device
 
-    @cached_property
+    @property
     def host(self) -> "VarlenLayout":
         """This layout on the CPU. For a directly built device layout the first use synchronises once."""
         if self.device.type == "cpu":
             return self
-        return VarlenLayout(
-            self.cu_seqlens_q.cpu(),
-            self.cu_seqlens_k.cpu(),
-            self.max_seqlen_q,
-            self.max_seqlen_k,
-            self.total_q,
-            self.total_k,
-        )
+        return self.derive("host", lambda: self._moved(torch.device("cpu")))
 
     def to(self, device: torch.device | str) -> Self:
         """The same layout on `device`, keeping its host copy."""
         device = torch.device(device)
         if device.type == self.device.type and device.index in (None, self.device.index):
             return self
-        moved = type(self)(
-            self.cu_seqlens_q.to(device),
-            self.cu_seqlens_k.to(device),
-            self.max_seqlen_q,
-            self.max_seqlen_k,
-            self.total_q,
-            self.total_k,
-        )
-        moved.__dict__["host"] = self.host
+        moved = self._moved(device)
+        if device.type != "cpu":
+            moved._derived["host"] = self.host
         return moved
+
+    def _moved(self, device: torch.device) -> Self:
+        cu_q, cu_k = self.cu_seqlens_q.to(device), self.cu_seqlens_k.to(device)
+        return type(self)(cu_q, cu_k, self.max_seqlen_q, self.max_seqlen_k, self.total_q, self.total_k)
 
     def derive(self, key: Hashable, build: Callable[[], Derived]) -> Derived:
         """`build()` on the first call with `key`, afterwards the same object: what follows from a layout is kept in it.

@@ -29,6 +29,8 @@ class NSAAttention(nn.Module):
 
     def __init__(self, config: NSAConfig) -> None:
         super().__init__()
+        if not isinstance(config, NSAConfig):
+            raise TypeError(f"config: expected an NSAConfig, got {type(config).__name__}")
         self.config = config
         streams = 1 if config.shared_kv else 3
         width, kv_heads = config.hidden_size, config.num_kv_heads

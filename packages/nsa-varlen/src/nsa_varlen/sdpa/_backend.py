@@ -177,5 +177,7 @@ def _at_least_0(x: Position) -> Position:
 
 
 def _check_no_grad_through_pages(q: Tensor, *kv: KV) -> None:
-    if torch.is_grad_enabled() and q.requires_grad and any(isinstance(x, PagedKV) for x in kv):
-        raise ValueError("q: expected no gradient to be recorded with paged k and v, got requires_grad=True")
+    pages = [x for x in kv if isinstance(x, PagedKV)]
+    tensors = [q, *(x.pages for x in pages), *(x for x in kv if isinstance(x, Tensor))]
+    if pages and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise ValueError("q, k, v: expected no gradient to be recorded with paged k or v, got requires_grad=True")

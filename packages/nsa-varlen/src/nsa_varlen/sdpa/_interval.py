@@ -5,16 +5,14 @@ size [Tq, Tk] exists. The backward recomputes the probabilities from the LSE.
 """
 
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nsa_varlen.arguments import KV, heads_and_dim
 from nsa_varlen.layout import VarlenLayout
-from nsa_varlen.sdpa._autocast import outside_autocast
+from nsa_varlen.sdpa._autograd import first_derivative_only, outside_autocast
 from nsa_varlen.sdpa._rows import slice_rows
 from nsa_varlen.sdpa._tiles import Tile, Visible, plan_tiles
 
@@ -45,7 +43,6 @@ class Interval:
         group_size: int,
     ) -> None:
         host_offsets, self.cu_seqlens_k = cu_seqlens_k
-        self._layout, self._visible = layout, visible
         low, high = visible(max(first_seeing, layout.max_seqlen_k - 1))
         if layout.device.type == "cpu":
             rows = max(1, CPU_TILE_ROWS // min(group_size, 8))
@@ -54,13 +51,12 @@ class Interval:
             rows = min(1024, max(16, DEVICE_TILE_LOGITS // (num_heads * (high - low))))
             self.tile_logits = DEVICE_TILE_LOGITS // num_heads
         self.tiles = plan_tiles(layout, host_offsets.tolist()[:-1], first_seeing, visible, rows)
-
-    @cached_property
-    def bounds(self) -> tuple[Tensor, Tensor]:
-        """First and end packed key of each query: int64 [Tq, 1] each, on the device."""
-        low, high = self._visible(self._layout.positions())
-        first = self.cu_seqlens_k.long()[self._layout.sequence_of_queries()]
-        return (first + low)[:, None], (first + high)[:, None]
+        # First and end packed key of each query, int64 [Tq, 1] each: what `hide` needs where a tile's edge is ragged.
+        self.bounds: tuple[Tensor, Tensor] | None = None
+        if any((tile.k0, tile.k1) != (tile.all0, tile.all1) for tile in self.tiles):
+            lows, highs = visible(layout.positions())
+            first = self.cu_seqlens_k.long()[layout.sequence_of_queries()]
+            self.bounds = (first + lows)[:, None], (first + highs)[:, None]
 
     def steps(self, tile: Tile) -> Iterator[tuple[int, int]]:
         """Key ranges that cover the tile's span, each small enough for one matmul."""
@@ -73,6 +69,7 @@ class Interval:
         all0, all1 = (tile.all0, tile.all1) if tile.all0 < tile.all1 else (tile.k1, tile.k1)
         for start, end in ((k0, min(k1, all0)), (max(k0, all1), k1)):
             if start < end:
+                assert self.bounds is not None  # the tile's edge is ragged
                 low, high = (bound[tile.q0 : tile.q1] for bound in self.bounds)
                 column = torch.arange(start, end, device=logits.device)
                 hidden = (column < low) | (column >= high)
@@ -166,7 +163,7 @@ class _IntervalAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     @outside_autocast
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors

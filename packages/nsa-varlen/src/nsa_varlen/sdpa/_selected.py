@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nsa_varlen.arguments import KV, heads_and_dim
 from nsa_varlen.geometry import BlockGeometry
 from nsa_varlen.layout import VarlenLayout
-from nsa_varlen.sdpa._autocast import outside_autocast
+from nsa_varlen.sdpa._autograd import first_derivative_only, outside_autocast
 from nsa_varlen.sdpa._interval import compute_dtype
 from nsa_varlen.sdpa._rows import slice_rows, take_head_rows
 
@@ -60,7 +59,7 @@ class _SelectedAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     @outside_autocast
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         dq, dk, dv = _backward_by_block(grad_out, ctx.saved_tensors, ctx.layout, ctx.blocks, ctx.scale)

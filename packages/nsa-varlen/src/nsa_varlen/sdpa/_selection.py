@@ -6,7 +6,7 @@ from torch import Tensor
 from nsa_varlen.arguments import KV, heads_and_dim
 from nsa_varlen.geometry import BlockGeometry
 from nsa_varlen.layout import VarlenLayout
-from nsa_varlen.sdpa._autocast import outside_autocast
+from nsa_varlen.sdpa._autograd import outside_autocast
 from nsa_varlen.sdpa._interval import Interval, compute_dtype, group_heads, head_major_rows, step_logits
 from nsa_varlen.sdpa._tiles import Tile
 
@@ -70,7 +70,7 @@ def top_blocks(scores: Tensor, current: Tensor, blocks: BlockGeometry) -> Tensor
     the complement of the block's number is exact and ranks equal scores by the lower index.
     """
     block = torch.arange(scores.shape[-1], device=scores.device)
-    bits = scores.float().view(torch.int32).long()
+    bits = scores.float().view(torch.int32).long().clamp_max_(FORCED - 1)  # NaN too ranks below the forced blocks
     forced = (block < blocks.init_blocks) | (block > current[:, None] - blocks.local_blocks)
     bits.masked_fill_(forced, FORCED)
     key = bits.bitwise_left_shift_(INDEX_BITS).add_(scores.shape[-1] - block)
