@@ -92,12 +92,16 @@ class PagedKV:
         return rows.masked_fill_((slots < 0)[..., None, None], 0.0)
 
     def span(self, sequence: int, start: int, end: int) -> Tensor:
-        """Rows [start, end) of one sequence: [end - start, H, D]. On a CPU, a view if their pages lie side by side."""
+        """Rows [start, end) of one sequence: [end - start, H, D]. Zeros where it has no page.
+
+        On a CPU, a view if their pages lie side by side.
+        """
         first, last = start // self.page_size, -(-end // self.page_size)
         table = self.block_table[sequence, first:last]
         numbers = table.tolist() if self.device.type == "cpu" else []
-        if numbers and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+        if numbers and numbers[0] >= 0 and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
             pages = self.pages[numbers[0] : numbers[0] + len(numbers)]
         else:
-            pages = self.pages.index_select(0, table)
+            pages = self.pages.index_select(0, table.clamp_min(0))
+            pages.masked_fill_((table < 0)[:, None, None, None], 0.0)
         return pages.flatten(0, 1)[start - first * self.page_size : end - first * self.page_size]
