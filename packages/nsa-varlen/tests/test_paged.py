@@ -62,6 +62,8 @@ ROWS = torch.tensor([3, 1], dtype=torch.int32)
         ((PAGES, TABLE[0], ROWS), ValueError, r"block_table: expected 2 dimensions, got shape \[2\]"),
         ((PAGES, TABLE, ROWS[None]), ValueError, r"lengths: expected 1 dimensions, got shape \[1, 2\]"),
         ((PAGES, TABLE, ROWS[:1]), ValueError, r"lengths: expected 2 sequences as in block_table, got 1"),
+        (([0.0], TABLE, ROWS), TypeError, r"pages: expected a tensor, got list"),
+        ((PAGES, TABLE, [3, 1]), TypeError, r"lengths: expected a tensor, got list"),
         ((PAGES, TABLE.to("meta"), ROWS), ValueError, r"block_table: expected device cpu of pages, got meta"),
         ((PAGES, TABLE, ROWS.to("meta")), ValueError, r"lengths: expected device cpu of pages, got meta"),
     ],

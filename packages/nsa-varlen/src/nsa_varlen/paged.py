@@ -19,7 +19,7 @@ class PagedKV:
         k_scale, v_scale: reserved for fp8 dequantisation; backends that do not implement them refuse.
 
     Raises:
-        TypeError: block_table or lengths are not int32.
+        TypeError: pages, block_table or lengths are no tensors, or the latter not int32.
         ValueError: shapes or devices disagree.
 
     Example:
@@ -37,6 +37,9 @@ class PagedKV:
     v_scale: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for name in ("pages", "block_table", "lengths"):
+            if not isinstance(getattr(self, name), Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(getattr(self, name)).__name__}")
         if self.pages.ndim != 4:
             raise ValueError(f"pages: expected shape [num_pages, page_size, H, D], got {list(self.pages.shape)}")
         for name, tensor, ndim in (("block_table", self.block_table, 2), ("lengths", self.lengths, 1)):
