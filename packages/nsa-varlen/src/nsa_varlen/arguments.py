@@ -59,6 +59,8 @@ def check_attention(names: tuple[str, str], q: Tensor, k: KV, v: KV, rows_k: int
         if x.dtype != q.dtype:
             raise TypeError(f"{name}: expected dtype {q.dtype} of q, got {x.dtype}")
     num_heads, head_dim = q.shape[1:]
+    if num_heads == 0 or head_dim == 0:
+        raise ValueError(f"q: expected at least one head and head_dim of at least 1, got shape {list(q.shape)}")
     num_kv_heads, k_dim = heads_and_dim(k)
     if k_dim != head_dim:
         raise ValueError(f"{names[0]}: expected head_dim {head_dim} of q, got {k_dim}")
