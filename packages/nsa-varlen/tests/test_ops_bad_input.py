@@ -209,6 +209,8 @@ def test_pages_that_do_not_fit(op: str) -> None:
     refused_pages(
         TypeError, expected + r"dtype torch\.float32 of q.*float16", kv.pages.half(), kv.block_table, kv.lengths
     )
+    refused_pages(ValueError, expected + r"lengths that add up to", kv.pages, kv.block_table, kv.lengths - 1)
+    refused_pages(ValueError, expected + r"lengths of at most the 0 rows", kv.pages, kv.block_table[:, :0], kv.lengths)
     meta = [x.to("meta") for x in (kv.pages, kv.block_table, kv.lengths)]
     refused_pages(ValueError, expected + r"device cpu of the layout, got meta", *meta)
 
