@@ -1,12 +1,14 @@
 """Does a layout say where each token of a ragged batch sits, and does it refuse to exist wrong?"""
 
 import dataclasses
+import pickle
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nsa_varlen import BlockGeometry, VarlenLayout
+from nsa_varlen.sdpa import BACKEND
 
 BLOCKS = BlockGeometry(kernel_size=4, kernel_stride=2, block_size=4, topk=3)
 LENGTHS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=5)
@@ -83,6 +85,14 @@ def test_layouts_are_frozen_and_keep_their_host_copy() -> None:
     moved = layout.to("meta")
     assert moved.device.type == "meta"
     assert moved.host is layout
+
+
+def test_a_layout_that_a_backend_used_can_be_pickled() -> None:
+    layout, x = VarlenLayout.from_lengths([3, 5]), torch.randn(8, 1, 4)
+    BACKEND.window_attention(x, x, x, layout, BlockGeometry())
+    again = pickle.loads(pickle.dumps(layout))
+    assert torch.equal(again.cu_seqlens_k, layout.cu_seqlens_k)
+    assert torch.equal(again.positions(), layout.positions())
 
 
 def test_a_compressed_layout_is_computed_once_per_block_size() -> None:

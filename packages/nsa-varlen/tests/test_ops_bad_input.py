@@ -53,6 +53,13 @@ def test_the_arguments_that_the_others_change_do_fit(backend: Any, op: str) -> N
     getattr(backend, op)(**arguments(op))
 
 
+@pytest.mark.parametrize("op", K_OF)
+@pytest.mark.parametrize("empty", [(16, 0, 8), (16, 4, 0)])
+def test_queries_without_heads_or_dimensions(backend: Any, op: str, empty: tuple[int, ...]) -> None:
+    message = rf"q: expected at least one head and head_dim of at least 1, got shape \[{', '.join(map(str, empty))}\]"
+    refused(backend, op, ValueError, message, q=torch.zeros(empty))
+
+
 @pytest.mark.parametrize("op", [*K_OF, "compress_mean"])
 def test_layout_and_blocks_of_other_types(backend: Any, op: str) -> None:
     refused(backend, op, TypeError, r"layout: expected a VarlenLayout, got Tensor", layout=LAYOUT.cu_seqlens_q)
@@ -202,6 +209,8 @@ def test_pages_that_do_not_fit(op: str) -> None:
     refused_pages(
         TypeError, expected + r"dtype torch\.float32 of q.*float16", kv.pages.half(), kv.block_table, kv.lengths
     )
+    refused_pages(ValueError, expected + r"lengths that add up to", kv.pages, kv.block_table, kv.lengths - 1)
+    refused_pages(ValueError, expected + r"lengths of at most the 0 rows", kv.pages, kv.block_table[:, :0], kv.lengths)
     meta = [x.to("meta") for x in (kv.pages, kv.block_table, kv.lengths)]
     refused_pages(ValueError, expected + r"device cpu of the layout, got meta", *meta)
 

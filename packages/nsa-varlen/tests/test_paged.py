@@ -35,6 +35,13 @@ def test_rows_without_a_page_are_zeros() -> None:
     assert (paged.slots(torch.tensor([2, 2, 2]), torch.tensor([0, 3, 4])) < 0).tolist() == [True, True, False]
 
 
+@pytest.mark.parametrize("table", [[-1, 0, 1], [0, -1, 1], [-1, 0, -1], [1, 0, -1]])
+def test_a_span_without_a_page_is_zeros(table: list[int]) -> None:
+    paged = PagedKV(torch.randn(2, 4, 2, 3), torch.tensor([table], dtype=torch.int32), torch.tensor([12]).int())
+    rows = paged.rows(torch.zeros(10, dtype=torch.int64), torch.arange(1, 11))
+    assert torch.equal(paged.span(0, 1, 11), rows)
+
+
 def test_properties_describe_the_stream() -> None:
     paged = to_pages(torch.randn(20, 2, 3, dtype=torch.float16), LENGTHS, 4)
     assert (paged.num_heads, paged.head_dim, paged.page_size) == (2, 3, 4)
@@ -55,6 +62,8 @@ ROWS = torch.tensor([3, 1], dtype=torch.int32)
         ((PAGES, TABLE[0], ROWS), ValueError, r"block_table: expected 2 dimensions, got shape \[2\]"),
         ((PAGES, TABLE, ROWS[None]), ValueError, r"lengths: expected 1 dimensions, got shape \[1, 2\]"),
         ((PAGES, TABLE, ROWS[:1]), ValueError, r"lengths: expected 2 sequences as in block_table, got 1"),
+        (([0.0], TABLE, ROWS), TypeError, r"pages: expected a tensor, got list"),
+        ((PAGES, TABLE, [3, 1]), TypeError, r"lengths: expected a tensor, got list"),
         ((PAGES, TABLE.to("meta"), ROWS), ValueError, r"block_table: expected device cpu of pages, got meta"),
         ((PAGES, TABLE, ROWS.to("meta")), ValueError, r"lengths: expected device cpu of pages, got meta"),
     ],

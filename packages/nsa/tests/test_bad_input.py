@@ -200,7 +200,7 @@ def test_compress_mean_and_combine() -> None:
 
 def pages(x: Tensor, batch_size: int = 2, **options: Any) -> PagedKV:
     table = torch.zeros(batch_size, 2, dtype=torch.int32, device=x.device)
-    lengths = torch.zeros(batch_size, dtype=torch.int32, device=x.device)
+    lengths = torch.tensor([20, 3, 0][:batch_size], dtype=torch.int32, device=x.device)
     return PagedKV(x, table, lengths, **options)
 
 

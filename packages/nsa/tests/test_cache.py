@@ -456,6 +456,13 @@ def test_one_step_at_a_time(cache: NSACache, config: NSAConfig) -> None:
     assert cache.lengths == (31, 6)
 
 
+def test_no_reset_inside_a_step(cache: NSACache, config: NSAConfig) -> None:
+    lengths = cache.lengths
+    with pytest.raises(RuntimeError, match="cache: expected no open step to reset"), cache.extend([1] * len(lengths)):
+        cache.reset()
+    assert cache.lengths == lengths
+
+
 def test_a_copy_goes_its_own_way(cache: NSACache, config: NSAConfig, contents: Callable) -> None:
     before, other = contents(cache), copy.deepcopy(cache)
     with other.extend([10, 10]) as step:

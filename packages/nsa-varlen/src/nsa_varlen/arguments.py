@@ -34,7 +34,10 @@ def check_rows(name: str, x: Tensor, rows: int, layout: VarlenLayout) -> None:
 
 
 def check_kv(name: str, x: KV, rows: int, layout: VarlenLayout) -> None:
-    """`check_rows` for packed keys or values; for a PagedKV, that its device and batch are the layout's."""
+    """`check_rows` for packed keys or values; for a PagedKV, that its device and batch are the layout's.
+
+    On a CPU, where reading them is free, its lengths must also add up to `rows` and have room in its block_table.
+    """
     if not isinstance(x, PagedKV):
         check_rows(name, x, rows, layout)
         return
@@ -44,6 +47,12 @@ def check_kv(name: str, x: KV, rows: int, layout: VarlenLayout) -> None:
         raise ValueError(f"{name}: expected device {layout.device} of the layout, got {x.device}")
     if x.block_table.shape[0] != layout.batch_size:
         raise ValueError(f"{name}: expected {layout.batch_size} sequences, got {x.block_table.shape[0]} in block_table")
+    if x.device.type == "cpu":
+        lengths, room = x.lengths.tolist(), x.block_table.shape[1] * x.page_size
+        if sum(lengths) != rows:
+            raise ValueError(f"{name}: expected lengths that add up to {rows} rows, got {lengths}")
+        if max(lengths, default=0) > room:
+            raise ValueError(f"{name}: expected lengths of at most the {room} rows in block_table, got {lengths}")
 
 
 def heads_and_dim(x: KV) -> tuple[int, int]:
@@ -59,6 +68,8 @@ def check_attention(names: tuple[str, str], q: Tensor, k: KV, v: KV, rows_k: int
         if x.dtype != q.dtype:
             raise TypeError(f"{name}: expected dtype {q.dtype} of q, got {x.dtype}")
     num_heads, head_dim = q.shape[1:]
+    if num_heads == 0 or head_dim == 0:
+        raise ValueError(f"q: expected at least one head and head_dim of at least 1, got shape {list(q.shape)}")
     num_kv_heads, k_dim = heads_and_dim(k)
     if k_dim != head_dim:
         raise ValueError(f"{names[0]}: expected head_dim {head_dim} of q, got {k_dim}")

@@ -107,6 +107,9 @@ class VarlenLayout:
                 total, longest = getattr(self, f"total_{side}"), getattr(self, f"max_seqlen_{side}")
                 _check_offsets(f"cu_seqlens_{side}", getattr(self, f"cu_seqlens_{side}").tolist(), total, longest)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_derived": {}}  # what a backend derived may hold functions, which do not pickle
+
     @classmethod
     def from_lengths(
         cls, q: Sequence[int], k: Sequence[int] | None = None, device: torch.device | str | None = None

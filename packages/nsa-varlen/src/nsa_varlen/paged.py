@@ -19,7 +19,7 @@ class PagedKV:
         k_scale, v_scale: reserved for fp8 dequantisation; backends that do not implement them refuse.
 
     Raises:
-        TypeError: block_table or lengths are not int32.
+        TypeError: pages, block_table or lengths are no tensors, or the latter not int32.
         ValueError: shapes or devices disagree.
 
     Example:
@@ -37,6 +37,9 @@ class PagedKV:
     v_scale: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for name in ("pages", "block_table", "lengths"):
+            if not isinstance(getattr(self, name), Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(getattr(self, name)).__name__}")
         if self.pages.ndim != 4:
             raise ValueError(f"pages: expected shape [num_pages, page_size, H, D], got {list(self.pages.shape)}")
         for name, tensor, ndim in (("block_table", self.block_table, 2), ("lengths", self.lengths, 1)):
@@ -92,12 +95,16 @@ class PagedKV:
         return rows.masked_fill_((slots < 0)[..., None, None], 0.0)
 
     def span(self, sequence: int, start: int, end: int) -> Tensor:
-        """Rows [start, end) of one sequence: [end - start, H, D]. On a CPU, a view if their pages lie side by side."""
+        """Rows [start, end) of one sequence: [end - start, H, D]. Zeros where it has no page.
+
+        On a CPU, a view if their pages lie side by side.
+        """
         first, last = start // self.page_size, -(-end // self.page_size)
         table = self.block_table[sequence, first:last]
         numbers = table.tolist() if self.device.type == "cpu" else []
-        if numbers and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+        if numbers and numbers[0] >= 0 and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
             pages = self.pages[numbers[0] : numbers[0] + len(numbers)]
         else:
-            pages = self.pages.index_select(0, table)
+            pages = self.pages.index_select(0, table.clamp_min(0))
+            pages.masked_fill_((table < 0)[:, None, None, None], 0.0)
         return pages.flatten(0, 1)[start - first * self.page_size : end - first * self.page_size]

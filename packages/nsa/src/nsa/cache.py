@@ -138,7 +138,13 @@ class NSACache:
                 )
 
     def reset(self) -> None:
-        """Forget all sequences and return their pages."""
+        """Forget all sequences and return their pages.
+
+        Raises:
+            RuntimeError: a step is open.
+        """
+        if self._step is not None:
+            raise RuntimeError("cache: expected no open step to reset, got one")
         self._lengths = [0] * self.batch_size
         for stream in self._streams():
             stream.release(self._lengths)
