@@ -1,7 +1,9 @@
 """Does a layout say where each token of a ragged batch sits, and does it refuse to exist wrong?"""
 
 import dataclasses
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -93,6 +95,20 @@ def test_a_layout_that_a_backend_used_can_be_pickled() -> None:
     again = pickle.loads(pickle.dumps(layout))
     assert torch.equal(again.cu_seqlens_k, layout.cu_seqlens_k)
     assert torch.equal(again.positions(), layout.positions())
+
+
+def test_a_layout_is_freed_with_its_last_reference() -> None:
+    """Every decode step builds one: what it keeps must not wait for the cyclic garbage collector."""
+    layout, x = VarlenLayout.from_lengths([3, 5]), torch.randn(8, 1, 4)
+    BACKEND.window_attention(x, x, x, layout, BlockGeometry())
+    BACKEND.select_blocks(x, x[:1], torch.zeros(1, 8), layout, BlockGeometry(kernel_size=4, kernel_stride=4, topk=3))
+    gone = weakref.ref(layout)
+    gc.disable()
+    try:
+        del layout
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_compressed_layout_is_computed_once_per_block_size() -> None:

@@ -1,5 +1,6 @@
 """Does every operation refuse what does not fit, naming the argument, what it expected and what came?"""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -217,22 +218,21 @@ def test_pages_that_do_not_fit(op: str) -> None:
 
 @pytest.mark.parametrize("op", ATTENTION)
 def test_gradients_through_pages(op: str) -> None:
-    good, _ = pages_of(op)
-    with pytest.raises(ValueError, match=r"q: expected no gradient .*paged k and v, got requires_grad=True"):
-        getattr(BACKEND, op)(**(good | {"q": good["q"].requires_grad_()}))
+    good, names = pages_of(op)
+    first = good[names[0]]
+    pages = replace(first, pages=first.pages.clone().requires_grad_())
+    wanted = {"q": good["q"].clone().requires_grad_(), names[0]: pages}
+    for name, value in wanted.items():
+        with pytest.raises(ValueError, match=r"q, k, v: expected no gradient .*paged k or v, got requires_grad=True"):
+            getattr(BACKEND, op)(**(good | {name: value}))
     with torch.no_grad():
-        getattr(BACKEND, op)(**good)
+        getattr(BACKEND, op)(**(good | wanted))
 
 
-def test_sdpa_says_what_it_cannot_do() -> None:
-    class Problem:
-        softcap = sinks = fp8_scales = None
-        paged = needs_grad = False
-
-    problem = Problem()
-    assert BACKEND.refuse("window_attention", problem, None) is None
-    assert BACKEND.refuse("flash", problem, None) == "has no operation flash"
-    problem.sinks = 4
-    assert BACKEND.refuse("window_attention", problem, None) == "does not implement sinks"
-    problem.sinks, problem.paged, problem.needs_grad = None, True, True
-    assert BACKEND.refuse("window_attention", problem, None) == "records no gradients through paged keys and values"
+@pytest.mark.parametrize("op", ATTENTION)
+def test_second_derivatives_are_refused(op: str) -> None:
+    good = arguments(op)
+    q = good["q"].clone().requires_grad_()
+    out, _ = getattr(BACKEND, op)(**(good | {"q": q}))
+    with pytest.raises(RuntimeError, match=r"^backward: expected create_graph=False, got True"):
+        torch.autograd.grad(out.sum(), q, create_graph=True)

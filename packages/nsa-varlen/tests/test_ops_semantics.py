@@ -411,3 +411,11 @@ def test_two_layouts_in_flight_keep_their_gradients_apart(backend: Any) -> None:
     run_ops(backend, inputs.leaves(), two, BLOCKS).out.sum().backward()
     out.backward(torch.arange(out.numel(), dtype=out.dtype).sin().reshape(out.shape))
     assert all(torch.equal(x.grad, y) for x, y in zip(leaves, alone, strict=True))
+
+
+def test_forced_blocks_survive_scores_that_are_nan() -> None:
+    layout, blocks = VarlenLayout.from_lengths([400]), BlockGeometry(topk=4)
+    q, k_cmp = torch.full((400, 2, 8), torch.nan), torch.randn(24, 1, 8)
+    indices = BACKENDS["sdpa"].select_blocks(q, k_cmp, torch.zeros(2, 400), layout, blocks)
+    assert {0, 5, 6} <= set(indices[-1, 0].tolist())
+    assert int(indices.max()) == 6

@@ -40,7 +40,7 @@ def first_derivative_only(backward: Callable[..., R]) -> Callable[..., R]:
     @wraps(backward)
     def run(*args: Any) -> R:
         if torch.is_grad_enabled():
-            raise RuntimeError("backward: expected create_graph=False, got True (no second derivatives are implemented)")
+            raise RuntimeError("backward: expected create_graph=False, got True: no second derivative is implemented")
         return once(*args)
 
     return run
