@@ -22,3 +22,7 @@ def test_its_links_and_pictures_exist() -> None:
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", README.read_text())
     assert targets
     assert [target for target in targets if not (README.parent / target).exists()] == []
+
+
+def test_nothing_is_left_to_fill_in() -> None:
+    assert re.findall(r"@@|TODO|TBD", README.read_text()) == []
