@@ -6,6 +6,17 @@ import torch
 from torch import Tensor
 
 
+def page_slots(block_table: Tensor, page_size: int, sequence: Tensor, position: Tensor) -> Tensor:
+    """Row number, among the rows of all pages, of position `position` of sequence `sequence`: int64.
+
+    Example:
+        >>> page_slots(torch.tensor([[2, 0]]), 4, torch.tensor(0), torch.tensor([0, 5])).tolist()
+        [8, 1]
+    """
+    page = block_table[sequence, torch.div(position, page_size, rounding_mode="floor")].long()
+    return page * page_size + position % page_size
+
+
 @dataclass(frozen=True, eq=False)
 class PagedKV:
     """One stream of keys, or of values, stored in pages; stands for the packed tensor of the same rows.
@@ -85,8 +96,7 @@ class PagedKV:
 
         Negative where the sequence has no page.
         """
-        page = self.block_table[sequence, torch.div(position, self.page_size, rounding_mode="floor")].long()
-        return page * self.page_size + position % self.page_size
+        return page_slots(self.block_table, self.page_size, sequence, position)
 
     def rows(self, sequence: Tensor, position: Tensor) -> Tensor:
         """The stored rows at given (sequence, position): [..., H, D]. Zeros where the sequence has no page."""

@@ -2,6 +2,7 @@
 
 import torch
 from nsa_varlen import PagedKV
+from nsa_varlen.paged import page_slots
 from torch import Tensor
 
 
@@ -57,8 +58,7 @@ class PagedStream:
 
     def write(self, k: Tensor, v: Tensor, sequence: Tensor, position: Tensor) -> None:
         """Store packed rows k [T, H, Dk], v [T, H, Dv] at (sequence, position), int64 [T] each."""
-        page = self.block_table[sequence, torch.div(position, self.page_size, rounding_mode="floor")].long()
-        slots = page * self.page_size + position % self.page_size
+        slots = page_slots(self.block_table, self.page_size, sequence, position)
         self.k_pages.flatten(0, 1)[slots] = k
         self.v_pages.flatten(0, 1)[slots] = v
 

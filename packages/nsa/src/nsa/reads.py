@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
-import torch
 from nsa_varlen import BlockGeometry, VarlenLayout
 from nsa_varlen.arguments import check_block_indices, check_layout
+from nsa_varlen.block_indices import distinct_blocks
 from torch import Tensor
 
 
@@ -27,6 +27,7 @@ def count_reads(block_indices: Tensor, layout: VarlenLayout, blocks: BlockGeomet
     A listed block counts its keys up to the query's position; duplicates and -1 count nothing.
 
     Example:
+        >>> import torch
         >>> layout, blocks = VarlenLayout.from_lengths([1], [130]), BlockGeometry()
         >>> reads = count_reads(torch.tensor([[[0, 2, -1]]], dtype=torch.int32), layout, blocks)
         >>> reads.cmp.item(), reads.slc.item(), reads.win.item()
@@ -36,11 +37,9 @@ def count_reads(block_indices: Tensor, layout: VarlenLayout, blocks: BlockGeomet
     num_kv_heads = block_indices.shape[1] if isinstance(block_indices, Tensor) and block_indices.ndim == 3 else 0
     check_block_indices(block_indices, num_kv_heads, layout)
     seen = (layout.positions() + 1).clamp_min(0)[:, None]
-    indices = block_indices.long().sort(-1).values
-    repeated = torch.zeros_like(indices, dtype=torch.bool)
-    repeated[..., 1:] = indices[..., 1:] == indices[..., :-1]
+    indices = distinct_blocks(block_indices)
     keys = (seen[..., None] - indices * blocks.block_size).clamp(0, blocks.block_size)
-    slc = keys.masked_fill((indices < 0) | repeated, 0).sum(-1)
+    slc = keys.masked_fill(indices < 0, 0).sum(-1)
     cmp, win = (x.expand(-1, num_kv_heads) for x in (blocks.num_compressed(seen), seen.clamp_max(blocks.window_size)))
     return Reads(cmp, slc, win)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nsa_varlen.arguments import KV, heads_and_dim
+from nsa_varlen.block_indices import distinct_blocks
 from nsa_varlen.geometry import BlockGeometry
 from nsa_varlen.layout import VarlenLayout
 from nsa_varlen.sdpa._autograd import first_derivative_only, outside_autocast
@@ -69,10 +70,8 @@ class _SelectedAttention(torch.autograd.Function):
 def _canonical(block_indices: Tensor, layout: VarlenLayout, blocks: BlockGeometry) -> Tensor:
     """Ascending int64 indices with -1 for everything that adds no key: padding, duplicates, blocks after the query."""
     current = torch.div(layout.positions(), blocks.block_size, rounding_mode="floor")[:, None, None]
-    indices = block_indices.long().sort(-1).values
-    repeated = torch.zeros_like(indices, dtype=torch.bool)
-    repeated[..., 1:] = indices[..., 1:] == indices[..., :-1]
-    return indices.masked_fill((indices < 0) | (indices > current) | repeated, -1)
+    indices = distinct_blocks(block_indices)
+    return indices.masked_fill((indices < 0) | (indices > current), -1)
 
 
 def _by_query(
