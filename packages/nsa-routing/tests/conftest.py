@@ -7,18 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from nsa_routing import OPS, Environment, Problem, Profile, backends, dispatching, profile
-
-
-def _forget() -> None:
-    for remembered in (
-        backends.load_backend,
-        dispatching._policy_of,
-        dispatching._route,
-        dispatching._this_machine,
-        profile.load_profile,
-    ):
-        remembered.cache_clear()
+from nsa_routing import OPS, Environment, Problem, Profile, backends, reset
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +15,9 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No flags of the person who runs the tests, nothing remembered before or after."""
     for name in [name for name in os.environ if name.startswith("NSA_")]:
         monkeypatch.delenv(name)
-    _forget()
+    reset()
     yield
-    _forget()
+    reset()
 
 
 @dataclass
@@ -73,7 +62,7 @@ def offer(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             return points
 
         monkeypatch.setattr(backends, "entry_points", entry_points)
-        _forget()
+        reset()
 
     return install
 

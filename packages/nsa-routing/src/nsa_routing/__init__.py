@@ -1,14 +1,16 @@
 """Which backend runs which operation of Native Sparse Attention, and why."""
 
 from nsa_routing.__about__ import __version__
-from nsa_routing.dispatching import dispatch, plan_for
+from nsa_routing.breaker import closed
+from nsa_routing.dispatching import dispatch, plan_for, poll, reset
 from nsa_routing.environment import Environment, probe
 from nsa_routing.planning import Accepted, Plan, Rejected, explain, plan
-from nsa_routing.policy import Policy
+from nsa_routing.policy import FLAGS, Policy
 from nsa_routing.problem import OPS, Problem
 from nsa_routing.profile import Profile, load_profile
 
 __all__ = [
+    "FLAGS",
     "OPS",
     "Accepted",
     "Environment",
@@ -18,10 +20,13 @@ __all__ = [
     "Profile",
     "Rejected",
     "__version__",
+    "closed",
     "dispatch",
     "explain",
     "load_profile",
     "plan",
     "plan_for",
+    "poll",
     "probe",
+    "reset",
 ]

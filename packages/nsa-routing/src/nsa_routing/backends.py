@@ -8,12 +8,16 @@ GROUP = "nsa.backends"
 
 
 class Backend(Protocol):
-    """What the entry point of a backend names: an object with one callable per operation it implements."""
+    """What the entry point of a backend names: an object with one callable per operation it implements.
+
+    It may also have `uses_triton = True`: then it is held to the Triton that belongs to the installed torch. Importing
+    it must be quick and must import neither triton nor flash_attn; its operations do that when they are called.
+    """
 
     name: str
 
     def refuse(self, op: str, problem: Any, environment: Any) -> str | None:
-        """Why the backend cannot run `op` on this problem and machine, in words; None if it can."""
+        """Why the backend cannot run `op` on this problem and machine, in words; None if it can, at every length."""
 
 
 def installed_backends() -> dict[str, EntryPoint]:
@@ -40,6 +44,7 @@ def load_backend(name: str) -> Backend:
     Raises:
         ValueError: no backend of that name is installed.
         TypeError: the object is no backend, or carries another name.
+        ImportError, OSError: its module, or a library that it needs, does not load.
     """
     points = installed_backends()
     if name not in points:

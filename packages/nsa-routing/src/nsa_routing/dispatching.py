@@ -1,31 +1,129 @@
-"""From a problem to the callable that runs it."""
+"""From a problem to the callable that runs it: the one way to run an operation."""
 
-import os
+import logging
+from bisect import bisect_right
 from collections.abc import Callable
-from functools import cache
-from typing import Any
+from dataclasses import fields, replace
+from functools import cache, partial
+from operator import attrgetter, index
+from typing import Any, NamedTuple
 
+import torch
+
+from nsa_routing import breaker, events
 from nsa_routing.backends import load_backend
 from nsa_routing.environment import Environment, probe
 from nsa_routing.planning import Plan, explain, plan
 from nsa_routing.policy import Policy
-from nsa_routing.problem import OPS, Problem
-from nsa_routing.profile import load_profile
+from nsa_routing.problem import LENGTHS, OPS, STATIC, Problem, describe, device_name
+from nsa_routing.profile import LAST_RESORT, Profile, load_profile, profile_of
+from nsa_routing.route import GuardedRun, Run
+
+DETERMINISTIC_OPS = ("compressed_attention", "selected_attention", "window_attention")  # those that take the keyword
+MOST_ROUTES = 4096  # problems remembered; past that the memory starts anew
+
+_static_of = attrgetter(*STATIC)
+_lengths_of = attrgetter(*LENGTHS)
+
+
+class Machine(NamedTuple):
+    """A device with the profile that its plans follow, and what to say about the choice of that profile."""
+
+    environment: Environment
+    profile: Profile
+    note: str | None
+    cuts: dict[str, tuple[tuple[int, ...], ...]]  # by op, for each of LENGTHS: where a threshold's verdict changes
+
+
+class _Router:
+    """What a process knows: the operator's policy, its devices, the routes it has planned."""
+
+    def __init__(self) -> None:
+        self.policy = Policy.from_env()
+        self.machines: dict[tuple[str, int], Machine] = {}
+        self.routes: dict[Any, Run] = {}
+        events.configure(self.policy)
+
+    def machine(self, device: str, index: int) -> Machine:
+        if (device, index) not in self.machines:
+            environment = probe(device, index)
+            name, note = profile_of(environment.device, environment.sm)
+            if self.policy.profile is not None:
+                name, note = self.policy.profile, None
+            profile = load_profile(name)
+            if note and device != "cpu":
+                events.tell(logging.WARNING, note, "profile", device, str(index))
+            self.machines[device, index] = Machine(environment, profile, note, _cuts(profile))
+        return self.machines[device, index]
+
+    def plan(self, problem: Problem, policy: Policy) -> Plan:
+        machine = self.machine(problem.device, problem.device_index)
+        return plan(machine.environment, machine.profile, problem, policy, breaker.closed())
+
+    def route(self, problem: Problem, backend: str | None) -> Run:
+        policy = self.policy
+        if backend is not None:
+            load_backend(backend)  # a name that is not installed is the caller's mistake: ValueError, not a plan
+            policy = replace(policy, backends=tuple((op, backend) for op in OPS))
+        if problem.deterministic is None:
+            wanted = policy.deterministic or torch.are_deterministic_algorithms_enabled()
+            problem = replace(problem, deterministic=wanted)
+        chosen = self.plan(problem, policy)
+        if chosen.backend is None:
+            asked = f" (requested: {chosen.requested})" if chosen.requested else ""
+            raise RuntimeError(f"no backend accepts the problem{asked}\n{explain(chosen)}")
+        self._tell(chosen, policy)
+        run = _guarded(chosen, policy, self._exact(problem))
+        return partial(run, deterministic=True) if problem.deterministic and problem.op in DETERMINISTIC_OPS else run
+
+    def _exact(self, problem: Problem) -> Run | None:
+        """The last resort's operation, None where it cannot run the problem."""
+        policy = replace(self.policy, backends=((problem.op, LAST_RESORT),))
+        if self.plan(problem, policy).backend is None:
+            return None
+        run: Run = getattr(load_backend(LAST_RESORT), problem.op)
+        return run
+
+    def _tell(self, chosen: Plan, policy: Policy) -> None:
+        if events.LOGGER.isEnabledFor(logging.INFO):
+            source = f"profile {chosen.profile}, preset {chosen.preset}"
+            if chosen.requested:
+                source = "requested"
+            message = f"{chosen.backend} runs {describe(chosen.problem)} ({source})"
+            events.tell(logging.INFO, message, "route", message)
+        if policy.preset != "perf" and not chosen.requested:
+            fast = self.plan(chosen.problem, replace(policy, preset="perf")).backend
+            if fast not in (None, chosen.backend):
+                events.tell(
+                    logging.WARNING,
+                    f"backend {fast} is installed and can run {chosen.problem.op} here, but preset {policy.preset} "
+                    f"does not take it: NSA_PRESET=perf does (now: {chosen.backend})",
+                    "perf",
+                )
+
+
+@cache
+def _the_router() -> _Router:
+    return _Router()
 
 
 def dispatch(op: str, problem: Problem, *, backend: str | None = None) -> Callable[..., Any]:
     """The callable that runs `op`, with the operation's signature (see `nsa.ops`).
+
+    Plans are remembered by problem, lengths only by the thresholds that they lie between. An automatic route falls back
+    along its plan on failures to compile and to find memory, and guards its results as `NSA_CHECK_FINITE` says; the
+    callable of `sdpa`, the last resort, is bare. `torch.compile` traces through: the choice is made while compiling.
 
     Args:
         op: the operation; `problem.op` must be the same.
         backend: a name is obeyed or raises; None takes the plan (environment variables, then the profile).
 
     Raises:
-        ValueError: op and problem disagree, or no backend of that name is installed.
-        RuntimeError: no candidate accepts the problem; the message is the whole plan.
+        ValueError: op and problem disagree, no backend of that name is installed, or a flag or profile is wrong.
+        RuntimeError: no candidate accepts the problem, or one that would run is not fit to; the message is the whole
+            plan.
 
     Example:
-        >>> import torch
         >>> problem = Problem("combine", "cpu", torch.float32, 64, 64, 4)
         >>> dispatch("combine", problem, backend="no-such-backend")
         Traceback (most recent call last):
@@ -33,33 +131,135 @@ def dispatch(op: str, problem: Problem, *, backend: str | None = None) -> Callab
     """
     if op != problem.op:
         raise ValueError(f"op: expected problem.op={problem.op!r}, got {op!r}")
-    policy = _policy_of(os.environ.get("NSA_BACKEND"))
-    if backend is not None:
-        load_backend(backend)  # a name that is not installed is the caller's mistake: ValueError, not a plan
-        policy = Policy(backends=tuple((name, backend) for name in OPS))
-    return _route(problem, policy)
+    if torch.compiler.is_compiling():
+        return _dispatch_traced(problem, backend)
+    router = _the_router()
+    machine = router.machines.get((problem.device, problem.device_index))
+    machine = machine or router.machine(problem.device, problem.device_index)
+    lengths = tuple(map(bisect_right, machine.cuts[op], _lengths_of(problem)))
+    deterministic = problem.deterministic is None and torch.are_deterministic_algorithms_enabled()
+    key = (_static_of(problem), lengths, backend, deterministic)
+    run = router.routes.get(key)
+    if run is None:
+        if len(router.routes) >= MOST_ROUTES:
+            router.routes.clear()
+        run = router.routes[key] = router.route(problem, backend)
+    return run
 
 
 def plan_for(problem: Problem, policy: Policy | None = None) -> Plan:
-    """The plan that `dispatch` follows on this machine."""
-    return plan(_this_machine(), load_profile("base"), problem, policy or Policy.from_env())
+    """The plan that `dispatch` follows on this machine, or would with another policy.
+
+    Example:
+        >>> plan_for(Problem("combine", "cpu", torch.float32, 64, 64, 4)).profile
+        'cpu'
+    """
+    router = _the_router()
+    return router.plan(problem, router.policy if policy is None else policy)
 
 
-@cache
-def _policy_of(backend: str | None) -> Policy:
-    """The process's policy; its one variable is the key, so that a call need not read the whole environment."""
-    return Policy.from_env()
+def machine_of(device: str | None = None, index: int = 0) -> Machine:
+    """The environment and profile that plans for a device go by; None is the device that `probe` finds."""
+    return _the_router().machine(device or probe().device, index)
 
 
-@cache
-def _this_machine() -> Environment:
-    return probe()
+def reset() -> None:
+    """Forget what the process knows: flags and profiles are read anew, closed routes open, messages may come again."""
+    _the_router.cache_clear()
+    breaker.forget()
+    events.forget()
+    load_profile.cache_clear()
+    load_backend.cache_clear()
+    for name in list(vars(_TRACED)):
+        delattr(_TRACED, name)
 
 
-@cache
-def _route(problem: Problem, policy: Policy) -> Callable[..., Any]:
-    chosen = plan_for(problem, policy)
-    if chosen.backend is None:
-        asked = f" (requested: {chosen.requested})" if chosen.requested else ""
-        raise RuntimeError(f"no backend accepts the problem{asked}\n{explain(chosen)}")
-    return getattr(load_backend(chosen.backend), problem.op)
+def poll() -> frozenset[tuple[str, str, str]]:
+    """Read the flags that `NSA_CHECK_FINITE=flag` left on devices, close their routes, and return all closed ones.
+
+    Synchronises with each device that has a flag. Without it the news arrives by itself, a call or more later.
+    """
+    for found in breaker.all_breakers():
+        if not found.closed and found.noted(wait=True):
+            found.closed = True
+            events.tell(
+                logging.WARNING,
+                f"{found.op} on {found.backend}, {found.device}: returned non-finite values for finite inputs in an "
+                "earlier call; the route is closed until nsa_routing.reset(). To reproduce, set "
+                f"NSA_BACKEND={found.op}={found.backend} NSA_CHECK_FINITE=always",
+                *(found.backend, found.op, found.device, "poll"),
+            )
+    return breaker.closed()
+
+
+def _guarded(chosen: Plan, policy: Policy, exact: Run | None) -> Run:
+    """The plan's backends, each guarded and falling back to the next; the last resort is bare."""
+    problem = chosen.problem
+    obeyed = chosen.requested is not None or policy.fallback == "raise"
+    device = torch.device(device_name(problem))
+    run: Run | None = None
+    for name in reversed(chosen.accepted[:1] if obeyed else chosen.accepted):
+        own: Run = getattr(load_backend(name), problem.op)
+        if name == LAST_RESORT:
+            run = own
+            continue
+        route = breaker.breaker(name, problem.op, device_name(problem))
+        if policy.check == "flag" or (policy.check == "always" and device.type == "cuda"):  # graphs are only flagged
+            route.prepare(device)
+        run = GuardedRun(own, route, policy.check, run, exact)
+    assert run is not None  # a plan with a backend
+    return run
+
+
+def _cuts(profile: Profile) -> dict[str, tuple[tuple[int, ...], ...]]:
+    found = {}
+    for op in OPS:
+        thresholds = profile.thresholds.get(op, {}).values()
+        by_length = []
+        for name in LENGTHS:
+            least = {getattr(threshold.at_least, name) for threshold in thresholds} - {None}
+            most = {getattr(threshold.at_most, name) for threshold in thresholds} - {None}
+            by_length.append(tuple(sorted(least | {bound + 1 for bound in most})))
+        found[op] = tuple(by_length)
+    return found
+
+
+class _Traced:
+    """Routes by name, for compiled code: Dynamo guards the one attribute that it read."""
+
+
+_TRACED = _Traced()
+_SIZES = tuple(field.name for field in fields(Problem) if field.type in (int, "int") and field.name in STATIC)
+
+
+def _dispatch_traced(problem: Problem, backend: str | None) -> Run:
+    """`dispatch` while torch.compile traces: lengths may be symbolic, so each cut becomes a guard of its own."""
+    at_least = []
+    for name, bounds in zip(LENGTHS, _traced_cuts(problem.op, problem.device, problem.device_index), strict=True):
+        reached = 0
+        for bound in bounds:
+            if getattr(problem, name) >= bound:
+                reached = bound
+        at_least.append(reached)
+    sizes = [index(getattr(problem, name)) for name in _SIZES]
+    others = [getattr(problem, name) for name in STATIC if name not in _SIZES]
+    run: Run = getattr(_TRACED, _traced_route(backend, *at_least, *sizes, *others))
+    return run
+
+
+def _traced_cuts(op: str, device: str, device_index: int) -> tuple[tuple[int, ...], ...]:
+    return _the_router().machine(device, device_index).cuts[op]
+
+
+def _traced_route(backend: str | None, *values: Any) -> str:
+    names = (*LENGTHS, *_SIZES, *(name for name in STATIC if name not in _SIZES))
+    problem = Problem(**dict(zip(names, values, strict=True)))
+    name = f"route_{len(vars(_TRACED))}"
+    setattr(_TRACED, name, _the_router().route(problem, backend))
+    return name
+
+
+# Dynamo calls these while it traces and takes what they return as a constant. The public way to say so,
+# torch.compiler.assume_constant_result, imports triton.
+setattr(_traced_cuts, "_dynamo_marked_constant", True)  # noqa: B010  # mypy knows no such attribute
+setattr(_traced_route, "_dynamo_marked_constant", True)  # noqa: B010

@@ -1,12 +1,15 @@
 """The decision: which backend runs one operation, with a reason for every one that does not."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from nsa_routing.backends import load_backend
+from nsa_routing.backends import Backend, load_backend
+from nsa_routing.compatibility import wrong_triton
 from nsa_routing.environment import Environment
-from nsa_routing.policy import Policy
-from nsa_routing.problem import Problem
-from nsa_routing.profile import Profile
+from nsa_routing.policy import FA2_BACKENDS, PRESETS, Policy
+from nsa_routing.problem import LENGTHS, Problem, describe, device_name
+from nsa_routing.profile import LAST_RESORT, Profile, Threshold
+
+Closed = frozenset[tuple[str, str, str]]
 
 
 @dataclass(frozen=True)
@@ -18,10 +21,14 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Rejected:
-    """The backend cannot run the problem, or may not, because of `reason`."""
+    """The backend cannot run the problem, or may not, because of `reason`.
+
+    `fatal`: what stands in its way is a mistake that must be mended, not a reason to take the next one.
+    """
 
     backend: str
     reason: str
+    fatal: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,16 +39,29 @@ class Plan:
         problem: what is planned.
         candidates: Accepted or Rejected, best first.
         requested: the backend that the caller or the policy named, or None for an automatic route.
+        profile, preset: what was planned by.
     """
 
     problem: Problem
     candidates: tuple[Accepted | Rejected, ...]
     requested: str | None = None
+    profile: str = ""
+    preset: str = ""
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """The accepted backends, best first: a failing route falls back along them."""
+        return tuple(candidate.backend for candidate in self.candidates if isinstance(candidate, Accepted))
 
     @property
     def backend(self) -> str | None:
-        """The first accepted backend, or None."""
-        return next((c.backend for c in self.candidates if isinstance(c, Accepted)), None)
+        """The backend that runs the problem; None if all are rejected, or a fatal rejection comes first."""
+        for candidate in self.candidates:
+            if isinstance(candidate, Accepted):
+                return candidate.backend
+            if candidate.fatal:
+                return None
+        return None
 
 
 def plan(
@@ -49,29 +69,99 @@ def plan(
     profile: Profile,
     problem: Problem,
     policy: Policy,
-    closed: frozenset[tuple[str, str, str]] = frozenset(),
+    closed: Closed = frozenset(),
 ) -> Plan:
-    """Rank the backends for one problem. Pure: the same arguments give the same plan.
+    """Rank the backends for one problem. Pure and total: equal arguments give equal plans, and none raises.
+
+    A backend that the policy requests is the only candidate: denials and the backend's own refusal still hold, presets
+    and thresholds do not. Otherwise the profile's order is gone through.
 
     Args:
         closed: (backend, op, device) routes that must not be taken.
 
-    A backend that the policy requests is the only candidate. Otherwise the profile's order is.
+    Example:
+        >>> import torch
+        >>> from nsa_routing.profile import load_profile
+        >>> machine = Environment("cpu", None, "2.13.0", None, None, backends=())
+        >>> problem = Problem("combine", "cpu", torch.float32, 64, 64, 4)
+        >>> plan(machine, load_profile("cpu"), problem, Policy()).candidates[-1]
+        Rejected(backend='sdpa', reason='not installed (installed: none)', fatal=False)
     """
     requested = policy.backend_for(problem.op)
-    names = [requested] if requested is not None else profile.order[problem.op]
-    return Plan(problem, tuple(_judge(name, environment, problem, closed) for name in names), requested)
+    names = (requested,) if requested is not None else profile.order[problem.op]
+    judged = tuple(_judge(name, environment, profile, problem, policy, closed, requested is None) for name in names)
+    return Plan(problem, judged, requested, profile.name, policy.preset)
 
 
 def _judge(
-    name: str, environment: Environment, problem: Problem, closed: frozenset[tuple[str, str, str]]
+    name: str,
+    environment: Environment,
+    profile: Profile,
+    problem: Problem,
+    policy: Policy,
+    closed: Closed,
+    automatic: bool,
 ) -> Accepted | Rejected:
     if name not in environment.backends:
         return Rejected(name, f"not installed (installed: {', '.join(environment.backends) or 'none'})")
-    if (name, problem.op, problem.device) in closed:
-        return Rejected(name, f"closed on {problem.device} after a failure")
-    reason = load_backend(name).refuse(problem.op, problem, environment)
-    return Accepted(name) if reason is None else Rejected(name, reason)
+    denial = profile.denials.get(problem.op, {}).get(name)
+    if denial and not policy.lifts(denial.lifted_by):
+        lifted = f"; {denial.lifted_by}=1 allows it" if denial.lifted_by else ""
+        return Rejected(name, f"denied by ADR {denial.adr}: {denial.reason}{lifted}")
+    if policy.fa2 == "0" and name in FA2_BACKENDS:
+        return Rejected(name, "NSA_FA2=0")
+    try:
+        backend = load_backend(name)
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        return Rejected(name, f"does not load: {type(error).__name__}: {error}")
+    reason = backend.refuse(problem.op, problem, environment)
+    if reason is None and not callable(getattr(backend, problem.op, None)):
+        reason = f"has no operation {problem.op}"
+    if reason is None and automatic:
+        reason = _held_back(name, profile, problem, policy)
+    if reason is None and (name, problem.op, device_name(problem)) in closed:
+        reason = f"closed on {device_name(problem)} after a failure, until nsa_routing.reset()"
+    if reason is not None:
+        return Rejected(name, reason)
+    wrong = _wrong_triton(backend, environment)
+    return Rejected(name, wrong, fatal=True) if wrong else Accepted(name)
+
+
+def _wrong_triton(backend: Backend, environment: Environment) -> str | None:
+    if not getattr(backend, "uses_triton", False):
+        return None
+    return wrong_triton(environment.torch, environment.triton, environment.triton_pin)
+
+
+def _held_back(name: str, profile: Profile, problem: Problem, policy: Policy) -> str | None:
+    """Why an automatic route does not take a backend that could run the problem."""
+    if name == LAST_RESORT:
+        return None
+    mode = profile.presets.get(policy.preset, {}).get(name)
+    if mode is None:
+        other = [preset for preset in PRESETS if name in profile.presets.get(preset, {})]
+        hint = f"NSA_PRESET={other[0]} does" if other else "NSA_BACKEND can name it"
+        return f"preset {policy.preset} does not take it; {hint}"
+    trusted = name in FA2_BACKENDS and policy.fa2 == "1"
+    if mode == "opt-in" and not trusted:
+        return "opt-in: NSA_FA2=1 takes it where its threshold allows"
+    threshold = profile.thresholds.get(problem.op, {}).get(name)
+    if threshold is None:
+        return None if mode == "always" else f"profile {profile.name} has no threshold for it"
+    if mode == "measured" and threshold.not_measured is not None and not trusted:
+        hint = "; NSA_FA2=1 trusts it" if name in FA2_BACKENDS else ""
+        return f"its threshold is not measured ({threshold.not_measured}){hint}"
+    return _outside(threshold, problem)
+
+
+def _outside(threshold: Threshold, problem: Problem) -> str | None:
+    for name in LENGTHS:
+        length, least, most = (getattr(x, name) for x in (problem, threshold.at_least, threshold.at_most))
+        if least is not None and length < least:
+            return f"pays from {name} {least}, got {length}"
+        if most is not None and length > most:
+            return f"pays up to {name} {most}, got {length}"
+    return None
 
 
 def explain(plan: Plan) -> str:
@@ -85,17 +175,14 @@ def explain(plan: Plan) -> str:
           triton  rejected: needs CUDA
           sdpa    chosen
     """
-    problem = plan.problem
     width = max((len(candidate.backend) for candidate in plan.candidates), default=0)
-    lines = [
-        f"{problem.op} on {problem.device}, {problem.dtype}, head_dim {problem.head_dim}/{problem.v_head_dim}, "
-        f"group size {problem.group_size}"
-        + "".join(f", {field.name}" for field in fields(problem) if getattr(problem, field.name) is True)
-    ]
-    for candidate in plan.candidates:
-        if isinstance(candidate, Rejected):
-            verdict = f"rejected: {candidate.reason}"
-        else:
-            verdict = "chosen" if candidate.backend == plan.backend else "accepted"
-        lines.append(f"  {candidate.backend:<{width}}  {verdict}")
+    lines = [describe(plan.problem)]
+    lines += (f"  {candidate.backend:<{width}}  {verdict(plan, candidate)}" for candidate in plan.candidates)
     return "\n".join(lines)
+
+
+def verdict(plan: Plan, candidate: Accepted | Rejected) -> str:
+    """What became of one candidate of a plan: "chosen", "accepted", or "rejected: " and why."""
+    if isinstance(candidate, Rejected):
+        return f"{'stops here' if candidate.fatal else 'rejected'}: {candidate.reason}"
+    return "chosen" if candidate.backend == plan.backend else "accepted"

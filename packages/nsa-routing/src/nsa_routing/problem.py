@@ -1,6 +1,6 @@
 """One operation to run, as far as the choice of a backend depends on it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -12,11 +12,15 @@ OPS = (
     "window_attention",
     "combine",
 )
+LENGTHS = ("total_q", "max_seqlen_q", "max_seqlen_k")
 
 
 @dataclass(frozen=True)
 class Problem:
     """What a backend may refuse or accept by.
+
+    Lengths are there for the thresholds of a profile. Plans are shared by all problems whose lengths lie between the
+    same thresholds, so a backend that accepts a problem accepts it at every length: it works in chunks where it must.
 
     Fields:
         op: one of OPS.
@@ -25,12 +29,22 @@ class Problem:
         head_dim, v_head_dim: Dk and Dv.
         group_size: query heads per kv head, G.
         needs_grad: a gradient will be recorded.
-        deterministic: results must be bitwise equal across runs.
+        deterministic: results must be bitwise equal across runs; None leaves it to `NSA_DETERMINISTIC` and
+            `torch.use_deterministic_algorithms`.
         paged: keys and values arrive as PagedKV.
         softcap, sinks, fp8_scales: reserved; no backend implements them, and each refuses them.
+        device_index: which of the devices of that kind.
+        kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks, window_size: the block sizes, in
+            tokens (topk, init_blocks, local_blocks: in blocks).
+        total_q: packed queries, Tq.
+        max_seqlen_q, max_seqlen_k: the longest sequence's queries and keys.
 
     Raises:
         ValueError: an unknown op.
+
+    Example:
+        >>> Problem("window_attention", "cuda", torch.bfloat16, 128, 128, 16, max_seqlen_k=65_536).block_size
+        64
     """
 
     op: str
@@ -40,12 +54,54 @@ class Problem:
     v_head_dim: int
     group_size: int
     needs_grad: bool = False
-    deterministic: bool = False
+    deterministic: bool | None = None
     paged: bool = False
     softcap: bool = False
     sinks: bool = False
     fp8_scales: bool = False
+    device_index: int = 0
+    kernel_size: int = 32
+    kernel_stride: int = 16
+    block_size: int = 64
+    topk: int = 16
+    init_blocks: int = 1
+    local_blocks: int = 2
+    window_size: int = 512
+    total_q: int = 0
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
 
     def __post_init__(self) -> None:
         if self.op not in OPS:
             raise ValueError(f"op: expected one of {list(OPS)}, got {self.op!r}")
+
+
+STATIC = tuple(field.name for field in fields(Problem) if field.name not in LENGTHS)  # all but the lengths
+
+
+def device_name(problem: Problem) -> str:
+    """The device as routes are named by it: "cpu", "cuda:0", ...
+
+    Example:
+        >>> device_name(Problem("combine", "cuda", torch.float16, 64, 64, 4, device_index=1))
+        'cuda:1'
+    """
+    return problem.device if problem.device == "cpu" else f"{problem.device}:{problem.device_index}"
+
+
+def describe(problem: Problem) -> str:
+    """The problem on one line.
+
+    Example:
+        >>> describe(Problem("combine", "cpu", torch.float32, 64, 64, 4, needs_grad=True, total_q=7))
+        'combine on cpu, torch.float32, head_dim 64/64, group size 4, total_q 7, needs_grad'
+    """
+    words = [
+        f"{problem.op} on {device_name(problem)}",
+        str(problem.dtype),
+        f"head_dim {problem.head_dim}/{problem.v_head_dim}",
+        f"group size {problem.group_size}",
+        *(f"{name} {getattr(problem, name)}" for name in LENGTHS if getattr(problem, name)),
+        *(field.name for field in fields(problem) if getattr(problem, field.name) is True),
+    ]
+    return ", ".join(words)

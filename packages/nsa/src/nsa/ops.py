@@ -32,7 +32,7 @@ def compress_mean(x: Tensor, layout: VarlenLayout, blocks: BlockGeometry, *, bac
     """
     check_layout(layout, blocks)
     check_rows("x", x, layout.total_k, layout)
-    problem = Problem("compress_mean", x.device.type, x.dtype, x.shape[-1], x.shape[-1], 1, needs_grad=_needs_grad(x))
+    problem = _problem("compress_mean", layout, blocks, x, x)
     return dispatch("compress_mean", problem, backend=backend)(x, layout, blocks)
 
 
@@ -66,9 +66,9 @@ def compressed_attention(
     """
     check_layout(layout, blocks)
     check_attention(("k_cmp", "v_cmp"), q, k_cmp, v_cmp, layout.compressed(blocks).total, layout)
-    problem = _problem("compressed_attention", q, k_cmp, v_cmp, deterministic)
+    problem = _problem("compressed_attention", layout, blocks, q, k_cmp, v_cmp, deterministic=deterministic)
     run = dispatch("compressed_attention", problem, backend=backend)
-    return run(q, k_cmp, v_cmp, layout, blocks, scale=scale, deterministic=deterministic)
+    return run(q, k_cmp, v_cmp, layout, blocks, scale=scale, **_said(deterministic))
 
 
 def select_blocks(
@@ -95,7 +95,7 @@ def select_blocks(
     """
     check_layout(layout, blocks)
     check_attention(("k_cmp", "k_cmp"), q, k_cmp, k_cmp, layout.compressed(blocks).total, layout)
-    problem = _problem("select_blocks", q, k_cmp, k_cmp, None, differentiable=False)
+    problem = _problem("select_blocks", layout, blocks, q, k_cmp)
     return dispatch("select_blocks", problem, backend=backend)(q, k_cmp, lse, layout, blocks, scale=scale)
 
 
@@ -130,9 +130,9 @@ def selected_attention(
     """
     check_layout(layout, blocks)
     check_attention(("k", "v"), q, k, v, layout.total_k, layout)
-    problem = _problem("selected_attention", q, k, v, deterministic)
+    problem = _problem("selected_attention", layout, blocks, q, k, v, deterministic=deterministic)
     run = dispatch("selected_attention", problem, backend=backend)
-    return run(q, k, v, block_indices, layout, blocks, scale=scale, deterministic=deterministic)
+    return run(q, k, v, block_indices, layout, blocks, scale=scale, **_said(deterministic))
 
 
 def window_attention(
@@ -156,9 +156,9 @@ def window_attention(
     """
     check_layout(layout, blocks)
     check_attention(("k", "v"), q, k, v, layout.total_k, layout)
-    problem = _problem("window_attention", q, k, v, deterministic)
+    problem = _problem("window_attention", layout, blocks, q, k, v, deterministic=deterministic)
     run = dispatch("window_attention", problem, backend=backend)
-    return run(q, k, v, layout, blocks, scale=scale, deterministic=deterministic)
+    return run(q, k, v, layout, blocks, scale=scale, **_said(deterministic))
 
 
 def combine(gates: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, *, backend: str | None = None) -> Tensor:
@@ -170,15 +170,26 @@ def combine(gates: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, *, backe
         [0.75, 0.75, 0.75, 0.75]
     """
     check_gates(gates, {"o_cmp": o_cmp, "o_slc": o_slc, "o_win": o_win})
-    needs_grad = _needs_grad(gates, o_cmp, o_slc, o_win)
-    dim = o_cmp.shape[-1]
-    problem = Problem("combine", o_cmp.device.type, o_cmp.dtype, dim, dim, 1, needs_grad=needs_grad)
+    problem = Problem(
+        "combine",
+        o_cmp.device.type,
+        o_cmp.dtype,
+        o_cmp.shape[2],
+        o_cmp.shape[2],
+        1,
+        needs_grad=_needs_grad(gates, o_cmp, o_slc, o_win),
+        device_index=o_cmp.device.index or 0,
+        total_q=o_cmp.shape[0],
+    )
     return dispatch("combine", problem, backend=backend)(gates, o_cmp, o_slc, o_win)
 
 
-def _problem(op: str, q: Tensor, k: KV, v: KV, deterministic: bool | None, *, differentiable: bool = True) -> Problem:
-    num_kv_heads, v_head_dim = heads_and_dim(v)
-    tensors = [x for x in (q, k, v) if isinstance(x, Tensor)]
+def _problem(
+    op: str, layout: VarlenLayout, blocks: BlockGeometry, q: Tensor, *kv: KV, deterministic: bool | None = None
+) -> Problem:
+    """What the choice of a backend depends on; the last of `kv` are the values, or all there is."""
+    num_kv_heads, v_head_dim = heads_and_dim(kv[-1])
+    paged = [x for x in kv if isinstance(x, PagedKV)]
     return Problem(
         op,
         q.device.type,
@@ -186,11 +197,27 @@ def _problem(op: str, q: Tensor, k: KV, v: KV, deterministic: bool | None, *, di
         q.shape[2],
         v_head_dim,
         q.shape[1] // num_kv_heads,
-        needs_grad=differentiable and _needs_grad(*tensors),
-        deterministic=bool(deterministic),
-        paged=any(isinstance(x, PagedKV) for x in (k, v)),
-        fp8_scales=any(isinstance(x, PagedKV) and (x.k_scale or x.v_scale) is not None for x in (k, v)),
+        needs_grad=op != "select_blocks" and _needs_grad(q, *(x for x in kv if isinstance(x, Tensor))),
+        deterministic=deterministic,
+        paged=bool(paged),
+        fp8_scales=any(scale is not None for x in paged for scale in (x.k_scale, x.v_scale)),
+        device_index=q.device.index or 0,
+        kernel_size=blocks.kernel_size,
+        kernel_stride=blocks.kernel_stride,
+        block_size=blocks.block_size,
+        topk=blocks.topk,
+        init_blocks=blocks.init_blocks,
+        local_blocks=blocks.local_blocks,
+        window_size=blocks.window_size,
+        total_q=layout.total_q,
+        max_seqlen_q=layout.max_seqlen_q,
+        max_seqlen_k=layout.max_seqlen_k,
     )
+
+
+def _said(deterministic: bool | None) -> dict[str, bool]:
+    """The keyword, unless the caller left it open: then the route may fill it in."""
+    return {} if deterministic is None else {"deterministic": deterministic}
 
 
 def _needs_grad(*tensors: Tensor) -> bool:

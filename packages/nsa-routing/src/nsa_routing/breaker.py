@@ -1,0 +1,79 @@
+"""Closed routes: a backend that returned nonsense, or does not compile, is not asked again until someone resets it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Breaker:
+    """Whether one backend may run one operation on one device.
+
+    Results that are checked without waiting for them leave their verdict in `flag`, on the device; `mirror` is a copy
+    in pinned memory that arrives some time later and costs nothing to read.
+    """
+
+    backend: str
+    op: str
+    device: str
+    closed: bool = False
+    flag: Tensor | None = None
+    mirror: Tensor | None = None
+
+    def prepare(self, device: torch.device) -> None:
+        """Make the flag, outside any graph capture: memory taken inside one is the graph's."""
+        if self.flag is not None or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return
+        self.flag = torch.zeros((), dtype=torch.bool, device=device)
+        if device.type == "cuda":
+            self.mirror = torch.zeros((), dtype=torch.bool, pin_memory=True)
+
+    def note(self, bad: Tensor) -> None:
+        """Remember on the device that a result was bad; no synchronisation, and it may be captured in a graph."""
+        if self.flag is not None:
+            self.flag.logical_or_(bad)
+            if self.mirror is not None and not torch.compiler.is_compiling():
+                self.mirror.copy_(self.flag, non_blocking=True)
+
+    def noted(self, *, wait: bool) -> bool:
+        """Whether a bad result has been noted; `wait` synchronises with the device, else the news may be late."""
+        if self.flag is None:
+            return False
+        return bool(self.flag if wait or self.mirror is None else self.mirror)
+
+
+_breakers: dict[tuple[str, str, str], Breaker] = {}
+
+
+def breaker(backend: str, op: str, device: str) -> Breaker:
+    """The breaker of a route."""
+    key = (backend, op, device)
+    if key not in _breakers:
+        _breakers[key] = Breaker(*key)
+    return _breakers[key]
+
+
+def all_breakers() -> tuple[Breaker, ...]:
+    """Those of every route taken so far."""
+    return tuple(_breakers.values())
+
+
+def closed() -> frozenset[tuple[str, str, str]]:
+    """(backend, op, device) of the routes that are closed: what `plan` takes.
+
+    Example:
+        >>> closed()
+        frozenset()
+    """
+    return frozenset(key for key, found in _breakers.items() if found.closed)
+
+
+def forget() -> None:
+    """Open every route, those that someone holds included."""
+    for found in _breakers.values():
+        found.closed = False
+        if found.flag is not None:
+            found.flag.zero_()
+            if found.mirror is not None:
+                found.mirror.copy_(found.flag)

@@ -1,0 +1,52 @@
+"""What this package tells the operator: the logger `nsa_routing`, and messages that do not repeat themselves."""
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+
+from nsa_routing.policy import Policy
+
+LOGGER = logging.getLogger("nsa_routing")
+
+
+@dataclass
+class _Settings:
+    every: int = 0
+    handler: logging.Handler | None = None
+
+
+_settings = _Settings()
+_told: Counter[tuple[str, ...]] = Counter()
+
+
+def configure(policy: Policy) -> None:
+    """Apply `NSA_LOG` and `NSA_LOG_EVERY`. Without `NSA_LOG` the program's own logging set-up is left alone."""
+    _settings.every = policy.log_every
+    if _settings.handler is not None:
+        LOGGER.removeHandler(_settings.handler)
+        LOGGER.setLevel(logging.NOTSET)
+        LOGGER.propagate = True
+        _settings.handler = None
+    if policy.log is not None:
+        off = policy.log == "off"
+        _settings.handler = logging.NullHandler() if off else logging.StreamHandler()
+        _settings.handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+        LOGGER.addHandler(_settings.handler)
+        LOGGER.setLevel(logging.CRITICAL + 1 if off else policy.log.upper())
+        LOGGER.propagate = False
+
+
+def tell(level: int, message: str, *key: str, traceback: bool = False) -> None:
+    """Log `message` the first time `key` comes up, and then each `NSA_LOG_EVERY`-th time (0: never again).
+
+    `traceback` adds that of the exception being handled.
+    """
+    _told[key] += 1
+    times = _told[key]
+    if times == 1 or (_settings.every and times % _settings.every == 0):
+        LOGGER.log(level, message if times == 1 else f"{message} (the {times}th time)", exc_info=traceback)
+
+
+def forget() -> None:
+    """Every message counts as new again."""
+    _told.clear()
