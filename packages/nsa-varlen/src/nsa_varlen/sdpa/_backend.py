@@ -22,6 +22,7 @@ from nsa_varlen.sdpa._interval import Interval, interval_attention
 from nsa_varlen.sdpa._selected import selected
 from nsa_varlen.sdpa._selection import select
 from nsa_varlen.sdpa._tiles import Position
+from nsa_varlen.sdpa._untraced import untraced
 from nsa_varlen.unfold import unfold_blocks
 
 OPS = (
@@ -54,12 +55,14 @@ class SdpaBackend:
             return "records no gradients through paged keys and values"
         return None
 
+    @untraced
     def compress_mean(self, x: Tensor, layout: VarlenLayout, blocks: BlockGeometry) -> Tensor:
         """Mean of each compressed block's tokens: [Tk, H, D] -> [Tc, H, D]. Half precision is summed in fp32."""
         unfolded = unfold_blocks(x, layout, blocks)
         wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
         return unfolded.mean(1, dtype=wide).to(x.dtype)
 
+    @untraced
     def compressed_attention(
         self,
         q: Tensor,
@@ -78,6 +81,7 @@ class SdpaBackend:
         interval = _compressed_interval(layout, blocks, q.shape[1], heads_and_dim(k_cmp)[0])
         return interval_attention(q, k_cmp, v_cmp, interval, scale_or_default(scale, q.shape[-1]))
 
+    @untraced
     def select_blocks(
         self,
         q: Tensor,
@@ -96,6 +100,7 @@ class SdpaBackend:
         with torch.no_grad():
             return select(q, k_cmp, lse, layout, blocks, interval, scale_or_default(scale, q.shape[-1]))
 
+    @untraced
     def selected_attention(
         self,
         q: Tensor,
@@ -115,6 +120,7 @@ class SdpaBackend:
         _check_no_grad_through_pages(q, k, v)
         return selected(q, k, v, block_indices, layout, blocks, scale_or_default(scale, q.shape[-1]))
 
+    @untraced
     def window_attention(
         self,
         q: Tensor,
