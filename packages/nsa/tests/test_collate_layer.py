@@ -23,5 +23,5 @@ def test_a_collated_batch_is_each_sequence_alone(make_layer: Callable, certify: 
     assert torch.equal(batch["position_ids"], torch.cat([torch.arange(length) for length in LENGTHS]))
     packed = cross_entropy((out @ table.T)[:-1], batch["labels"][1:])
     terms = [cross_entropy(y[:-1] @ table.T, x[1:], reduction="none") for x, y in zip(ids, alone, strict=True)]
-    # A logit is 24 products with an embedding below 5: 120 times an output's error. The loss moves by at most twice that.
+    # A logit is 24 products with an embedding below 5: 120 times an output's error. The loss moves twice that.
     torch.testing.assert_close(packed, torch.cat(terms).mean(), rtol=0, atol=2 * 120 * FP64["atol"])
