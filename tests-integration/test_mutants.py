@@ -12,12 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nsa_varlen
 import pytest
 import torch
 from nsa.cache import CacheStep
 from nsa.rope import RotaryEmbedding
 from nsa_varlen import BlockGeometry, VarlenLayout, masks, reference
-from nsa_varlen.sdpa import SdpaBackend, _backend, _selected, _selection
+from nsa_varlen.sdpa import SdpaBackend, _backend, _interval, _selected, _selection
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
@@ -293,6 +294,66 @@ def rope_flat_across_heads(patch: pytest.MonkeyPatch) -> None:
         return right(wide, x.flatten(1)[:, None], positions).reshape(x.shape)
 
     patch.setattr(RotaryEmbedding, "forward", forward)
+
+
+EXHAUSTIVE = f"{VARLEN}/test_ops_exhaustive.py"
+
+
+@mutant(EXHAUSTIVE, "pair_of_lengths_many and sdpa and g2")
+def key_offsets_one_short_from_the_second_sequence(patch: pytest.MonkeyPatch) -> None:
+    right = _interval.Interval.__init__
+
+    def init(self: Any, layout: VarlenLayout, cu_seqlens_k: tuple[Tensor, Tensor], *rest: Any) -> None:
+        right(self, layout, tuple((offsets - 1).clamp_min(0) for offsets in cu_seqlens_k), *rest)
+
+    patch.setattr(_interval.Interval, "__init__", init)
+
+
+@mutant(EXHAUSTIVE, "61st_multiset and sdpa and g3")
+def last_key_of_the_previous_sequence_let_in(patch: pytest.MonkeyPatch) -> None:
+    right = _interval.Interval.__init__
+
+    def init(self: Any, layout: VarlenLayout, cu_seqlens_k: tuple[Tensor, Tensor], *rest: Any) -> None:
+        """Where a query sees its sequence from the first key on, and another sequence shares its tile."""
+        right(self, layout, cu_seqlens_k, *rest)
+        if self.bounds is not None:
+            low, high = self.bounds
+            first = self.cu_seqlens_k.long()[layout.sequence_of_queries()][:, None]
+            self.bounds = torch.where(low == first, low - 1, low), high
+
+    patch.setattr(_interval.Interval, "__init__", init)
+
+
+@mutant(EXHAUSTIVE, "sum_of_its_heads and sdpa and g3")
+def last_head_left_out_of_the_group_sum(patch: pytest.MonkeyPatch) -> None:
+    right = _backend.select
+
+    def select(q: Tensor, k_cmp: Tensor, lse: Tensor, *rest: Any) -> Tensor:
+        last = torch.arange(1, q.shape[1] + 1) % (q.shape[1] // k_cmp.shape[1]) == 0
+        return right(q, k_cmp, torch.where(last[:, None], torch.inf, lse), *rest)  # its probabilities become 0
+
+    patch.setattr(_backend, "select", select)
+
+
+@mutant(EXHAUSTIVE, "padding_anywhere and sdpa and interior and g2")
+def interior_padding_taken_for_right_padding(patch: pytest.MonkeyPatch) -> None:
+    right = nsa_varlen.pack
+
+    def pack(x: Tensor, mask: Tensor) -> Any:
+        return right(x, mask.sort(1, descending=True).values)
+
+    patch.setattr(nsa_varlen, "pack", pack)
+
+
+@mutant(f"{VARLEN}/test_collate.py", "next_token_loss and default")
+def first_labels_kept_by_the_collation(patch: pytest.MonkeyPatch) -> None:
+    right = nsa_varlen.collate_tokens
+
+    def collate_tokens(*args: Any, **kwargs: Any) -> Any:
+        batch = right(*args, **kwargs)
+        return batch | {"labels": batch["input_ids"].clone()}
+
+    patch.setattr(nsa_varlen, "collate_tokens", collate_tokens)
 
 
 # The first tier plants one mistake of each kind; the second, its twin in the other implementation.

@@ -36,7 +36,8 @@ def test_token_lists_are_packed_in_order_and_each_first_label_is_ignored() -> No
 
 def test_given_labels_keep_their_values_but_the_first() -> None:
     given, empty = {"input_ids": [1, 2, 3], "labels": [7, -100, 9]}, {"input_ids": (), "labels": []}
-    assert lists(collate_tokens([given, {"input_ids": [4, 5]}, empty]))[:2] == ([1, 2, 3, 4, 5], [-100, -100, 9, -100, 5])
+    batch = collate_tokens([given, {"input_ids": [4, 5]}, empty])
+    assert lists(batch)[:2] == ([1, 2, 3, 4, 5], [-100, -100, 9, -100, 5])
 
 
 def test_the_ignored_label_is_an_option() -> None:
