@@ -149,7 +149,7 @@ def test_a_packed_batch_is_each_sequence_alone(name: str, problem: Problem) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-@settings(deadline=None, derandomize=True, database=None, max_examples=300)
+@settings(deadline=None, derandomize=True, database=None, max_examples=100)
 @given(problem=problems())
 def test_a_packed_batch_is_each_sequence_alone_at_length(name: str, problem: Problem) -> None:
     check_each_alone(BACKENDS[name], problem)
