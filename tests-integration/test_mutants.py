@@ -18,7 +18,7 @@ import torch
 from nsa.cache import CacheStep
 from nsa.rope import RotaryEmbedding
 from nsa_varlen import BlockGeometry, VarlenLayout, masks, reference
-from nsa_varlen.sdpa import SdpaBackend, _backend, _interval, _selected, _selection
+from nsa_varlen.sdpa import SdpaBackend, _backend, _selected, _selection
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
@@ -299,29 +299,27 @@ def rope_flat_across_heads(patch: pytest.MonkeyPatch) -> None:
 EXHAUSTIVE = f"{VARLEN}/test_ops_exhaustive.py"
 
 
+def offsets_one_short(layout: VarlenLayout, blocks: BlockGeometry) -> Tensor:
+    """From the second sequence on, every compressed block is taken for the one after it."""
+    mask = masks.compressed_mask(layout, blocks)
+    return torch.where(layout.sequence_of_queries()[:, None] > 0, mask.roll(-1, 1), mask)
+
+
 @mutant(EXHAUSTIVE, "pair_of_lengths_many and sdpa and 3-3-g2")
 def key_offsets_one_short_from_the_second_sequence(patch: pytest.MonkeyPatch) -> None:
-    right = _interval.Interval.__init__
-
-    def init(self: Any, layout: VarlenLayout, cu_seqlens_k: tuple[Tensor, Tensor], *rest: Any) -> None:
-        right(self, layout, tuple((offsets - 1).clamp_min(0) for offsets in cu_seqlens_k), *rest)
-
-    patch.setattr(_interval.Interval, "__init__", init)
+    patch.setattr(SdpaBackend, "compressed_attention", wrong_mask("compressed_attention", offsets_one_short))
 
 
-@mutant(EXHAUSTIVE, "61st_multiset_of_lengths and sdpa and 7-g3")
+def one_key_before(layout: VarlenLayout, blocks: BlockGeometry) -> Tensor:
+    """Queries that see their sequence from its first key on also see the key packed before it."""
+    mask = masks.window_mask(layout, blocks)
+    first = torch.nn.functional.pad(mask & (layout.key_positions() == 0), (0, 1))
+    return mask | first[:, 1:]
+
+
+@mutant(EXHAUSTIVE, "pair_of_lengths_many and sdpa and 7-g3")
 def last_key_of_the_previous_sequence_let_in(patch: pytest.MonkeyPatch) -> None:
-    right = _interval.Interval.__init__
-
-    def init(self: Any, layout: VarlenLayout, cu_seqlens_k: tuple[Tensor, Tensor], *rest: Any) -> None:
-        """Where a query sees its sequence from the first key on, and another sequence shares its tile."""
-        right(self, layout, cu_seqlens_k, *rest)
-        if self.bounds is not None:
-            low, high = self.bounds
-            first = self.cu_seqlens_k.long()[layout.sequence_of_queries()][:, None]
-            self.bounds = torch.where(low == first, low - 1, low), high
-
-    patch.setattr(_interval.Interval, "__init__", init)
+    patch.setattr(SdpaBackend, "window_attention", wrong_mask("window_attention", one_key_before))
 
 
 @mutant(EXHAUSTIVE, "sum_of_its_heads and sdpa and 7-g3")
@@ -339,8 +337,8 @@ def last_head_left_out_of_the_group_sum(patch: pytest.MonkeyPatch) -> None:
 def interior_padding_taken_for_right_padding(patch: pytest.MonkeyPatch) -> None:
     right = nsa_varlen.pack
 
-    def pack(x: Tensor, mask: Tensor) -> Any:
-        return right(x, mask.sort(1, descending=True).values)
+    def pack(x: Tensor, mask: Tensor, **counts: int) -> Any:
+        return right(x, mask.sort(1, descending=True).values, **counts)
 
     patch.setattr(nsa_varlen, "pack", pack)
 
