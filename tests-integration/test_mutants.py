@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nsa_varlen
 import pytest
 import torch
 from nsa.cache import CacheStep
@@ -295,6 +296,64 @@ def rope_flat_across_heads(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(RotaryEmbedding, "forward", forward)
 
 
+EXHAUSTIVE = f"{VARLEN}/test_ops_exhaustive.py"
+
+
+def offsets_one_short(layout: VarlenLayout, blocks: BlockGeometry) -> Tensor:
+    """From the second sequence on, every compressed block is taken for the one after it."""
+    mask = masks.compressed_mask(layout, blocks)
+    return torch.where(layout.sequence_of_queries()[:, None] > 0, mask.roll(-1, 1), mask)
+
+
+@mutant(EXHAUSTIVE, "pair_of_lengths_many and sdpa and 3-3-g2")
+def key_offsets_one_short_from_the_second_sequence(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SdpaBackend, "compressed_attention", wrong_mask("compressed_attention", offsets_one_short))
+
+
+def one_key_before(layout: VarlenLayout, blocks: BlockGeometry) -> Tensor:
+    """Queries that see their sequence from its first key on also see the key packed before it."""
+    mask = masks.window_mask(layout, blocks)
+    first = torch.nn.functional.pad(mask & (layout.key_positions() == 0), (0, 1))
+    return mask | first[:, 1:]
+
+
+@mutant(EXHAUSTIVE, "pair_of_lengths_many and sdpa and 7-g3")
+def last_key_of_the_previous_sequence_let_in(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SdpaBackend, "window_attention", wrong_mask("window_attention", one_key_before))
+
+
+@mutant(EXHAUSTIVE, "sum_of_its_heads and sdpa and 7-g3")
+def last_head_left_out_of_the_group_sum(patch: pytest.MonkeyPatch) -> None:
+    right = _backend.select
+
+    def select(q: Tensor, k_cmp: Tensor, lse: Tensor, *rest: Any) -> Tensor:
+        last = torch.arange(1, q.shape[1] + 1) % (q.shape[1] // k_cmp.shape[1]) == 0
+        return right(q, k_cmp, torch.where(last[:, None], torch.inf, lse), *rest)  # its probabilities become 0
+
+    patch.setattr(_backend, "select", select)
+
+
+@mutant(EXHAUSTIVE, "padding_anywhere_has_no_influence and not 61st and sdpa and interior and 3-3-g2")
+def interior_padding_taken_for_right_padding(patch: pytest.MonkeyPatch) -> None:
+    right = nsa_varlen.pack
+
+    def pack(x: Tensor, mask: Tensor, **counts: int) -> Any:
+        return right(x, mask.sort(1, descending=True).values, **counts)
+
+    patch.setattr(nsa_varlen, "pack", pack)
+
+
+@mutant(f"{VARLEN}/test_collate.py", "next_token_loss and default")
+def first_labels_kept_by_the_collation(patch: pytest.MonkeyPatch) -> None:
+    right = nsa_varlen.collate_tokens
+
+    def collate_tokens(*args: Any, **kwargs: Any) -> Any:
+        batch = right(*args, **kwargs)
+        return batch | {"labels": batch["input_ids"].clone()}
+
+    patch.setattr(nsa_varlen, "collate_tokens", collate_tokens)
+
+
 # The first tier plants one mistake of each kind; the second, its twin in the other implementation.
 SLOW = {
     "eq_9_off_by_one_in_sdpa",
@@ -329,9 +388,16 @@ def pytest_runtest_makereport(call: pytest.CallInfo) -> None:
         pytest.exit(f"not an assertion: {call.excinfo!r}", returncode=NOT_AN_ASSERTION)
 
 
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """In the inner run: the same for a file that cannot be read; with -x pytest would call it a failed test."""
+    if report.failed:
+        pytest.exit(f"not an assertion: {report.longreprtext}", returncode=NOT_AN_ASSERTION)
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", *arguments, "-x", "-q", "-p", "no:randomly", "-p", "no:cacheprovider"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command += ["-p", Path(__file__).stem]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -347,6 +413,11 @@ def test_without_a_mistake_the_same_tests_pass() -> None:
     words = " or ".join(sorted({selection[-1] for _, selection in MUTANTS.values()} - {"(test)"}))
     done = run(*files, "-k", words)
     assert done.returncode == pytest.ExitCode.OK, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def test_a_file_that_does_not_import_is_no_failed_assertion(tmp_path: Path) -> None:
+    (tmp_path / "test_broken.py").write_text("import no_such_module\n")
+    assert run(str(tmp_path)).returncode == NOT_AN_ASSERTION
 
 
 def test_the_second_tier_names_mutants() -> None:

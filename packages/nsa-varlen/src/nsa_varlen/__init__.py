@@ -2,6 +2,7 @@
 
 from nsa_varlen import masks, reference
 from nsa_varlen.__about__ import __version__
+from nsa_varlen.collate import collate_tokens
 from nsa_varlen.geometry import BlockGeometry
 from nsa_varlen.layout import CompressedLayout, VarlenLayout
 from nsa_varlen.packing import pack, unpack
@@ -14,6 +15,7 @@ __all__ = [
     "PagedKV",
     "VarlenLayout",
     "__version__",
+    "collate_tokens",
     "masks",
     "pack",
     "reference",

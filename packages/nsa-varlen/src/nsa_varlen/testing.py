@@ -4,6 +4,7 @@ Any test framework will do. `BACKENDS` is what this package's semantics tests ru
 checks over its own object with the same operations.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -151,22 +152,67 @@ def selection_margin(
 
 
 def certified_inputs(
-    layout: VarlenLayout, blocks: BlockGeometry, *, dtype: torch.dtype = torch.float64, tries: int = 200, **sizes: Any
+    layout: VarlenLayout,
+    blocks: BlockGeometry,
+    *,
+    dtype: torch.dtype = torch.float64,
+    first_seed: int = 0,
+    tries: int = 200,
+    **sizes: Any,
 ) -> tuple[Inputs, Tensor]:
     """(inputs, k_cmp) in `dtype` whose every row chooses with margin > 2 * error: no rounding can change an index.
 
-    Seeds are tried in order from 0; `sizes` are those of `random_inputs`.
+    Seeds are tried in order from `first_seed`; `sizes` are those of `random_inputs`.
 
     Raises:
         ValueError: no seed of `tries` has the margin.
     """
-    for seed in range(tries):
+    for seed in range(first_seed, first_seed + tries):
         inputs = random_inputs(layout, seed=seed, **sizes).to(dtype)
         k_cmp = reference.compress_mean(inputs.k.double(), layout, blocks).to(dtype)
         margin, error = selection_margin(inputs.q, k_cmp, layout, blocks)
         if bool((margin > 2 * error).all()):
             return inputs, k_cmp
     raise ValueError(f"tries: expected a seed with a certified margin among {tries}, got none")
+
+
+class Bounds(NamedTuple):
+    """Largest difference, max-abs, of two sound computations: outputs and k_cmp, v_cmp; LSEs; gradients."""
+
+    values: float
+    lse: float
+    gradients: float
+
+
+def rounding_bounds(inputs: Inputs, grad_out: Tensor, layout: VarlenLayout, blocks: BlockGeometry) -> Bounds:
+    """How far two fp64 computations of `run_ops` and its backward may lie apart, with the default scale.
+
+    Worst case, from norms alone; gates lie in (0, 1), and one of the two rounds its LSEs to fp32. With u = 2^-53,
+    K keys in a sequence, R = G * q_len rows that a key's gradient sums over, and |x| the largest norm of a row:
+
+    - a = scale |q| |k| bounds the absolute terms of a logit, also over averaged keys: it is off by (Dk + l + 4) a u.
+    - A weight takes at most topk + 4 exponentials, of arguments below 2a, counting rescalings to a new maximum and
+      the LSE: each adds (2a + 4) u. The sum of weights adds 2K + 4. Numerator and denominator: the relative error of
+      a probability is eps = 2 ((Dk + l + 4) a + (topk + 4) (2a + 4) + 2K + 4) u.
+    - An output is a mean of values: |v| (eps + (K + l + 8) u), and there are three branches.
+    - ds = p (do.v - do.o) is at most 2 p M, M = |do| |v|, and off by p M eta, eta = 3 eps + (K + 2l + 2 Dv + 14) u.
+      dq = scale sum ds k, dk = scale sum ds q over R rows, dv = sum p do over R rows; their sums add 2 (K + R + 2) u.
+
+    Both computations may be off: all is doubled.
+    """
+    q, k, v = (_largest_norm(x) for x in inputs[:3])
+    scale, u = inputs.q.shape[-1] ** -0.5, 2.0**-53
+    keys, rows = layout.max_seqlen_k, max(1, layout.max_seqlen_q * inputs.q.shape[1] // inputs.k.shape[1])
+    a = scale * q * k
+    eps = 2 * u * ((inputs.q.shape[-1] + blocks.kernel_size + 4) * a + (blocks.topk + 4) * (2 * a + 4) + 2 * keys + 4)
+    values = 3 * max(k, v) * (eps + (keys + blocks.kernel_size + 8) * u)
+    eta = 3 * eps + (keys + 2 * blocks.kernel_size + 2 * inputs.v.shape[-1] + 14 + 2 * (keys + rows + 2)) * u
+    gradients = 3 * rows * max(1, scale * q, scale * k) * _largest_norm(grad_out) * max(1, v) * eta
+    return Bounds(2 * values, 2 * eps + 2.0**-24 * (a + math.log(keys + 1)), 2 * gradients)
+
+
+def _largest_norm(x: Tensor) -> float:
+    return float(torch.nn.functional.pad(x.norm(dim=-1).flatten(), (0, 1)).amax())
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
