@@ -49,9 +49,7 @@ _breakers: dict[tuple[str, str, str], Breaker] = {}
 def breaker(backend: str, op: str, device: str) -> Breaker:
     """The breaker of a route."""
     key = (backend, op, device)
-    if key not in _breakers:
-        _breakers[key] = Breaker(*key)
-    return _breakers[key]
+    return _breakers.get(key) or _breakers.setdefault(key, Breaker(*key))  # threads that meet here share one
 
 
 def all_breakers() -> tuple[Breaker, ...]:
@@ -66,12 +64,13 @@ def closed() -> frozenset[tuple[str, str, str]]:
         >>> closed()
         frozenset()
     """
-    return frozenset(key for key, found in _breakers.items() if found.closed)
+    routes = tuple(_breakers.items())  # copied in one step: other threads may add to it
+    return frozenset(key for key, found in routes if found.closed)
 
 
 def forget() -> None:
     """Open every route, those that someone holds included."""
-    for found in _breakers.values():
+    for found in all_breakers():
         found.closed = False
         if found.flag is not None:
             found.flag.zero_()

@@ -1,6 +1,7 @@
 """What this package tells the operator: the logger `nsa_routing`, and messages that do not repeat themselves."""
 
 import logging
+import threading
 from collections import Counter
 from dataclasses import dataclass
 
@@ -13,10 +14,13 @@ LOGGER = logging.getLogger("nsa_routing")
 class _Settings:
     every: int = 0
     handler: logging.Handler | None = None
+    level: int = logging.NOTSET  # this and the next: what the program had set before the handler came
+    propagate: bool = True
 
 
 _settings = _Settings()
 _told: Counter[tuple[str, ...]] = Counter()
+_counting = threading.Lock()
 
 
 def configure(policy: Policy) -> None:
@@ -24,10 +28,11 @@ def configure(policy: Policy) -> None:
     _settings.every = policy.log_every
     if _settings.handler is not None:
         LOGGER.removeHandler(_settings.handler)
-        LOGGER.setLevel(logging.NOTSET)
-        LOGGER.propagate = True
+        LOGGER.setLevel(_settings.level)
+        LOGGER.propagate = _settings.propagate
         _settings.handler = None
     if policy.log is not None:
+        _settings.level, _settings.propagate = LOGGER.level, LOGGER.propagate
         off = policy.log == "off"
         _settings.handler = logging.NullHandler() if off else logging.StreamHandler()
         _settings.handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
@@ -41,12 +46,14 @@ def tell(level: int, message: str, *key: str, traceback: bool = False) -> None:
 
     `traceback` adds that of the exception being handled.
     """
-    _told[key] += 1
-    times = _told[key]
+    with _counting:
+        _told[key] += 1
+        times = _told[key]
     if times == 1 or (_settings.every and times % _settings.every == 0):
         LOGGER.log(level, message if times == 1 else f"{message} (the {times}th time)", exc_info=traceback)
 
 
 def forget() -> None:
-    """Every message counts as new again."""
+    """Every message counts as new again, and logging is as the program had it."""
     _told.clear()
+    configure(Policy())
