@@ -67,6 +67,12 @@ class Threshold(_Frozen):
             least, most = getattr(self.at_least, name), getattr(self.at_most, name)
             if least is not None and most is not None and least > most:
                 raise ValueError(f"{name}: expected at_least <= at_most, got {least} > {most}: it can never trigger")
+        least, most = self.at_least.max_seqlen_q, self.at_most.total_q
+        if least is not None and most is not None and least > most:
+            raise ValueError(
+                f"max_seqlen_q: expected at_least <= at_most.total_q, which counts the same queries, got {least} > "
+                f"{most}: it can never trigger"
+            )
         if (self.measured is None) == (self.not_measured is None):
             raise ValueError("expected either measured (date, gpu, csv) or not_measured (why)")
         return self
@@ -191,12 +197,14 @@ def _read_only(value: Any) -> Any:
 class _Loader(yaml.SafeLoader):
     """A key that appears twice in a mapping is an error; YAML's own loaders let the last one win."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        # Here, as the file has it: later, merges (`<<`) put keys into a mapping that its own may override.
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)  # type: ignore[misc, no-untyped-call]
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
         if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {twice!r}", node.start_mark)
-        return super().construct_mapping(node, deep)
+            raise yaml.composer.ComposerError(None, None, f"duplicate key {twice!r}", node.start_mark)
+        return node
 
 
 @cache
@@ -253,6 +261,10 @@ def _path_of(name_or_path: str | Path, beside: Path | None = None) -> Path:
     return SHIPPED / f"{name_or_path}.yaml"
 
 
+def _shipped() -> list[str]:
+    return sorted(file.stem for file in SHIPPED.glob("*.yaml"))
+
+
 def _chain(path: Path) -> list[_File]:
     """The file, what it extends, and so on."""
     files: list[_File] = []
@@ -266,16 +278,18 @@ def _chain(path: Path) -> list[_File]:
         extends = files[-1].extends
         if extends is None:
             return files
-        path = _path_of(extends, path.parent)
+        extended = _path_of(extends, path.parent)
+        if not extended.exists():
+            raise ValueError(f"{path}: extends: expected one of {_shipped()} or a .yaml file, got {extends!r}")
+        path = extended
 
 
 def _read(path: Path) -> _File:
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
-        shipped = sorted(file.stem for file in SHIPPED.glob("*.yaml"))
         given = path.stem if path.parent == SHIPPED else str(path)
-        raise ValueError(f"profile: expected one of {shipped} or a .yaml file, got {given!r}") from None
+        raise ValueError(f"profile: expected one of {_shipped()} or a .yaml file, got {given!r}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected a readable file, got {error}") from error
     except yaml.YAMLError as error:
