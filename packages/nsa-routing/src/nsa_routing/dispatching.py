@@ -204,7 +204,7 @@ def _guarded(chosen: Plan, policy: Policy, exact: Run | None) -> Run:
             run = own
             continue
         route = breaker.breaker(name, problem.op, device_name(problem))
-        if policy.check == "flag" or (policy.check == "always" and device.type == "cuda"):  # graphs are only flagged
+        if policy.check != "off":  # "always" needs the flag too: compiled code and graphs cannot wait for a verdict
             route.prepare(device)
         run = GuardedRun(own, route, policy.check, run, exact)
     assert run is not None  # a plan with a backend
