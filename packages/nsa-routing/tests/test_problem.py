@@ -5,6 +5,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 import pytest
 import torch
 from nsa_routing import OPS, Problem
+from nsa_routing.problem import LENGTHS, STATIC, describe, device_name
 
 
 def test_ops_are_those_of_the_design() -> None:
@@ -40,5 +41,37 @@ def test_every_field_tells_problems_apart(name: str, problem: Problem) -> None:
 
 
 def test_nothing_special_is_asked_for_by_default(problem: Problem) -> None:
-    for name in ("needs_grad", "deterministic", "paged", "softcap", "sinks", "fp8_scales"):
+    for name in ("needs_grad", "paged", "softcap", "sinks", "fp8_scales"):
         assert getattr(problem, name) is False
+    assert problem.deterministic is None, "left to the flag, or to torch"
+    assert (problem.device_index, *(getattr(problem, name) for name in LENGTHS)) == (0, 0, 0, 0)
+
+
+def test_all_but_the_lengths_is_static() -> None:
+    """Routes are remembered by all static fields, and by lengths only between thresholds."""
+    assert LENGTHS == ("total_q", "max_seqlen_q", "max_seqlen_k")
+    assert (*STATIC, *LENGTHS) == tuple(field.name for field in fields(Problem))
+
+
+@pytest.mark.parametrize(
+    "device, index, name", [("cpu", 0, "cpu"), ("cpu", 3, "cpu"), ("cuda", 0, "cuda:0"), ("xpu", 2, "xpu:2")]
+)
+def test_devices_are_named_as_torch_names_them(device: str, index: int, name: str, problem: Problem) -> None:
+    asked = replace(problem, device=device, device_index=index)
+    assert device_name(asked) == name
+    assert torch.device(name).type == device
+
+
+def test_a_problem_on_one_line(problem: Problem) -> None:
+    assert describe(problem) == "window_attention on cpu, torch.float32, head_dim 64/32, group size 4"
+    asked = replace(problem, device="cuda", device_index=1, total_q=7, max_seqlen_q=5, max_seqlen_k=9)
+    assert describe(replace(asked, needs_grad=True, deterministic=True, paged=True)) == (
+        "window_attention on cuda:1, torch.float32, head_dim 64/32, group size 4, total_q 7, max_seqlen_q 5, "
+        "max_seqlen_k 9, needs_grad, deterministic, paged"
+    )
+
+
+@pytest.mark.parametrize("feature", ["softcap", "sinks", "fp8_scales"])
+def test_reserved_features_are_stated(feature: str, problem: Problem) -> None:
+    """They are what a backend refuses by: the table must show them."""
+    assert describe(replace(problem, **{feature: True})).endswith(f"group size 4, {feature}")
