@@ -1,0 +1,75 @@
+"""Is every NaN and infinity found, wherever it is and whatever surrounds it, and nothing else?"""
+
+import pytest
+import torch
+from nsa_routing.finiteness import all_finite, inputs_finite, result_finite
+
+INF, NAN = torch.inf, torch.nan
+HALF, BF16, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+@pytest.mark.parametrize("dtype", [HALF, BF16, SINGLE, DOUBLE], ids=str)
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("place", [0, 7, 23])
+def test_one_bad_element_is_enough(place: int, value: float, dtype: torch.dtype) -> None:
+    x = torch.linspace(-3, 3, 24, dtype=dtype).reshape(2, 3, 4)
+    assert all_finite((x,)).item() is True
+    x.view(-1)[place] = value
+    assert all_finite((x,)).item() is False
+    assert all_finite((torch.ones(2), x, torch.ones(2))).item() is False
+    assert all_finite((x.transpose(0, 2),)).item() is False
+
+
+@pytest.mark.parametrize("dtype", [HALF, BF16, SINGLE, DOUBLE], ids=str)
+def test_the_largest_numbers_are_finite(dtype: torch.dtype) -> None:
+    """A norm that squared or summed them would say otherwise."""
+    x = torch.full((300,), torch.finfo(dtype).max, dtype=dtype)
+    assert all_finite((x, -x)).item() is True
+
+
+def test_a_nan_beside_an_infinity() -> None:
+    assert all_finite((torch.tensor([INF, NAN, -INF]),)).item() is False
+    lse = torch.tensor([[-INF, NAN]])
+    assert result_finite((torch.ones(2, 1, 1), lse)).item() is False
+    assert result_finite((torch.ones(2, 1, 1), lse.flip(1))).item() is False
+
+
+def test_what_cannot_be_judged() -> None:
+    assert all_finite(()) is None
+    assert all_finite((torch.zeros(3, dtype=torch.int32), torch.zeros(0, 4))) is None
+    assert result_finite(torch.full((2, 1, 3), -1, dtype=torch.int32)) is None
+    assert result_finite((torch.zeros(0, 2, 4), torch.zeros(2, 0))) is None
+
+
+@pytest.mark.parametrize(
+    "lse, finite", [(-INF, True), (INF, False), (NAN, False), (3e38, True), (0.0, True)], ids=str
+)
+def test_an_lse_may_be_minus_infinity(lse: float, finite: bool) -> None:
+    lse_of_all = torch.zeros(2, 3)
+    lse_of_all[1, 1] = lse
+    assert result_finite((torch.ones(3, 2, 4), lse_of_all)).item() is finite
+    assert result_finite((torch.ones(3, 2, 4), torch.full((2, 3), -INF))).item() is True, "no query sees a key"
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_an_out_may_not(value: float) -> None:
+    assert result_finite((torch.full((3, 2, 4), value), torch.zeros(2, 3))).item() is False
+    assert result_finite(torch.full((3, 2, 4), value)).item() is False
+
+
+def test_inputs_are_the_tensors_among_the_arguments() -> None:
+    class Pages:
+        pages = torch.full((2,), NAN)
+
+    x, indices = torch.ones(3), torch.zeros(3, dtype=torch.int32)
+    assert inputs_finite((x, Pages(), indices, "layout", None)).item() is True
+    assert inputs_finite((x, torch.tensor([NAN]))).item() is False
+    assert inputs_finite((Pages(), "layout")) is None
+
+
+def test_a_verdict_records_no_gradient() -> None:
+    x = torch.ones(3, 1, 2, requires_grad=True)
+    for verdict in (all_finite((x,)), result_finite((x * 2, torch.zeros(1, 3))), inputs_finite((x,))):
+        assert not verdict.requires_grad
+        assert verdict.dtype == torch.bool
+        assert verdict.ndim == 0
