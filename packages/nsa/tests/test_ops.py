@@ -7,12 +7,23 @@ from unittest import mock
 import pytest
 import torch
 from nsa import NSAConfig, ops
-from nsa_routing import Problem, backends, dispatching, environment
+from nsa_routing import Problem, backends, reset
 from nsa_varlen import BlockGeometry, PagedKV, VarlenLayout, reference
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 OPS = ("compress_mean", "compressed_attention", "select_blocks", "selected_attention", "window_attention", "combine")
 LAYOUT = VarlenLayout.from_lengths([9, 0, 90, 3], [9, 5, 100, 3])
+# Block sizes of the configuration in conftest.py, every field stated.
+CONFIG_SIZES = {
+    "kernel_size": 8,
+    "kernel_stride": 4,
+    "block_size": 16,
+    "topk": 4,
+    "init_blocks": 1,
+    "local_blocks": 2,
+    "window_size": 12,
+}
 # Outputs of order one, sums of at most 100 terms in fp64.
 FP64 = {"rtol": 0, "atol": 1e-13}
 # An LSE below 8 in magnitude, rounded once to fp32.
@@ -112,13 +123,16 @@ def test_runs_what_the_route_gives(op: str, recorder: Recorder, arguments: dict)
 @pytest.mark.parametrize("op", OPS)
 def test_states_the_problem(op: str, recorder: Recorder, arguments: dict) -> None:
     getattr(ops, op)(*arguments[op])
-    expected = {
+    dims = {
         "compress_mean": (8, 8, 1),
         "combine": (6, 6, 1),
         "select_blocks": (8, 8, 2),
     }.get(op, (8, 6, 2))
+    sizes: dict[str, int] = {"total_q": 102}
+    if op != "combine":  # which has no layout and no blocks
+        sizes |= {"max_seqlen_q": 90, "max_seqlen_k": 100} | CONFIG_SIZES
     problem = recorder.calls[0][1]
-    assert problem == Problem(op, "cpu", torch.float64, *expected)
+    assert problem == Problem(op, "cpu", torch.float64, *dims, **sizes)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -146,12 +160,33 @@ def test_needs_grad_if_any_argument_does_and_grad_mode_is_on(op: str, recorder: 
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if op.endswith("attention")])
-@pytest.mark.parametrize("deterministic, stated", [(None, False), (False, False), (True, True)])
-def test_states_determinism(
-    op: str, deterministic: bool | None, stated: bool, recorder: Recorder, arguments: dict
-) -> None:
+@pytest.mark.parametrize("deterministic", [None, False, True])
+def test_states_determinism(op: str, deterministic: bool | None, recorder: Recorder, arguments: dict) -> None:
+    """None is left to the route: neither stated nor passed on."""
     getattr(ops, op)(*arguments[op], deterministic=deterministic)
-    assert recorder.calls[0][1].deterministic is stated
+    assert recorder.calls[0][1].deterministic is deterministic
+    passed = {} if deterministic is None else {"deterministic": deterministic}
+    recorder.run.assert_called_once_with(*arguments[op], scale=None, **passed)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if not op.endswith("attention")])
+def test_leaves_determinism_to_the_route(op: str, recorder: Recorder, arguments: dict) -> None:
+    getattr(ops, op)(*arguments[op])
+    assert recorder.calls[0][1].deterministic is None
+    assert "deterministic" not in recorder.run.call_args.kwargs
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_states_which_device_of_its_kind(op: str, recorder: Recorder, arguments: dict) -> None:
+    """Fake tensors need no device."""
+
+    def move(x: object) -> object:
+        return x.to("cuda:3") if isinstance(x, Tensor | VarlenLayout) else x
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        getattr(ops, op)(*map(move, arguments[op]))
+    problem = recorder.calls[0][1]
+    assert (problem.device, problem.device_index) == ("cuda", 3)
 
 
 def paged(x: Tensor, lengths: list[int], page_size: int = 16) -> PagedKV:
@@ -228,20 +263,18 @@ def test_an_lse_carries_no_gradient(op: str, arguments: dict) -> None:
 @pytest.fixture
 def fresh_routes() -> Iterator[None]:
     """Nothing remembered of earlier routes, nor of these afterwards."""
-
-    def forget() -> None:
-        for remembered in (backends.load_backend, dispatching._route, dispatching._this_machine):
-            remembered.cache_clear()
-
-    forget()
+    reset()
     yield
-    forget()
+    reset()
 
 
 class Fake:
-    """A backend that answers with its name and what it was asked."""
+    """A backend whose every operation gives back its first argument, as what that operation returns."""
 
     name = "fake"
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
 
     def refuse(self, op: str, problem: Problem, environment: object) -> str | None:
         return "cannot combine" if op == "combine" else None
@@ -249,25 +282,36 @@ class Fake:
     def __getattr__(self, op: str) -> Callable[..., Any]:
         if op not in OPS:
             raise AttributeError(op)
-        return lambda *args, **options: (self.name, op, options)
+
+        def run(x: Tensor, *args: Any, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+            self.ran.append(op)
+            return (x, x.new_zeros(x.shape[1], x.shape[0])) if op.endswith("attention") else x
+
+        return run
 
 
 @pytest.fixture
-def fake_installed(fresh_routes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def fake_installed(fresh_routes: None, monkeypatch: pytest.MonkeyPatch) -> Fake:
     """Backend `fake` beside the installed ones, by entry point."""
-    points = backends.installed_backends() | {"fake": mock.Mock(load=Fake)}
-    for module in (backends, environment):
-        monkeypatch.setattr(module, "installed_backends", lambda: points)
+    fake, point = Fake(), mock.Mock(value="fake:BACKEND")
+    point.name, point.load = "fake", lambda: fake
+    installed = tuple(backends.installed_backends().values())
+    monkeypatch.setattr(backends, "entry_points", lambda group: (*installed, point))
+    return fake
 
 
-@pytest.mark.usefixtures("fake_installed")
 @pytest.mark.parametrize("op", OPS[:-1])
-def test_a_backend_found_by_entry_point_runs(op: str, arguments: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    name, asked, _ = getattr(ops, op)(*arguments[op], backend="fake")
-    assert (name, asked) == ("fake", op)
+def test_a_backend_found_by_entry_point_runs(
+    op: str, fake_installed: Fake, arguments: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    got = getattr(ops, op)(*arguments[op], backend="fake")
+    assert (got[0] if isinstance(got, tuple) else got) is arguments[op][0]
     monkeypatch.setenv("NSA_BACKEND", f"{op}=fake")
-    assert getattr(ops, op)(*arguments[op])[:2] == ("fake", op)
+    reset()
+    getattr(ops, op)(*arguments[op])
+    assert fake_installed.ran == [op, op]
     monkeypatch.delenv("NSA_BACKEND")
+    reset()
     assert_close(getattr(ops, op)(*arguments[op]), getattr(reference, op)(*arguments[op]))
 
 
