@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from nsa import NSAAttention, NSAConfig
-from nsa_routing import closed
+from nsa_routing import OPS, closed
 from nsa_varlen import VarlenLayout
 from torch import Tensor
 
@@ -26,7 +26,7 @@ def _fresh_compiler() -> Iterator[None]:
 @pytest.fixture
 def layer() -> NSAAttention:
     torch.manual_seed(0)
-    sizes = {"kernel_size": 8, "kernel_stride": 4, "block_size": 16, "topk": 4, "window_size": 12}
+    sizes = {"kernel_size": 4, "kernel_stride": 2, "block_size": 4, "topk": 4, "window_size": 6}
     return NSAAttention(NSAConfig(hidden_size=24, num_heads=4, num_kv_heads=2, head_dim=8, **sizes))
 
 
@@ -37,14 +37,15 @@ def run(layer: Callable[..., Tensor], x: Tensor, layout: VarlenLayout | None = N
     return out.detach(), grad
 
 
+# Dynamo takes a minute over sdpa's loops with gradients: the second tier.
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_a_compiled_layer_equals_the_layer(packed: bool, layer: NSAAttention) -> None:
     compiled = torch.compile(layer, backend="eager")
-    for lengths in ([70, 70], [90, 90]):
-        x = torch.randn(sum(lengths), 24) if packed else torch.randn(2, lengths[0], 24)
-        layout = VarlenLayout.from_lengths(lengths) if packed else None
-        for got, expected in zip(run(compiled, x, layout), run(layer, x, layout), strict=True):
-            assert torch.equal(got, expected)
+    x = torch.randn(40, 24) if packed else torch.randn(2, 20, 24)
+    layout = VarlenLayout.from_lengths([11, 29]) if packed else None
+    for got, expected in zip(run(compiled, x, layout), run(layer, x, layout), strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_a_compiled_layer_takes_the_routes_of_the_layer(
@@ -53,11 +54,11 @@ def test_a_compiled_layer_takes_the_routes_of_the_layer(
     made = install("triton")["triton"]
     machine(90)
     flags(PRESET="perf", CHECK_FINITE="off")
-    x = torch.randn(1, 70, 24)
-    expected = run(layer, x)
-    ran, made.ran = made.ran, []
-    got = run(torch.compile(layer, backend="eager"), x)
-    for mine, theirs in zip(got, expected, strict=True):
-        assert torch.equal(mine, theirs)
-    assert set(made.ran) == set(ran) != set()
+    x = torch.randn(1, 20, 24)
+    with torch.no_grad():
+        expected = layer(x)
+        ran, made.ran = made.ran, []
+        got = torch.compile(layer, backend="eager")(x)
+    assert torch.equal(got, expected)
+    assert set(made.ran) == set(ran) == set(OPS)
     assert closed() == frozenset()

@@ -17,12 +17,14 @@ import pytest
 import torch
 from nsa.cache import CacheStep
 from nsa.rope import RotaryEmbedding
+from nsa_routing import Policy, Problem, dispatching, finiteness, planning, profile, route
+from nsa_routing.breaker import Breaker
 from nsa_varlen import BlockGeometry, VarlenLayout, masks, reference
 from nsa_varlen.sdpa import SdpaBackend, _backend, _selected, _selection
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
-VARLEN, NSA = "packages/nsa-varlen/tests", "packages/nsa/tests"
+VARLEN, ROUTING, NSA = (f"packages/{name}/tests" for name in ("nsa-varlen", "nsa-routing", "nsa"))
 NOT_AN_ASSERTION = 70
 MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], list[str]]] = {}
 
@@ -354,6 +356,77 @@ def first_labels_kept_by_the_collation(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(nsa_varlen, "collate_tokens", collate_tokens)
 
 
+@mutant(f"{ROUTING}/test_planning.py", "a_denial_holds")
+def denials_ignored_for_requests(patch: pytest.MonkeyPatch) -> None:
+    right = planning._judge
+
+    def judge(name: str, environment: Any, asked: Any, problem: Problem, policy: Policy, *rest: Any) -> Any:
+        kept = asked if rest[-1] else asked.model_copy(update={"denials": {}})
+        return right(name, environment, kept, problem, policy, *rest)
+
+    patch.setattr(planning, "_judge", judge)
+
+
+@mutant(f"{ROUTING}/test_thresholds.py", "inclusive")
+def thresholds_off_by_one(patch: pytest.MonkeyPatch) -> None:
+    right = planning._outside
+    patch.setattr(
+        planning, "_outside", lambda threshold, problem: right(threshold, replace(problem, total_q=problem.total_q - 1))
+    )
+
+
+@mutant(f"{ROUTING}/test_thresholds.py", "agrees_with_the_plan")
+def routes_remembered_across_a_threshold(patch: pytest.MonkeyPatch) -> None:
+    right = dispatching._cuts
+
+    def cuts(asked: Any) -> dict:
+        return {op: tuple(tuple(cut + 1 for cut in by_length) for by_length in x) for op, x in right(asked).items()}
+
+    patch.setattr(dispatching, "_cuts", cuts)
+
+
+@mutant(f"{ROUTING}/test_finiteness.py", "beside_an_infinity or may_be_minus_infinity")
+def a_nan_lse_passes(patch: pytest.MonkeyPatch) -> None:
+    def result_finite(result: Any) -> Tensor | None:
+        out, lse = (result, torch.zeros(1)) if isinstance(result, Tensor) else result
+        verdict = finiteness.all_finite((out,))
+        return None if verdict is None else verdict & ~(lse.detach().amax() == torch.inf)
+
+    patch.setattr(finiteness, "result_finite", result_finite)
+    patch.setattr(route, "result_finite", result_finite)
+
+
+@mutant(f"{ROUTING}/test_faults.py", "recomputed_in_the_same_call and inf")
+def a_breaker_never_closes(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Breaker, "closed", property(lambda self: False, lambda self, value: None))
+
+
+@mutant(f"{ROUTING}/test_profiles.py", "takes_an_entry_away")
+def extending_replaces_whole_sections(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(profile, "_merge", lambda base, over, depth=0: base | over)
+
+
+@mutant(f"{ROUTING}/test_planning.py", "stops_a_route")
+def a_wrong_triton_is_not_fatal(patch: pytest.MonkeyPatch) -> None:
+    right = planning.Rejected
+    patch.setattr(planning, "Rejected", lambda backend, reason, fatal=False: right(backend, reason))
+
+
+@mutant(f"{ROUTING}/test_faults.py", "bad_inputs_is_the_callers")
+def bad_inputs_blamed_on_the_backend(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(route, "inputs_finite", lambda args: None)
+
+
+@mutant("tests-integration/test_decisions.py", "design_promises or of_the_table")
+def safe_takes_what_is_not_measured(patch: pytest.MonkeyPatch) -> None:
+    right = planning._held_back
+
+    def held_back(name: str, asked: Any, problem: Problem, policy: Policy) -> str | None:
+        return right(name, asked, problem, replace(policy, fa2="1"))
+
+    patch.setattr(planning, "_held_back", held_back)
+
+
 # The first tier plants one mistake of each kind; the second, its twin in the other implementation.
 SLOW = {
     "eq_9_off_by_one_in_sdpa",
@@ -362,9 +435,11 @@ SLOW = {
     "lse_in_bits",
     "one_head_for_its_group_in_the_oracle",
     "partial_block_dropped_in_the_oracle",
+    "routes_remembered_across_a_threshold",
     "ties_to_the_higher_block_in_the_oracle",
     "top_left_mask_in_the_oracle",
     "top_left_positions",
+    "safe_takes_what_is_not_measured",
     "unmasked_compressed_softmax_in_the_oracle",
     "window_one_too_wide_in_the_oracle",
 }
