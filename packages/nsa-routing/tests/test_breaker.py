@@ -20,7 +20,8 @@ def test_a_route_has_one_breaker() -> None:
     one = breaker.breaker("fast", "combine", "cpu")
     assert breaker.breaker("fast", "combine", "cpu") is one
     assert (one.backend, one.op, one.device, one.closed) == ("fast", "combine", "cpu", False)
-    others = [breaker.breaker(*key) for key in (("x", "combine", "cpu"), ("fast", "x", "cpu"), ("fast", "combine", "x"))]
+    keys = ("x", "combine", "cpu"), ("fast", "x", "cpu"), ("fast", "combine", "x")
+    others = [breaker.breaker(*key) for key in keys]
     assert breaker.all_breakers() == (one, *others)
 
 

@@ -186,5 +186,5 @@ def test_with_checks_off_nothing_is_added_to_the_graph(flags: Callable) -> None:
 
 def test_an_unknown_backend_is_an_error_while_compiling(scaling: dict) -> None:
     run, _ = compiled()
-    with pytest.raises(Exception, match="expected one of .*, got 'none-such'"):
+    with pytest.raises(Exception, match=r"expected one of .*, got 'none-such'"):
         run(rows(5), backend="none-such")

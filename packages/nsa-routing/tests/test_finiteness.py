@@ -41,9 +41,7 @@ def test_what_cannot_be_judged() -> None:
     assert result_finite((torch.zeros(0, 2, 4), torch.zeros(2, 0))) is None
 
 
-@pytest.mark.parametrize(
-    "lse, finite", [(-INF, True), (INF, False), (NAN, False), (3e38, True), (0.0, True)], ids=str
-)
+@pytest.mark.parametrize("lse, finite", [(-INF, True), (INF, False), (NAN, False), (3e38, True), (0.0, True)], ids=str)
 def test_an_lse_may_be_minus_infinity(lse: float, finite: bool) -> None:
     lse_of_all = torch.zeros(2, 3)
     lse_of_all[1, 1] = lse

@@ -8,6 +8,7 @@ import pytest
 import torch
 from nsa_routing import OPS, Accepted, Plan, Policy, Problem, Rejected, backends, explain, plan
 
+AUTOMATIC = Policy()
 REQUESTED = Policy((("window_attention", "fast"),))
 
 
@@ -15,7 +16,7 @@ REQUESTED = Policy((("window_attention", "fast"),))
 def planned(environment: Callable, ordered: Callable, problem: Problem) -> Callable[..., Plan]:
     """The plan for `problem` with backends fast and sdpa installed, the profile and the rest as said."""
 
-    def make(policy: Policy = Policy(), *, closed: frozenset = frozenset(), facts: dict | None = None, **changes: Any):
+    def make(policy: Policy = AUTOMATIC, *, closed: frozenset = frozenset(), facts: dict | None = None, **changes: Any):
         machine = environment("fast", "sdpa", **facts or {})
         return plan(machine, ordered("fast", **changes), problem, policy, closed)
 
@@ -241,9 +242,7 @@ def test_a_wrong_triton_stops_a_route_that_would_reach_it(policy: Policy, planne
     ],
     ids=["preset", "threshold", "denied", "another requested"],
 )
-def test_a_wrong_triton_that_is_never_reached_stops_nothing(
-    policy: Policy, changes: dict, planned: Callable
-) -> None:
+def test_a_wrong_triton_that_is_never_reached_stops_nothing(policy: Policy, changes: dict, planned: Callable) -> None:
     chosen = planned(policy, facts=WRONG, **changes)
     assert chosen.backend == "sdpa"
     assert not any(candidate.fatal for candidate in chosen.candidates if isinstance(candidate, Rejected))

@@ -11,13 +11,14 @@ from nsa_routing.problem import LENGTHS
 
 MEASURED = {"measured": {"date": "2026-11-22", "gpu": "H100", "csv": "sm90.csv"}}
 BELIEVED = {"not_measured": "no GPU at hand"}
+AUTOMATIC = Policy()
 
 
 @pytest.fixture
 def reason(install: Callable, environment: Callable, ordered: Callable, problem: Problem) -> Callable[..., str | None]:
     """Why `name` is not taken, None if it is: for a preset's mode, a threshold and lengths."""
 
-    def ask(mode: str, threshold: dict | None, policy: Policy = Policy(), name: str = "fa2", **lengths: int):
+    def ask(mode: str, threshold: dict | None, policy: Policy = AUTOMATIC, name: str = "fa2", **lengths: int):
         install(name, "sdpa")
         thresholds = {} if threshold is None else {"window_attention": {name: threshold}}
         profile = ordered(name, presets={"safe": {name: mode}}, thresholds=thresholds)
@@ -78,9 +79,7 @@ SHORT = "pays from total_q 8, got 7"
         ("opt-in", "fa2-torch", "1", NO_THRESHOLD, None, None),
     ],
 )
-def test_modes(
-    mode: str, name: str, fa2: str, without: Any, measured: Any, believed: Any, reason: Callable
-) -> None:
+def test_modes(mode: str, name: str, fa2: str, without: Any, measured: Any, believed: Any, reason: Callable) -> None:
     policy, bound = Policy(fa2=fa2), {"at_least": {"total_q": 8}}
     assert reason(mode, None, policy, name) == without
     assert reason(mode, bound | MEASURED, policy, name, total_q=8) == measured

@@ -197,9 +197,9 @@ def _read_only(value: Any) -> Any:
 class _Loader(yaml.SafeLoader):
     """A key that appears twice in a mapping is an error; YAML's own loaders let the last one win."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         # Here, as the file has it: later, merges (`<<`) put keys into a mapping that its own may override.
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)  # type: ignore[misc, no-untyped-call]
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
         if twice is not None:
