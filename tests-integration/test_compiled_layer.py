@@ -37,8 +37,6 @@ def run(layer: Callable[..., Tensor], x: Tensor, layout: VarlenLayout | None = N
     return out.detach(), grad
 
 
-# Dynamo takes a minute over sdpa's loops with gradients: the second tier.
-@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_a_compiled_layer_equals_the_layer(packed: bool, layer: NSAAttention) -> None:
     compiled = torch.compile(layer, backend="eager")
