@@ -33,7 +33,7 @@ ALLOWED = {
     "nsa_varlen": Allowed(third_party=frozenset({"torch"})),
     "nsa_kernels_triton": Allowed(frozenset({"nsa_varlen"}), frozenset({"torch", "triton"})),
     "nsa_fa2": Allowed(frozenset({"nsa_varlen"}), frozenset({"torch", "flash_attn"})),
-    "nsa_routing": Allowed(third_party=frozenset({"torch", "pydantic", "yaml"})),
+    "nsa_routing": Allowed(third_party=frozenset({"torch", "packaging", "pydantic", "rich", "typer", "yaml"})),
     "nsa": Allowed(frozenset({"nsa_varlen", "nsa_routing"}), frozenset({"torch"}), lazy=frozenset({"transformers"})),
     "nsa_bench": Allowed(third_party=frozenset({"numpy", "matplotlib", "typer", "rich"}), lazy=frozenset({"torch"})),
 }
