@@ -76,7 +76,10 @@ def _device(value: str) -> str:
 
 
 def _words(value: str) -> list[str]:
-    return [word.strip() for word in value.split(",") if word.strip()]
+    words = [word.strip() for word in value.split(",")]
+    if not all(words):
+        raise typer.BadParameter(f"expected values joined by commas, got {value!r}")
+    return words
 
 
 def _ops(value: str) -> list[str]:
@@ -84,9 +87,10 @@ def _ops(value: str) -> list[str]:
 
 
 def _lengths(value: str) -> list[int]:
-    if not all(word.isascii() and word.isdigit() and int(word) for word in _words(value)):
+    words = _words(value)
+    if not all(word.isascii() and word.isdigit() and int(word) for word in words):
         raise typer.BadParameter(f"expected numbers of tokens joined by commas, got {value!r}")
-    return [int(word) for word in _words(value)]
+    return [int(word) for word in words]
 
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
@@ -215,11 +219,11 @@ def explain(
     Flags of the environment count; options outrank them. With --sm the backends and versions are those installed here.
     """
     if sm is not None and device not in (None, "cuda"):
-        raise typer.BadParameter(f"expected no --device but cuda with --sm, got {device!r}", param_hint="--sm")
+        raise typer.BadParameter(f"expected no --device but cuda with --sm, got {device!r}", param_hint="'--sm'")
     queries = max_seqlen_q or max_seqlen_k
     if total_q is not None and total_q < queries:
         message = f"expected at least {queries}, the longest sequence's, got {total_q}"
-        raise typer.BadParameter(message, param_hint="--total-q")
+        raise typer.BadParameter(message, param_hint="'--total-q'")
     with _errors_on_one_line():
         policy = Policy.from_env()
     policy = replace(policy, preset=preset or policy.preset, profile=profile or policy.profile)
@@ -227,7 +231,7 @@ def explain(
         try:
             policy = replace(policy, backends=Policy.from_env({"NSA_BACKEND": backend}).backends)
         except ValueError as error:
-            raise typer.BadParameter(str(error).removeprefix("NSA_BACKEND: "), param_hint="--backend") from None
+            raise typer.BadParameter(str(error).removeprefix("NSA_BACKEND: "), param_hint="'--backend'") from None
     environment = probe_machine(device, index) if sm is None else _made_up(sm)
     with _errors_on_one_line():
         name, note = profile_of(environment.device, environment.sm)
@@ -278,13 +282,15 @@ def explain(
 def _plans_table(plans: list[Plan]) -> Table:
     table = _table("operation", "backend", "why not the others")
     for made in plans:
-        reasons = Text("\n").join(
-            Text.assemble((candidate.backend, "bold"), f": {verdict(made, candidate).removeprefix('rejected: ')}")
-            for candidate in made.candidates
-            if candidate.backend != made.backend
-        )
+        others = _table("", "")
+        others.show_header = False
+        for candidate in made.candidates:
+            if candidate.backend != made.backend:
+                later = "accepted, but later in the order"
+                reason = candidate.reason if isinstance(candidate, Rejected) else later
+                others.add_row(Text(candidate.backend), Text(reason))
         chosen = Text(made.backend, "bold green") if made.backend else Text("none", "bold red")
-        table.add_row(Text(made.problem.op), chosen, reasons, end_section=True)
+        table.add_row(Text(made.problem.op), chosen, others)
     return table
 
 
@@ -309,7 +315,8 @@ def pins(
         try:
             out.write_text(text, encoding="utf-8")
         except OSError as error:
-            raise typer.BadParameter(f"expected a file that can be written, got {error}", param_hint="--out") from None
+            message = f"expected a file that can be written, got {error}"
+            raise typer.BadParameter(message, param_hint="'--out'") from None
     if as_json:
         _print_json({"profile": loaded.name, "source": loaded.source, "pins": dict(loaded.pins)})
     elif out is None:
@@ -354,15 +361,15 @@ def tune(
     """
     if out.suffix != ".yaml" or not out.parent.is_dir():
         message = f"expected a path in an existing folder that ends in .yaml, got {str(out)!r}"
-        raise typer.BadParameter(message, param_hint="--out")
+        raise typer.BadParameter(message, param_hint="'--out'")
     if num_heads % num_kv_heads:
         message = f"expected a multiple of --num-kv-heads={num_kv_heads}, got {num_heads}"
-        raise typer.BadParameter(message, param_hint="--num-heads")
+        raise typer.BadParameter(message, param_hint="'--num-heads'")
     installed = probe_machine(device, index).backends
     for name in backends or ():
         if name not in installed:
             message = f"expected some of {', '.join(installed) or 'none'}, got {name!r}"
-            raise typer.BadParameter(message, param_hint="--backends")
+            raise typer.BadParameter(message, param_hint="'--backends'")
     with _errors_on_one_line():
         tuned = tune_profile(
             out,

@@ -157,6 +157,7 @@ def tune(
                     tell(_progress(op, length, new, bad))
     for op, names in measurable.items():
         findings += (judge(op, name, rows, wrong.get((op, name)), profile, preset) for name in names)
+    findings.sort(key=lambda found: OPS.index(found.op))
 
     csv_path = out.with_suffix(".csv")
     date, gpu, dtype_name = datetime.date.today(), environment.name or _cpu_name(), str(dtype).removeprefix("torch.")
