@@ -41,14 +41,14 @@ class Timing:
 
     @classmethod
     def of(cls, times: list[float]) -> "Timing":
-        """From single measurements, at least two; quartiles are interpolated.
+        """From single measurements, at least two; quartiles are interpolated, and all rounded to the nanosecond.
 
         Example:
             >>> Timing.of([1.0, 2.0, 3.0, 4.0, 5.0])
             Timing(median_ms=3.0, p25_ms=2.0, p75_ms=4.0, min_ms=1.0)
         """
         low, _, high = quantiles(times, n=4, method="inclusive")
-        return cls(median(times), low, high, min(times))
+        return cls(*(round(x, 6) for x in (median(times), low, high, min(times))))
 
 
 def stopwatch(device: str) -> Stopwatch:
