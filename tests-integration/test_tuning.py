@@ -12,10 +12,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from nsa_routing import OPS, Policy, Problem, Profile, backends, cli, load_profile, plan, probe, reset, tuning
 from nsa_routing.findings import crossover
 from nsa_routing.measuring import Timing
-from nsa_routing.workload import typical
 from nsa_varlen import reference
 from typer.testing import CliRunner
 
@@ -49,15 +49,15 @@ def _dense(monkeypatch: pytest.MonkeyPatch) -> None:
     reset()
 
 
-def problem(op: str, length: int) -> Problem:
+def problem(op: str, length: int, device: str) -> Problem:
     """One sequence, prefilled, as the profile's bounds see it."""
     names = ("total_q",) if op == "combine" else ("total_q", "max_seqlen_q", "max_seqlen_k")
     lengths = dict.fromkeys(names, length)
-    return Problem(op, "cpu", typical("cpu").dtype, 8, 8, 2, **lengths)
+    return Problem(op, device, torch.float32, 8, 8, 2, **lengths)
 
 
-def chosen(profile: Profile, op: str, length: int) -> str | None:
-    return plan(probe("cpu"), profile, problem(op, length), Policy(preset="perf")).backend
+def chosen(profile: Profile, op: str, length: int, device: str = "cpu") -> str | None:
+    return plan(probe(device), profile, problem(op, length, device), Policy(preset="perf")).backend
 
 
 def thresholds_of(path: Path) -> dict[str, int]:
@@ -74,9 +74,13 @@ def thresholds_of(path: Path) -> dict[str, int]:
     return {op: length for op, length in found.items() if length is not None}
 
 
+CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
 @pytest.mark.usefixtures("_dense")
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "grad"])
-def test_a_real_run_on_the_cpu(grad: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
+def test_a_real_run(device: str, grad: bool, tmp_path: Path) -> None:
     out = tmp_path / "mine.yaml"
     words = ["tune", "--out", str(out), "--lengths", ",".join(map(str, LENGTHS)), "--device", "cpu", "--json"]
     words += ["--num-heads", "2", "--num-kv-heads", "1", "--head-dim", "8", "--repeat", "3", "--preset", "perf"]
@@ -89,7 +93,7 @@ def test_a_real_run_on_the_cpu(grad: bool, tmp_path: Path) -> None:
     profile = load_profile(out)
     assert {op for op, names in profile.thresholds.items() if "dense" in names} == expected.keys()
     for op in OPS:
-        before, at = (chosen(profile, op, length) for length in (expected.get(op, 1) - 1, expected.get(op, 1)))
+        before, at = (chosen(profile, op, length, device) for length in (expected.get(op, 1) - 1, expected.get(op, 1)))
         assert (before, at) == ("sdpa", "dense" if op in expected else "sdpa")
 
 
