@@ -326,6 +326,9 @@ def test_gradients_are_compared_too(offer: Callable, clock: Clock, tmp_path: Pat
     assert "gradient 0 is off sdpa's by 0.5 of a row's length" in tuned.findings[1].words
     assert [found.outcome for found in tuned.findings] == ["threshold", "wrong"]
     assert "with gradients" in load_profile(tuned.profile).source
+    wrong.run = lambda x: off(x, 0.5)
+    tuned = tune(tmp_path / "yes.yaml", **WINDOW, preset="perf", grad=True)
+    assert "out is off sdpa's by 0.5 of a row's length" in tuned.findings[1].words
 
 
 def test_a_backend_that_fails_while_it_is_timed(clock: Clock) -> None:

@@ -116,7 +116,7 @@ def compare(
                 if cotangent is not None:
                     grads = torch.autograd.grad(results["out"], leaves, cotangent)
                     results |= {f"gradient {number}": grad for number, grad in enumerate(grads)}
-                return results
+                return {name: x.detach() if isinstance(x, Tensor) else x for name, x in results.items()}
 
             return call
 
