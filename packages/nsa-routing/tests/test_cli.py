@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from nsa_routing import OPS, Environment, Problem, backends, checks, cli, environment, load_profile, reset, tuning
+from nsa_routing import OPS, Environment, Problem, backends, cli, environment, load_profile, reset, tuning
 from nsa_routing.pins import constraints
 from packaging.requirements import Requirement
 from typer.testing import CliRunner, Result
@@ -222,9 +222,12 @@ def test_check_of_backends(offer: Callable) -> None:
     assert statuses(answer("check", exit_code=1))["plan:combine"] == "ok", "sdpa is sound"
 
 
-def test_check_of_a_backend_whose_import_fails_in_its_own_way(offer: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "load_backend", lambda name: 1 // 0)
+def test_check_of_a_backend_whose_import_fails_in_its_own_way(offer: Callable) -> None:
+    """It is reported, and the plans are made without it."""
+    offer(Made("sdpa"), Made("fa2", "does not import"))
+    sys.modules["made_backends"].__getattr__ = lambda name: 1 // 0
     assert failing("backend:fa2") == "ZeroDivisionError: integer division or modulo by zero"
+    assert statuses(answer("check", exit_code=1))["plan:window_attention"] == "ok"
 
 
 def test_check_of_entry_points(offer: Callable) -> None:

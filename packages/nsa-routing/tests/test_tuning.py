@@ -160,7 +160,9 @@ def test_a_threshold_in_the_middle_drives_the_plan(offer: Callable, clock: Clock
 
 def test_combine_has_no_keys_to_bound(offer: Callable, clock: Clock, tmp_path: Path) -> None:
     offer(Made("dense", clock, lambda length: 5.0))
-    tuned = tune(tmp_path / "mine.yaml", ops=("combine",), lengths=(64, 32), repeat=3, preset="perf", device="cpu")
+    given = {"ops": ("combine",), "lengths": (64, 32, 64), "repeat": 3, "device": "cpu"}
+    tuned = tune(tmp_path / "mine.yaml", **given, preset="perf")
+    assert [row.length for row in tuned.rows if row.backend == "sdpa"] == [32, 64]
     threshold = load_profile(tuned.profile).thresholds["combine"]["dense"]
     assert threshold.at_least.model_dump(exclude_none=True) == {"total_q": 32}
 
@@ -485,8 +487,10 @@ def test_a_profile_that_does_not_load_leaves_nothing_and_spoils_nothing(
 
 
 def test_tuning_anew_replaces_what_was_loaded(offer: Callable, clock: Clock, tmp_path: Path) -> None:
+    dense = Made("dense", clock)
+    offer(dense)
     for pays_from in (512, 256):
-        offer(Made("dense", clock, lambda length, pays_from=pays_from: 20.0 if length < pays_from else 1.0))
+        dense.cost = lambda length, pays_from=pays_from: 20.0 if length < pays_from else 1.0
         tuned = tune(tmp_path / "mine.yaml", **WINDOW, preset="perf")
         at_least = load_profile(tuned.profile).thresholds["window_attention"]["dense"].at_least
         assert at_least.max_seqlen_k == pays_from
