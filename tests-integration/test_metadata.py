@@ -21,7 +21,13 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = sorted(p.parent.name for p in ROOT.glob("packages/*/pyproject.toml"))
-ENTRY_POINTS = {"nsa-varlen": {("nsa.backends", "sdpa", "nsa_varlen.sdpa:BACKEND")}}  # the others have none
+ENTRY_POINTS = {  # the others have none
+    "nsa-varlen": {
+        ("nsa.backends", "sdpa", "nsa_varlen.sdpa:BACKEND"),
+        ("nsa.op_inputs", "varlen", "nsa_varlen.op_inputs:op_inputs"),
+    },
+    "nsa-routing": {("console_scripts", "nsa-routing", "nsa_routing.cli:app")},
+}
 EXTRAS = {
     "nsa": {"triton", "fa2", "bench", "hf", "all"},
     "nsa-fa2": {"flash-attn"},

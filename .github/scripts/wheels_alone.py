@@ -50,9 +50,11 @@ package = importlib.import_module(module)
 version = importlib.metadata.version(module.replace("_", "-"))
 if package.__version__ != version:
     print(f"__version__ is {package.__version__}, the metadata say {version}")
+for point in importlib.metadata.distribution(module.replace("_", "-")).entry_points:
+    point.load()  # commands, backends: what an entry point names is there, with what it needs
 for heavy in ("triton", "flash_attn"):
     if heavy in sys.modules:
-        print(f"importing {module} imports {heavy}")
+        print(f"importing {module} or what its entry points name imports {heavy}")
 """
 
 

@@ -1,0 +1,30 @@
+"""Does the command line plan for the very problems that `nsa.ops` plans for?"""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from nsa import ops
+from nsa_routing import OPS, Problem
+from nsa_routing.workload import Workload
+from nsa_varlen.op_inputs import op_inputs
+from nsa_varlen.sdpa import BACKEND
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["", "grad"])
+@pytest.mark.parametrize("op", OPS)
+def test_a_workload_makes_the_problems_of_the_operations(op: str, grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Problem] = []
+
+    def dispatch(op: str, problem: Problem, *, backend: str | None) -> Any:
+        asked.append(problem)
+        return getattr(BACKEND, op)
+
+    monkeypatch.setattr(ops, "dispatch", dispatch)
+    sizes = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 8, "v_head_dim": 4}
+    args, kwargs = op_inputs(op, [5, 40], [50, 60], **sizes, dtype=torch.float16, device="cpu", requires_grad=grad)
+    getattr(ops, op)(*args, **kwargs)
+    (problem,) = asked
+    workload = Workload("cpu", torch.float16, 8, 4, 3, total_q=45, max_seqlen_q=40, max_seqlen_k=60, needs_grad=grad)
+    assert replace(problem, deterministic=False) == workload.problem(op)  # None there is resolved by dispatch
