@@ -37,6 +37,17 @@ def test_rows_sequences_and_positions_are_those_of_a_double_loop(lengths: list[t
     pairs = zip(layout.sequence_of_compressed(BLOCKS).tolist(), layout.compressed_starts(BLOCKS).tolist(), strict=True)
     assert list(pairs) == compressed
     assert layout.batch_size == len(lengths)
+    first_keys = [sum(k for _, k in lengths[:b]) for b in range(len(lengths))]
+    assert layout.last_keys().tolist() == [first_keys[b] + position for b, position in queries]
+    spans = [
+        (first_keys[b] + start, first_keys[b] + min(start + 4, k))
+        for b, (_, k) in enumerate(lengths)
+        for start in range(0, k, 4)
+    ]
+    assert layout.block_spans(BLOCKS) == spans
+    assert layout.block_offsets(BLOCKS).tolist() == [
+        sum(-(-k // 4) for _, k in lengths[:b]) for b in range(len(lengths))
+    ]
 
 
 @settings(deadline=None, derandomize=True, database=None, max_examples=60)

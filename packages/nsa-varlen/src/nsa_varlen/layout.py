@@ -145,7 +145,8 @@ class VarlenLayout:
             >>> cu_seqlens = torch.tensor([0, 3, 5], dtype=torch.int32)
             >>> VarlenLayout.from_cu_seqlens(cu_seqlens).max_seqlen_k
             3
-            >>> VarlenLayout.from_cu_seqlens(cu_seqlens.to("meta"), max_seqlen_q=3, total_q=5).total_k  # nothing to read
+            >>> unread = VarlenLayout.from_cu_seqlens(cu_seqlens.to("meta"), max_seqlen_q=3, total_q=5)
+            >>> unread.total_k
             5
         """
         if cu_k is None:
@@ -275,6 +276,39 @@ class VarlenLayout:
             return rows - self.cu_seqlens_k[:-1].long()[self.sequence_of_keys()]
 
         return self.derive("key_positions", build)
+
+    def last_keys(self) -> Tensor:
+        """Packed row of the key at each query's own position: int64 [Tq]. Not the sequence's where that is negative."""
+        return self.derive(
+            "last_keys", lambda: self.positions() + self.cu_seqlens_k[:-1].long()[self.sequence_of_queries()]
+        )
+
+    def block_offsets(self, blocks: BlockGeometry) -> Tensor:
+        """Number of each sequence's selection block 0, all sequences' blocks counted in a row: int64 [B]."""
+
+        def build() -> Tensor:
+            counts = blocks.num_blocks(self.cu_seqlens_k.long().diff())
+            return counts.cumsum(0) - counts
+
+        return self.derive(("block_offsets", blocks.block_size), build)
+
+    def block_spans(self, blocks: BlockGeometry) -> list[tuple[int, int]]:
+        """Packed keys [first, end) of each selection block, in the order of `block_offsets`, on the host.
+
+        Example:
+            >>> blocks = BlockGeometry(kernel_size=4, kernel_stride=4, block_size=4)
+            >>> VarlenLayout.from_lengths([3, 5]).block_spans(blocks)
+            [(0, 3), (3, 7), (7, 8)]
+        """
+
+        def build() -> list[tuple[int, int]]:
+            return [
+                (start, min(start + blocks.block_size, end))
+                for begin, end in pairwise(self.host.cu_seqlens_k.tolist())
+                for start in range(begin, end, blocks.block_size)
+            ]
+
+        return self.derive(("block_spans", blocks.block_size), build)
 
     def compressed(self, blocks: BlockGeometry) -> CompressedLayout:
         """Layout of the compressed blocks of this layout's keys: num_cmp(k_len) per sequence."""

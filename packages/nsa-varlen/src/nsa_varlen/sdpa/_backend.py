@@ -154,7 +154,9 @@ def _compressed_interval(layout: VarlenLayout, blocks: BlockGeometry, num_heads:
 
     def build() -> Interval:
         offsets = layout.host.compressed(blocks).cu_seqlens, layout.compressed(blocks).cu_seqlens
-        return Interval(layout, offsets, blocks.kernel_size - 1, visible, num_heads, num_heads // num_kv_heads)
+        number = torch.div(layout.compressed_starts(blocks), blocks.kernel_stride, rounding_mode="floor")
+        rows = layout.sequence_of_compressed(blocks), number
+        return Interval(layout, offsets, rows, blocks.kernel_size - 1, visible, num_heads, num_heads // num_kv_heads)
 
     return layout.derive(("sdpa", "cmp", blocks, num_heads, num_kv_heads), build)
 
@@ -167,7 +169,8 @@ def _window_interval(layout: VarlenLayout, blocks: BlockGeometry, num_heads: int
 
     def build() -> Interval:
         offsets = layout.host.cu_seqlens_k, layout.cu_seqlens_k
-        return Interval(layout, offsets, 0, visible, num_heads, num_heads // num_kv_heads)
+        rows = layout.sequence_of_keys(), layout.key_positions()
+        return Interval(layout, offsets, rows, 0, visible, num_heads, num_heads // num_kv_heads)
 
     return layout.derive(("sdpa", "win", blocks, num_heads, num_kv_heads), build)
 

@@ -37,25 +37,27 @@ class Interval:
         self,
         layout: VarlenLayout,
         cu_seqlens_k: tuple[Tensor, Tensor],
+        rows: tuple[Tensor, Tensor],
         first_seeing: int,
         visible: Visible,
         num_heads: int,
         group_size: int,
     ) -> None:
-        host_offsets, self.cu_seqlens_k = cu_seqlens_k
+        host_offsets, offsets = cu_seqlens_k
+        self.sequence, self.position = rows
         low, high = visible(max(first_seeing, layout.max_seqlen_k - 1))
         if layout.device.type == "cpu":
-            rows = max(1, CPU_TILE_ROWS // min(group_size, 8))
+            tile_rows = max(1, CPU_TILE_ROWS // min(group_size, 8))
             self.tile_logits = CPU_TILE_ROWS * CPU_TILE_KEYS // group_size
         else:
-            rows = min(1024, max(16, DEVICE_TILE_LOGITS // (num_heads * (high - low))))
+            tile_rows = min(1024, max(16, DEVICE_TILE_LOGITS // (num_heads * (high - low))))
             self.tile_logits = DEVICE_TILE_LOGITS // num_heads
-        self.tiles = plan_tiles(layout, host_offsets.tolist()[:-1], first_seeing, visible, rows)
+        self.tiles = plan_tiles(layout, host_offsets.tolist()[:-1], first_seeing, visible, tile_rows)
         # First and end packed key of each query, int64 [Tq, 1] each: what `hide` needs where a tile's edge is ragged.
         self.bounds: tuple[Tensor, Tensor] | None = None
         if any((tile.k0, tile.k1) != (tile.all0, tile.all1) for tile in self.tiles):
             lows, highs = visible(layout.positions())
-            first = self.cu_seqlens_k.long()[layout.sequence_of_queries()]
+            first = offsets.long()[layout.sequence_of_queries()]
             self.bounds = (first + lows)[:, None], (first + highs)[:, None]
 
     def steps(self, tile: Tile) -> Iterator[tuple[int, int]]:
@@ -100,7 +102,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def head_major_rows(x: KV, k0: int, k1: int, interval: Interval, dtype: torch.dtype) -> Tensor:
     """Packed rows [k0, k1) as [Hk, k1 - k0, D]."""
-    return slice_rows(x, k0, k1, interval.cu_seqlens_k).transpose(0, 1).to(dtype)
+    return slice_rows(x, k0, k1, interval.sequence, interval.position).transpose(0, 1).to(dtype)
 
 
 def step_logits(q_tile: Tensor, k_rows: Tensor, interval: Interval, tile: Tile, k0: int) -> Tensor:
