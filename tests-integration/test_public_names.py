@@ -59,6 +59,7 @@ def test_block_sizes_have_one_spelling_and_one_default() -> None:
 def test_names_of_nsa_varlen() -> None:
     assert sorted(nsa_varlen.__all__) == [
         "BlockGeometry",
+        "Bucket",
         "CompressedLayout",
         "PagedKV",
         "VarlenLayout",
@@ -87,6 +88,8 @@ def test_names_of_nsa_varlen() -> None:
         (VarlenLayout.pin_memory, "(self)"),
         (VarlenLayout.positions, "(self)"),
         (VarlenLayout.compressed, "(self, blocks)"),
+        (VarlenLayout.buckets, "(self, blocks=None)"),
+        (nsa_varlen.Bucket.visible, "(self, window_size=None)"),
         (nsa_varlen.CompressedLayout, "(cu_seqlens, max_seqlen, total)"),
         (
             BlockGeometry,

@@ -2,6 +2,7 @@
 
 from nsa_varlen import masks, reference
 from nsa_varlen.__about__ import __version__
+from nsa_varlen.buckets import Bucket
 from nsa_varlen.geometry import BlockGeometry
 from nsa_varlen.layout import CompressedLayout, VarlenLayout
 from nsa_varlen.packing import pack, unpack
@@ -10,6 +11,7 @@ from nsa_varlen.unfold import unfold_blocks
 
 __all__ = [
     "BlockGeometry",
+    "Bucket",
     "CompressedLayout",
     "PagedKV",
     "VarlenLayout",

@@ -8,6 +8,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor
 
+from nsa_varlen.buckets import Bucket, make_buckets
 from nsa_varlen.geometry import BlockGeometry
 from nsa_varlen.transfer import to_device
 
@@ -314,11 +315,34 @@ class VarlenLayout:
         """Layout of the compressed blocks of this layout's keys: num_cmp(k_len) per sequence."""
 
         def build() -> CompressedLayout:
-            ends = blocks.num_compressed(self.host.cu_seqlens_k.diff()).cumsum(0, dtype=torch.int32)
-            cu_seqlens = torch.nn.functional.pad(ends, (1, 0))
-            return CompressedLayout(to_device(cu_seqlens, self.device), _longest(cu_seqlens), int(cu_seqlens[-1]))
+            lengths = [blocks.num_compressed(end - start) for start, end in pairwise(self.host.cu_seqlens_k.tolist())]
+            cu_seqlens = list(accumulate(lengths, initial=0))
+            offsets = to_device(torch.tensor(cu_seqlens, dtype=torch.int32), self.device)
+            return CompressedLayout(offsets, max(lengths, default=0), cu_seqlens[-1])
 
         return self.derive(("compressed", blocks.kernel_size, blocks.kernel_stride), build)
+
+    def buckets(self, blocks: BlockGeometry | None = None) -> tuple[Bucket, ...]:
+        """This batch as dense ones: sequences of similar lengths together, right-padded. See `Bucket`.
+
+        The keys are the raw tokens or, with `blocks`, the compressed blocks. A bucket's queries and keys are both
+        rounded up to the same powers of two, and padded to the longest of them only: less than twice the rows on
+        either side, less than 4 times the products of queries and keys. Sequences with as many queries as keys are
+        never mixed with others, and order is kept within a bucket.
+
+        Raises:
+            TypeError: blocks are no BlockGeometry.
+
+        Example:
+            >>> layout = VarlenLayout.from_lengths([7, 1, 5, 0], [7, 20, 5, 9])
+            >>> [(bucket.sequences, bucket.q_rows.shape, bucket.causal) for bucket in layout.buckets()]
+            [((1,), torch.Size([1, 1]), False), ((0, 2), torch.Size([2, 7]), True)]
+        """
+        if blocks is None:
+            return self.derive("buckets", lambda: make_buckets(self, None))
+        if not isinstance(blocks, BlockGeometry):
+            raise TypeError(f"blocks: expected a BlockGeometry or None, got {type(blocks).__name__}")
+        return self.derive(("buckets", blocks.kernel_size, blocks.kernel_stride), lambda: make_buckets(self, blocks))
 
     def sequence_of_compressed(self, blocks: BlockGeometry) -> Tensor:
         """Index of the sequence that each packed compressed block belongs to: int64 [Tc]."""

@@ -14,7 +14,7 @@ def all_rows(kv: KV, layout: VarlenLayout) -> Tensor:
 
 
 def slice_rows(kv: KV, start: int, end: int, sequence: Tensor, position: Tensor) -> Tensor:
-    """Packed rows [start, end): [end - start, H, D], a view where `kv` is packed; int64 sequence and position of all."""
+    """Packed rows [start, end) of those at int64 (sequence, position): [end - start, H, D]. A view if packed."""
     return kv.rows(sequence[start:end], position[start:end]) if isinstance(kv, PagedKV) else kv[start:end]
 
 

@@ -142,8 +142,8 @@ def _rows_by_head(x: Tensor, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
 def _block_logits(q_rows: Tensor, k_block: Tensor, row: Tensor, k0: int, last_key: Tensor) -> Tensor:
     """Logits [m, G, keys] of the queries that chose a block, -inf after their own position.
 
-    `last_key` is `VarlenLayout.last_keys` of each (query, kv head). A block's queries ascend and only those inside it can
-    see part of it: they are the first ones, at most as many as the block has keys.
+    `last_key` is `VarlenLayout.last_keys` of each (query, kv head). A block's queries ascend and only those inside it
+    can see part of it: they are the first ones, at most as many as the block has keys.
     """
     logits = torch.matmul(q_rows.flatten(0, 1), k_block.T).unflatten(0, q_rows.shape[:2])
     inside = min(k_block.shape[0], row.shape[0])
