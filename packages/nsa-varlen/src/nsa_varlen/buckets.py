@@ -52,10 +52,19 @@ class PaddedRows:
     @cached_property
     def real(self) -> tuple[Tensor, Tensor]:
         """Of each real row, int64 [total]: its place in the flattened batch and its packed row."""
-        members = torch.arange(len(self.lengths), device=self.lengths.device)
-        member = torch.repeat_interleave(members, self.lengths, output_size=self.total)
-        within = torch.arange(self.total, device=self.lengths.device) - (self.lengths.cumsum(0) - self.lengths)[member]
+        member, within = _runs(self.lengths, self.total)
         return member * self.width + within, self.first[member] + within
+
+    @cached_property
+    def padding(self) -> Tensor:
+        """Places of padding in the flattened batch: int64 [b * width - total]."""
+        member, within = _runs(self.width - self.lengths, len(self.lengths) * self.width - self.total)
+        return member * self.width + self.lengths[member] + within
+
+    @cached_property
+    def _within(self) -> Tensor:
+        """Which row of its own run to read for each place: int64 [b, width], in the padding the last."""
+        return torch.minimum(torch.arange(self.width, device=self.lengths.device), self.lengths[:, None] - 1)
 
     def gather(self, x: Tensor | PagedKV) -> Tensor:
         """Packed rows [T, ...] (or rows in pages) as a batch [b, width, ...]: zeros in the padding. Differentiable.
@@ -63,16 +72,14 @@ class PaddedRows:
         A view of `x` where that is possible.
         """
         batch = len(self.lengths), self.width
-        if self.start is not None and isinstance(x, Tensor):
-            return x[self.start : self.start + self.total].unflatten(0, batch)
-        place, row = self.real
         if isinstance(x, PagedKV):
-            member = torch.div(place, self.width, rounding_mode="floor")
-            found = x.rows(self.sequence[member], place % self.width)
+            found = x.rows(self.sequence[:, None], self._within).flatten(0, 1)
+        elif self.start is not None:
+            found = x[self.start : self.start + self.total]
         else:
-            found = x.index_select(0, row)
-        if self.total < batch[0] * self.width:
-            found = found.new_zeros(batch[0] * self.width, *found.shape[1:]).index_copy_(0, place, found)
+            found = x.index_select(0, (self.first[:, None] + self._within).flatten())
+        if self.total < batch[0] * batch[1]:
+            found.index_fill_(0, self.padding, 0)
         return found.unflatten(0, batch)
 
     def scatter(self, values: Tensor, out: Tensor) -> Tensor:
@@ -83,6 +90,13 @@ class PaddedRows:
             return out
         place, row = self.real
         return out.index_copy_(0, row, flat if self.total == len(flat) else flat.index_select(0, place))
+
+
+def _runs(lengths: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """(run, number within the run) of each element of runs laid end to end: int64 [total] each."""
+    numbers = torch.arange(len(lengths), device=lengths.device)
+    run = torch.repeat_interleave(numbers, lengths, output_size=total)
+    return run, torch.arange(total, device=lengths.device) - (lengths.cumsum(0) - lengths)[run]
 
 
 @dataclass(frozen=True, eq=False)

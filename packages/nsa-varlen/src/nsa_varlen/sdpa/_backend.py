@@ -153,10 +153,7 @@ def _compressed_interval(layout: VarlenLayout, blocks: BlockGeometry, num_heads:
         return 0 * position, blocks.num_compressed(position + 1)
 
     def build() -> Interval:
-        offsets = layout.host.compressed(blocks).cu_seqlens, layout.compressed(blocks).cu_seqlens
-        number = torch.div(layout.compressed_starts(blocks), blocks.kernel_stride, rounding_mode="floor")
-        rows = layout.sequence_of_compressed(blocks), number
-        return Interval(layout, offsets, rows, blocks.kernel_size - 1, visible, num_heads, num_heads // num_kv_heads)
+        return Interval(layout, blocks, visible, num_heads, num_heads // num_kv_heads)
 
     return layout.derive(("sdpa", "cmp", blocks, num_heads, num_kv_heads), build)
 
@@ -168,9 +165,7 @@ def _window_interval(layout: VarlenLayout, blocks: BlockGeometry, num_heads: int
         return _at_least_0(position + 1 - blocks.window_size), _at_least_0(position + 1)
 
     def build() -> Interval:
-        offsets = layout.host.cu_seqlens_k, layout.cu_seqlens_k
-        rows = layout.sequence_of_keys(), layout.key_positions()
-        return Interval(layout, offsets, rows, 0, visible, num_heads, num_heads // num_kv_heads)
+        return Interval(layout, None, visible, num_heads, num_heads // num_kv_heads)
 
     return layout.derive(("sdpa", "win", blocks, num_heads, num_kv_heads), build)
 

@@ -13,9 +13,9 @@ def all_rows(kv: KV, layout: VarlenLayout) -> Tensor:
     return kv.rows(layout.sequence_of_keys(), layout.key_positions()) if isinstance(kv, PagedKV) else kv
 
 
-def slice_rows(kv: KV, start: int, end: int, sequence: Tensor, position: Tensor) -> Tensor:
-    """Packed rows [start, end) of those at int64 (sequence, position): [end - start, H, D]. A view if packed."""
-    return kv.rows(sequence[start:end], position[start:end]) if isinstance(kv, PagedKV) else kv[start:end]
+def sequence_rows(kv: KV, sequence: int, first: int, start: int, end: int) -> Tensor:
+    """Rows [start, end) of a sequence whose row 0 is packed row `first`: [end - start, H, D]. A view if packed."""
+    return kv.span(sequence, start, end) if isinstance(kv, PagedKV) else kv[first + start : first + end]
 
 
 def take_head_rows(k: KV, v: KV, sequence: Tensor, position: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
