@@ -64,6 +64,7 @@ def test_names_of_nsa_varlen() -> None:
         "PagedKV",
         "VarlenLayout",
         "__version__",
+        "dense",
         "masks",
         "pack",
         "reference",
@@ -89,7 +90,9 @@ def test_names_of_nsa_varlen() -> None:
         (VarlenLayout.positions, "(self)"),
         (VarlenLayout.compressed, "(self, blocks)"),
         (VarlenLayout.buckets, "(self, blocks=None)"),
-        (nsa_varlen.Bucket.visible, "(self, window_size=None)"),
+        (nsa_varlen.Bucket.visible, "(self, window_size=None, queries=None)"),
+        (nsa_varlen.dense.DenseForms, "(dense)"),
+        (nsa_varlen.dense.masked_attention, "(q, k, v, mask, *, scale, is_causal)"),
         (nsa_varlen.CompressedLayout, "(cu_seqlens, max_seqlen, total)"),
         (
             BlockGeometry,

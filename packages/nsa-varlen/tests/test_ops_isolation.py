@@ -20,7 +20,7 @@ BATCHES = {
     "many-short": ([5, 1, 0, 9, 6, 3, 7, 2, 8, 4, 6, 12], [5, 1, 3, 9, 6, 3, 7, 0, 8, 4, 6, 12], [4, 11]),
     "equal": ([6] * 8, [6] * 8, [0, 7]),
     "short-and-long": ([70, 6, 5, 40, 2, 12, 33], [70, 6, 5, 40, 30, 5, 33], [1, 3]),
-    "decode": ([1] * 12, [9, 30, 12, 31, 17, 8, 25, 16, 33, 7, 15, 24], [0, 5]),
+    "decode": ([1] * 12, [9, 30, 12, 31, 17, 8, 25, 16, 33, 7, 15, 24], [1, 6]),
     "decode-equal": ([1] * 6, [20] * 6, [2, 5]),
     "speculative": ([3, 2, 3, 1, 3, 4], [19, 22, 17, 20, 40, 4], [0, 3]),
 }
@@ -33,7 +33,11 @@ PIECES: dict[str, list[tuple[Any, str, int]]] = {
 }
 
 
-@pytest.fixture(params=[(name, pieces) for name in BACKENDS if name != "oracle" for pieces in PIECES], ids="-".join)
+@pytest.fixture(
+    params=[("sdpa", pieces) for pieces in PIECES]
+    + [(name, "as-it-comes") for name in BACKENDS if name not in ("oracle", "sdpa")],
+    ids="-".join,
+)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     name, pieces = request.param
     for patch in PIECES[pieces]:

@@ -1,6 +1,6 @@
 """Ragged layouts, block geometry, masks, the oracle and the plain-torch backend of Native Sparse Attention."""
 
-from nsa_varlen import masks, reference
+from nsa_varlen import dense, masks, reference
 from nsa_varlen.__about__ import __version__
 from nsa_varlen.buckets import Bucket
 from nsa_varlen.geometry import BlockGeometry
@@ -16,6 +16,7 @@ __all__ = [
     "PagedKV",
     "VarlenLayout",
     "__version__",
+    "dense",
     "masks",
     "pack",
     "reference",

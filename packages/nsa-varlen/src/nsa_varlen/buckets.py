@@ -169,10 +169,10 @@ class Bucket:
         columns = self._columns
         return torch.where(place < columns[QUERIES][:, None], columns[FIRST_POSITION][:, None] + place, -1)
 
-    def visible(self, window_size: int | None = None) -> Tensor:
+    def visible(self, window_size: int | None = None, queries: slice | None = None) -> Tensor:
         """Which keys each query sees: bool [b, Sq, Sk]; with a window, of raw keys the last `window_size` of those.
 
-        Rows of padding are all False.
+        Rows of padding are all False. `queries` asks for some of the Sq rows only.
 
         Example:
             >>> from nsa_varlen import VarlenLayout
@@ -180,7 +180,9 @@ class Bucket:
             >>> bucket.visible().int().tolist(), bucket.visible(window_size=2).int().tolist()
             ([[[1, 1, 1, 0]], [[1, 1, 1, 1]]], [[[0, 1, 1, 0]], [[0, 0, 1, 1]]])
         """
-        end = self.positions + 1 if self._blocks is None else self._blocks.num_compressed(self.positions + 1)
+        end = (self.positions if queries is None else self.positions[:, queries]) + 1
+        if self._blocks is not None:
+            end = self._blocks.num_compressed(end)
         key = torch.arange(self.max_seqlen_k, device=self._device)
         seen = key < end[..., None]
         return seen if window_size is None else seen & (key >= end[..., None] - window_size)
