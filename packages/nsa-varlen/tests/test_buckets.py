@@ -120,6 +120,8 @@ def test_padding_takes_nothing_from_the_batch_nor_gives_it_anything() -> None:
     values = torch.full((2, 4, 1), torch.inf)
     values[0, :3] = values[1] = 2
     assert torch.equal(bucket.queries.scatter(values, torch.zeros(7, 1)), torch.full((7, 1), 2.0))
+    half = bucket.queries.scatter(values, torch.zeros(7, 1, dtype=torch.bfloat16))
+    assert torch.equal(half, torch.full((7, 1), 2.0, dtype=torch.bfloat16))
 
 
 def test_a_batch_of_equal_lengths_is_a_view() -> None:

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from nsa_varlen import BlockGeometry, VarlenLayout, dense, reference
+from nsa_varlen import BlockGeometry, VarlenLayout, dense, masks, reference
 from nsa_varlen.dense import DenseForms, masked_attention
-from nsa_varlen.testing import poisoned_empty, random_inputs, to_pages
+from nsa_varlen.testing import assert_within_budget, plain_attention, poisoned_empty, random_inputs, to_pages
 from torch import Tensor
 
 BLOCKS = BlockGeometry(kernel_size=4, kernel_stride=2, block_size=4, topk=4, window_size=7)
@@ -172,3 +172,16 @@ def test_rows_of_a_mask_may_be_empty() -> None:
     assert not q.grad[:, 1].any()
     assert not v.grad[:, 1].any()
     assert all(x.grad.isfinite().all() for x in (q, k, v))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+def test_half_precision_keeps_its_budget(dtype: torch.dtype, autocast: bool) -> None:
+    layout = VarlenLayout.from_lengths(*LAYOUTS["prefill"])
+    inputs = random_inputs(layout, heads=8, head_dim=32).to(dtype)[:3]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        out, lse = DenseForms(masked_attention).window_attention(*inputs, layout, BLOCKS)
+    exact, exact_lse = reference.window_attention(*(x.double() for x in inputs), layout, BLOCKS)
+    assert out.dtype == dtype
+    assert_within_budget(out, plain_attention(*inputs, masks.window_mask(layout, BLOCKS)[:, None]), exact)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=5e-5)  # fp32 at unit scale

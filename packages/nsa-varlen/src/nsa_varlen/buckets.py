@@ -83,8 +83,11 @@ class PaddedRows:
         return found.unflatten(0, batch)
 
     def scatter(self, values: Tensor, out: Tensor) -> Tensor:
-        """Write the real rows of a batch [b, width, ...] into packed `out` [T, ...] and return it. Differentiable."""
-        flat = values.flatten(0, 1)
+        """Write the real rows of a batch [b, width, ...] into packed `out` [T, ...], in its dtype, and return it.
+
+        Differentiable in `values`.
+        """
+        flat = values.to(out.dtype).flatten(0, 1)
         if self.start is not None:
             out[self.start : self.start + self.total] = flat
             return out

@@ -14,6 +14,7 @@ from nsa_varlen.arguments import KV, check_attention, check_block_indices, check
 from nsa_varlen.buckets import Bucket
 from nsa_varlen.geometry import BlockGeometry
 from nsa_varlen.layout import VarlenLayout
+from nsa_varlen.sdpa._autograd import outside_autocast
 
 # Logits of one dense call with a mask at most: 256 MB of fp32, and a mask of 64 MB with a single head.
 CALL_LOGITS = 1 << 26
@@ -40,6 +41,7 @@ class Dense(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
+@outside_autocast
 def masked_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float, is_causal: bool
 ) -> tuple[Tensor, Tensor]:

@@ -179,5 +179,5 @@ class _IntervalAttention(torch.autograd.Function):
                 ds = torch.bmm(do_rows, v_rows.mT).sub_(delta_rows).mul_(weights)
                 piece.add_keys(row_major_keys(torch.bmm(ds.mT, q_rows), num_kv_heads), k0, k1, dk)
                 dq_rows.baddbmm_(ds, k_rows)
-            piece.put_queries(ungroup_heads(dq_rows.mul_(scale), num_kv_heads, piece.rows).to(dq.dtype), dq)
+            piece.put_queries(ungroup_heads(dq_rows.mul_(scale), num_kv_heads, piece.rows), dq)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
