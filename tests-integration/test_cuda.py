@@ -66,6 +66,18 @@ def test_layouts_built_without_synchronisation_hold_the_right_offsets() -> None:
 
 
 @pytest.mark.usefixtures("no_synchronisation")
+@pytest.mark.parametrize("blocks", [None, BLOCKS], ids=["raw", "compressed"])
+def test_buckets_are_made_and_used_without_synchronisation(blocks: BlockGeometry | None) -> None:
+    layout = VarlenLayout.from_lengths([5, 7, 6, 1, 40, 33], [5, 7, 6, 30, 40, 33], device="cuda")
+    x, out = torch.randn(92, 2, device="cuda", requires_grad=True), torch.zeros(92, 2, device="cuda")
+    for bucket in layout.buckets(blocks):
+        assert bucket.visible().shape == (*bucket.q_rows.shape, bucket.k_rows.shape[1])
+        out = bucket.queries.scatter(bucket.queries.gather(x), out)
+    out.sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.usefixtures("no_synchronisation")
 def test_packing_with_numbers_does_not_synchronise() -> None:
     mask = torch.arange(6, device="cuda") < torch.arange(1, 4, device="cuda")[:, None] * 2
     x = torch.randn(3, 6, 4, device="cuda", requires_grad=True)

@@ -180,6 +180,7 @@ class DenseForms:
         return torch.cat(outs, 1), torch.cat(lses, 2)
 
 
+@outside_autocast
 def _over_buckets(
     q: Tensor, k: KV, v: KV, buckets: tuple[Bucket, ...], attend: Callable[[Bucket, Batch], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
