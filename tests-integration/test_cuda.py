@@ -1,9 +1,11 @@
 """Does the plain-torch backend give on a GPU what it gives on a CPU? Everything else about it is tested there."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from nsa import NSAAttention, NSACache, NSAConfig
-from nsa_varlen import BlockGeometry, VarlenLayout, masks, reference
+from nsa_varlen import BlockGeometry, VarlenLayout, masks, pack, reference, unpack
 from nsa_varlen.sdpa import BACKEND
 from nsa_varlen.testing import (
     Inputs,
@@ -20,6 +22,68 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 BLOCKS = BlockGeometry(kernel_size=8, kernel_stride=4, block_size=16, topk=4, window_size=20)
 LENGTHS = ([150, 0, 5, 1, 40], [150, 3, 70, 33, 40])
 FP32 = 5e-5  # DESIGN: max-abs error of an fp32 backend at unit-scale inputs
+
+
+@pytest.fixture
+def no_synchronisation() -> Iterator[None]:
+    """Within, whatever makes the host wait for the device raises."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+@pytest.mark.usefixtures("no_synchronisation")
+def test_the_watch_for_synchronisation_sees_one() -> None:
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        torch.ones(1, device="cuda").item()
+
+
+@pytest.mark.usefixtures("no_synchronisation")
+def test_layouts_are_built_without_synchronisation() -> None:
+    layout = VarlenLayout.from_lengths(*LENGTHS, device="cuda")
+    numbers = {name: getattr(layout, name) for name in ("max_seqlen_q", "max_seqlen_k", "total_q", "total_k")}
+    again = VarlenLayout.from_cu_seqlens(layout.cu_seqlens_q, layout.cu_seqlens_k, **numbers)
+    pinned = VarlenLayout.from_lengths(*LENGTHS).pin_memory()
+    assert pinned.cu_seqlens_q.is_pinned()
+    moved = pinned.to("cuda")
+    for built in (layout, again, moved):
+        assert built.device.type == "cuda"
+        built.positions()
+        built.key_positions()
+    assert layout.compressed(BLOCKS).total == moved.compressed(BLOCKS).total
+
+
+def test_layouts_built_without_synchronisation_hold_the_right_offsets() -> None:
+    """The copies are asynchronous: what they bring is read here, after the current stream."""
+    expected = VarlenLayout.from_lengths(*LENGTHS)
+    for built in (VarlenLayout.from_lengths(*LENGTHS, device="cuda"), expected.pin_memory().to("cuda")):
+        assert torch.equal(built.cu_seqlens_k.cpu(), expected.cu_seqlens_k)
+        assert torch.equal(built.compressed(BLOCKS).cu_seqlens.cpu(), expected.compressed(BLOCKS).cu_seqlens)
+        assert torch.equal(built.positions().cpu(), expected.positions())
+
+
+@pytest.mark.usefixtures("no_synchronisation")
+@pytest.mark.parametrize("blocks", [None, BLOCKS], ids=["raw", "compressed"])
+def test_buckets_are_made_and_used_without_synchronisation(blocks: BlockGeometry | None) -> None:
+    layout = VarlenLayout.from_lengths([5, 7, 6, 1, 40, 33], [5, 7, 6, 30, 40, 33], device="cuda")
+    x, out = torch.randn(92, 2, device="cuda", requires_grad=True), torch.zeros(92, 2, device="cuda")
+    for bucket in layout.buckets(blocks):
+        assert bucket.visible().shape == (*bucket.q_rows.shape, bucket.k_rows.shape[1])
+        out = bucket.queries.scatter(bucket.queries.gather(x), out)
+    out.sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.usefixtures("no_synchronisation")
+def test_packing_with_numbers_does_not_synchronise() -> None:
+    mask = torch.arange(6, device="cuda") < torch.arange(1, 4, device="cuda")[:, None] * 2
+    x = torch.randn(3, 6, 4, device="cuda", requires_grad=True)
+    packed, layout, pad_index = pack(x, mask, max_seqlen=6, total=12)
+    unpack(packed, pad_index).sum().backward()
+    assert (packed.shape, layout.total_q, x.grad.shape) == ((12, 4), 12, x.shape)
 
 
 def test_operations_and_gradients_match_the_oracle() -> None:

@@ -37,6 +37,17 @@ def test_rows_sequences_and_positions_are_those_of_a_double_loop(lengths: list[t
     pairs = zip(layout.sequence_of_compressed(BLOCKS).tolist(), layout.compressed_starts(BLOCKS).tolist(), strict=True)
     assert list(pairs) == compressed
     assert layout.batch_size == len(lengths)
+    first_keys = [sum(k for _, k in lengths[:b]) for b in range(len(lengths))]
+    assert layout.last_keys().tolist() == [first_keys[b] + position for b, position in queries]
+    spans = [
+        (first_keys[b] + start, first_keys[b] + min(start + 4, k))
+        for b, (_, k) in enumerate(lengths)
+        for start in range(0, k, 4)
+    ]
+    assert layout.block_spans(BLOCKS) == spans
+    assert layout.block_offsets(BLOCKS).tolist() == [
+        sum(-(-k // 4) for _, k in lengths[:b]) for b in range(len(lengths))
+    ]
 
 
 @settings(deadline=None, derandomize=True, database=None, max_examples=60)
@@ -69,6 +80,86 @@ def test_without_key_lengths_keys_are_the_queries() -> None:
 def test_a_padding_mask_gives_its_row_sums() -> None:
     mask = torch.tensor([[0, 1, 1], [1, 0, 1], [0, 0, 0]], dtype=torch.bool)
     assert VarlenLayout.from_padding_mask(mask).cu_seqlens_q.tolist() == [0, 2, 4, 4]
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=60)
+@given(LENGTHS, st.sets(st.sampled_from(["max_seqlen_q", "max_seqlen_k", "total_q", "total_k"])))
+def test_given_numbers_and_read_ones_are_the_same(lengths: list[tuple[int, int]], given: set[str]) -> None:
+    layout = VarlenLayout.from_lengths([q for q, _ in lengths], [k for _, k in lengths])
+    numbers = {name: getattr(layout, name) for name in given}
+    again = VarlenLayout.from_cu_seqlens(layout.cu_seqlens_q, layout.cu_seqlens_k, **numbers)
+    assert facts(again) == facts(layout)
+
+
+def test_with_all_numbers_given_nothing_is_read() -> None:
+    """On the device "meta" there is nothing to read: what works there synchronises nowhere."""
+    numbers = {"max_seqlen_q": 2, "max_seqlen_k": 7, "total_q": 3, "total_k": 9}
+    cu_q, cu_k = offsets(0, 2, 3).to("meta"), offsets(0, 7, 9).to("meta")
+    layout = VarlenLayout.from_cu_seqlens(cu_q, cu_k, **numbers)
+    assert (layout.device.type, layout.total_q, layout.max_seqlen_k) == ("meta", 3, 7)
+    assert (layout.cu_seqlens_q is cu_q, layout.cu_seqlens_k is cu_k) == (True, True)
+    assert layout.positions().shape == (3,)
+    for missing in numbers:
+        with pytest.raises(NotImplementedError, match="meta"):
+            VarlenLayout.from_cu_seqlens(cu_q, cu_k, **{n: x for n, x in numbers.items() if n != missing})
+
+
+def test_without_keys_the_numbers_of_the_queries_are_theirs() -> None:
+    layout = VarlenLayout.from_cu_seqlens(offsets(0, 2, 3).to("meta"), max_seqlen_q=2, total_q=3)
+    assert (layout.max_seqlen_k, layout.total_k) == (2, 3)
+    with pytest.raises(NotImplementedError, match="meta"):
+        VarlenLayout.from_cu_seqlens(offsets(0, 2, 3).to("meta"), max_seqlen_q=2)
+
+
+def test_a_padding_mask_with_its_numbers_is_not_read() -> None:
+    mask = torch.ones(3, 4, dtype=torch.bool, device="meta")
+    layout = VarlenLayout.from_padding_mask(mask, max_seqlen=4, total=12)
+    assert (layout.batch_size, layout.max_seqlen_k, layout.total_q) == (3, 4, 12)
+    for numbers in ({"max_seqlen": 4}, {"total": 12}):
+        with pytest.raises(NotImplementedError, match="meta"):
+            VarlenLayout.from_padding_mask(mask, **numbers)
+
+
+def test_wrong_numbers_are_refused_where_they_can_be_checked() -> None:
+    cu_seqlens, mask = offsets(0, 3, 5), torch.tensor([[True, False], [True, True]])
+    for name, message in (("max_seqlen_q", "expected 3 .*got 4"), ("total_k", "expected the last .*total_k=4, got 5")):
+        with pytest.raises(ValueError, match=message):
+            VarlenLayout.from_cu_seqlens(cu_seqlens, **{name: 4})
+    with pytest.raises(TypeError, match=r"total_q: expected an int, got 5\.0 of type float"):
+        VarlenLayout.from_cu_seqlens(cu_seqlens, max_seqlen_q=3, total_q=5.0)
+    with pytest.raises(ValueError, match=r"max_seqlen_q: expected 2 from cu_seqlens_q, got 1"):
+        VarlenLayout.from_padding_mask(mask, max_seqlen=1)
+    with pytest.raises(ValueError, match=r"expected the last offset to be total_q=4, got 3"):
+        VarlenLayout.from_padding_mask(mask, max_seqlen=2, total=4)
+
+
+def test_offsets_go_to_a_gpu_through_pinned_memory_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the calls would be, with the device "meta" in the GPU's place; tests-integration/test_cuda.py makes them."""
+    copied: list[tuple[bool, bool]] = []
+    pinned: list[torch.Tensor] = []
+    move = torch.Tensor.to
+
+    def pin_memory(x: torch.Tensor) -> torch.Tensor:
+        pinned.append(x.clone())
+        return pinned[-1]
+
+    def to(x: torch.Tensor, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
+        copied.append((any(x is y for y in pinned), non_blocking))
+        return move(x, "meta")
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    layout = VarlenLayout.from_lengths([3, 2], [4, 2], device="cuda")
+    assert (layout.device.type, layout.host.cu_seqlens_k.tolist()) == ("meta", [0, 4, 6])
+    assert copied == [(True, True)] * 2
+    copied.clear()
+    ready = VarlenLayout.from_lengths([3, 2]).pin_memory()
+    assert any(ready.cu_seqlens_q is x for x in pinned)
+    assert ready.cu_seqlens_k is ready.cu_seqlens_q
+    ready.to("cuda")
+    assert copied == [(True, True)]
+    with pytest.raises(ValueError, match=r"layout: expected one on the CPU to pin, got meta"):
+        layout.pin_memory()
 
 
 def test_a_batch_without_sequences_is_empty() -> None:
@@ -145,7 +236,7 @@ def test_from_cu_seqlens_refuses(arguments: tuple, error: type[Exception], messa
         ({"total_q": -1}, ValueError, r"total_q: expected at least 0, got -1"),
         ({"total_q": 5.0}, TypeError, r"total_q: expected an int, got 5\.0 of type float"),
         ({"max_seqlen_k": True}, TypeError, r"max_seqlen_k: expected an int, got True of type bool"),
-        ({"cu_seqlens_q": offsets(0, 3, 5).long()}, TypeError, r"cu_seqlens_q: expected dtype .*got torch\.int64"),
+        ({"cu_seqlens_q": offsets(0, 3, 5).long()}, TypeError, r"cu_seqlens_q: expected an int32 .*got torch\.int64"),
         ({"cu_seqlens_k": [0, 3, 5]}, TypeError, r"cu_seqlens_k: expected an int32 tensor.*got list"),
         ({"cu_seqlens_q": offsets()}, ValueError, r"cu_seqlens_q: expected shape \[B\+1\], got \[0\]"),
         ({"cu_seqlens_k": offsets(0, 5)}, ValueError, r"cu_seqlens_k: expected as many .*, 2, got 1"),

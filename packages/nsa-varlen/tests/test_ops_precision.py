@@ -8,7 +8,8 @@ from nsa_varlen.testing import assert_within_budget, certified_inputs, errors, p
 from torch import Tensor
 
 BLOCKS = BlockGeometry(kernel_size=8, kernel_stride=4, block_size=16, topk=5, window_size=40)
-LAYOUT = VarlenLayout.from_lengths([150, 30, 1, 20], [150, 90, 77, 12])
+# Long sequences and short ones, of which some have company of their length.
+LAYOUT = VarlenLayout.from_lengths([150, 30, 1, 20, 25, 28, 3], [150, 90, 77, 12, 25, 28, 20])
 SIZES = {"heads": 8, "kv_heads": 2, "head_dim": 32}
 HALF = [torch.float16, torch.bfloat16]
 

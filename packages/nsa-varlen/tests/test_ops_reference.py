@@ -145,9 +145,9 @@ CONSTANTS = {
     "tile-rows-1": (_interval, "CPU_TILE_ROWS", 1),
     "tile-rows-5": (_interval, "CPU_TILE_ROWS", 5),
     "tile-rows-4096": (_interval, "CPU_TILE_ROWS", 4096),
-    "shared-keys-0": (_tiles, "SHARED_KEYS", 0),
-    "shared-keys-20": (_tiles, "SHARED_KEYS", 20),
-    "shared-keys-1M": (_tiles, "SHARED_KEYS", 1 << 20),
+    "short-keys-0": (_interval, "CPU_SHORT_KEYS", 0),
+    "short-keys-20": (_interval, "CPU_SHORT_KEYS", 20),
+    "batch-keys-1": (_tiles, "BATCH_KEYS", 1),
     "choices-1": (_selected, "CHOICES_AT_ONCE", 1),
     "choices-3": (_selected, "CHOICES_AT_ONCE", 3),
     "choices-1M": (_selected, "CHOICES_AT_ONCE", 1 << 20),
@@ -228,10 +228,10 @@ def test_pages_hold_what_packed_rows_hold(name: str, page_size: int) -> None:
     both("window_attention", [k, v], paged)
 
 
-@pytest.mark.parametrize("shared_keys", [0, 1 << 20], ids=["a-tile-each", "one-tile"])
-def test_a_window_never_depends_on_pages_behind_it(shared_keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("short_keys", [0, 1 << 20], ids=["tiles", "batch"])
+def test_a_window_never_depends_on_pages_behind_it(short_keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache frees them: -1 in the table, and whatever another owner left in the pool, NaN here."""
-    monkeypatch.setattr(_tiles, "SHARED_KEYS", shared_keys)
+    monkeypatch.setattr(_interval, "CPU_SHORT_KEYS", short_keys)
     lengths = [50, 33, 41]
     layout = VarlenLayout.from_lengths([1, 2, 1], lengths)
     q, k, v, _ = random_inputs(layout)

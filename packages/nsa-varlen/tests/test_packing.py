@@ -25,6 +25,29 @@ def test_packing_keeps_the_real_tokens_in_order_and_unpacking_undoes_it(
     assert torch.equal(unpack(packed, pad_index), x * mask[..., None])
 
 
+@pytest.mark.parametrize("side", ["left", "right", "interior"])
+def test_given_numbers_change_nothing(side: str) -> None:
+    rows = {"left": [0, 0, 1, 1, 1], "right": [1, 1, 1, 0, 0], "interior": [1, 0, 1, 0, 1]}[side]
+    mask = torch.tensor([rows, [1] * 5, [0] * 5], dtype=torch.bool)
+    x = torch.randn(3, 5, 2)
+    packed, layout, pad_index = pack(x, mask, max_seqlen=5, total=8)
+    assert torch.equal(packed, x[mask])
+    assert layout.cu_seqlens_q.tolist() == [0, 3, 8, 8]
+    assert torch.equal(pad_index, pack(x, mask)[2])
+    with pytest.raises(ValueError, match=r"expected the last offset to be total_q=9, got 8"):
+        pack(x, mask, max_seqlen=5, total=9)
+
+
+def test_with_both_numbers_given_nothing_is_read() -> None:
+    """On the device "meta" there is nothing to read: what works there synchronises nowhere."""
+    x, mask = torch.empty(2, 3, 4, device="meta"), torch.empty(2, 3, dtype=torch.bool, device="meta")
+    packed, layout, pad_index = pack(x, mask, max_seqlen=3, total=5)
+    assert (packed.shape, layout.total_q, pad_index.shape) == ((5, 4), 5, (2, 3))
+    assert unpack(packed, pad_index).shape == x.shape
+    with pytest.raises(NotImplementedError, match="meta"):
+        pack(x, mask, max_seqlen=3)
+
+
 @pytest.mark.parametrize("real", [True, False], ids=["some-real", "all-padding"])
 def test_gradients_reach_real_tokens_alone(real: bool) -> None:
     mask = torch.tensor([[False, real, real], [real, False, real]])

@@ -8,7 +8,9 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor
 
+from nsa_varlen.buckets import Bucket, make_buckets
 from nsa_varlen.geometry import BlockGeometry
+from nsa_varlen.transfer import to_device
 
 Derived = TypeVar("Derived")
 
@@ -54,8 +56,9 @@ class VarlenLayout:
         max_seqlen_q, max_seqlen_k: longest sequence, host ints.
         total_q, total_k: packed rows of q and of k/v, host ints.
 
-    Built directly, the contents of cu_seqlens are checked only where that needs no device synchronisation (on the
-    CPU); `from_cu_seqlens` reads them once and checks everywhere; `from_lengths` needs no reading at all.
+    Synchronisation: nothing reads a device where the caller has given the host numbers. `from_lengths` never does;
+    the other builders read the offsets once if a number is missing. The contents of cu_seqlens are checked where they
+    can be read for nothing (on the CPU) or are read anyway.
 
     Raises:
         TypeError: cu_seqlens are not int32 tensors, or a count is not an int.
@@ -84,24 +87,7 @@ class VarlenLayout:
                 raise TypeError(f"{name}: expected an int, got {value!r} of type {type(value).__name__}")
             if value < 0:
                 raise ValueError(f"{name}: expected at least 0, got {value}")
-        for name in ("cu_seqlens_q", "cu_seqlens_k"):
-            cu_seqlens = getattr(self, name)
-            if not isinstance(cu_seqlens, Tensor):
-                raise TypeError(f"{name}: expected an int32 tensor [B+1], got {type(cu_seqlens).__name__}")
-            if cu_seqlens.dtype != torch.int32:
-                raise TypeError(f"{name}: expected dtype torch.int32, got {cu_seqlens.dtype}")
-            if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
-                raise ValueError(f"{name}: expected shape [B+1], got {list(cu_seqlens.shape)}")
-        if self.cu_seqlens_q.shape != self.cu_seqlens_k.shape:
-            raise ValueError(
-                f"cu_seqlens_k: expected as many sequences as cu_seqlens_q, {len(self.cu_seqlens_q) - 1}, "
-                f"got {len(self.cu_seqlens_k) - 1}"
-            )
-        if self.cu_seqlens_q.device != self.cu_seqlens_k.device:
-            raise ValueError(
-                f"cu_seqlens_k: expected the device of cu_seqlens_q, {self.cu_seqlens_q.device}, "
-                f"got {self.cu_seqlens_k.device}"
-            )
+        _check_offset_tensors(self.cu_seqlens_q, self.cu_seqlens_k)
         if self.cu_seqlens_q.device.type == "cpu":
             for side in "qk":
                 total, longest = getattr(self, f"total_{side}"), getattr(self, f"max_seqlen_{side}")
@@ -131,52 +117,81 @@ class VarlenLayout:
                     raise ValueError(f"{name}: expected lengths of at least 0, got {length}")
         if len(q) != len(k):
             raise ValueError(f"k: expected {len(q)} lengths, as many as q, got {len(k)}")
-        cu_q, cu_k = (list(accumulate(lengths, initial=0)) for lengths in (q, k))
-        host = cls(
-            torch.tensor(cu_q, dtype=torch.int32),
-            torch.tensor(cu_k, dtype=torch.int32),
-            max(q, default=0),
-            max(k, default=0),
-            cu_q[-1],
-            cu_k[-1],
-        )
+        ends = [list(accumulate(lengths, initial=0)) for lengths in (q, k)]
+        cu_q = torch.tensor(ends[0], dtype=torch.int32)
+        cu_k = cu_q if k is q else torch.tensor(ends[1], dtype=torch.int32)
+        host = cls(cu_q, cu_k, max(q, default=0), max(k, default=0), ends[0][-1], ends[1][-1])
         return host if device is None else host.to(device)
 
     @classmethod
-    def from_cu_seqlens(cls, cu_q: Tensor, cu_k: Tensor | None = None) -> Self:
-        """From int32 offsets [B+1] (`cu_k=None`: the same keys as queries). Reads them once: one synchronisation.
+    def from_cu_seqlens(
+        cls,
+        cu_q: Tensor,
+        cu_k: Tensor | None = None,
+        *,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+        total_q: int | None = None,
+        total_k: int | None = None,
+    ) -> Self:
+        """From int32 offsets [B+1]; `cu_k=None`: the same keys as queries, whose numbers then serve the keys too.
+
+        With a number missing the offsets are read: one synchronisation. With all of them nothing on a device is read,
+        and nothing there checked; on the CPU, contents always are.
 
         Raises:
             TypeError, ValueError: as the constructor.
+
+        Example:
+            >>> cu_seqlens = torch.tensor([0, 3, 5], dtype=torch.int32)
+            >>> VarlenLayout.from_cu_seqlens(cu_seqlens).max_seqlen_k
+            3
+            >>> unread = VarlenLayout.from_cu_seqlens(cu_seqlens.to("meta"), max_seqlen_q=3, total_q=5)
+            >>> unread.total_k
+            5
         """
-        cu_k = cu_q if cu_k is None else cu_k
-        hosts = []
-        for name, cu_seqlens in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
-            if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
-                got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
-                raise TypeError(f"{name}: expected an int32 tensor [B+1], got {got}")
-            if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
-                raise ValueError(f"{name}: expected shape [B+1], got {list(cu_seqlens.shape)}")
-            hosts.append(cu_seqlens.cpu())
-        longest = [int(host.diff().max()) if len(host) > 1 else 0 for host in hosts]
-        counts = (max(0, longest[0]), max(0, longest[1]), int(hosts[0][-1]), int(hosts[1][-1]))
-        host_layout = cls(hosts[0], hosts[1], *counts)
-        layout = host_layout if cu_q.device.type == "cpu" else cls(cu_q, cu_k, *counts)
-        if layout is not host_layout:
-            layout._derived["host"] = host_layout
+        if cu_k is None:
+            cu_k = cu_q
+            max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
+            total_k = total_q if total_k is None else total_k
+        if max_seqlen_q is not None and max_seqlen_k is not None and total_q is not None and total_k is not None:
+            return cls(cu_q, cu_k, max_seqlen_q, max_seqlen_k, total_q, total_k)
+        _check_offset_tensors(cu_q, cu_k)
+        if cu_q.device.type == "cpu":
+            host_q, host_k = cu_q, cu_k
+        else:
+            host_q, host_k = torch.stack((cu_q, cu_k)).cpu().unbind()
+        counts = (
+            _longest(host_q) if max_seqlen_q is None else max_seqlen_q,
+            _longest(host_k) if max_seqlen_k is None else max_seqlen_k,
+            int(host_q[-1]) if total_q is None else total_q,
+            int(host_k[-1]) if total_k is None else total_k,
+        )
+        host = cls(host_q, host_k, *counts)
+        if cu_q.device.type == "cpu":
+            return host
+        layout = cls(cu_q, cu_k, *counts)
+        layout._derived["host"] = host
         return layout
 
     @classmethod
-    def from_padding_mask(cls, mask: Tensor) -> Self:
+    def from_padding_mask(cls, mask: Tensor, *, max_seqlen: int | None = None, total: int | None = None) -> Self:
         """From a bool mask [B, S], True where a token is real; padding may lie left, right or inside.
 
+        `max_seqlen` and `total` are the most real tokens of a sequence and of all; see `from_cu_seqlens` for what they
+        save.
+
         Raises:
-            TypeError: the mask is not a bool tensor.
-            ValueError: it is not 2-D.
+            TypeError: the mask is not a bool tensor, or a number not an int.
+            ValueError: it is not 2-D, or, where it is read, a number is not the mask's.
+
+        Example:
+            >>> VarlenLayout.from_padding_mask(torch.tensor([[False, True], [True, True]])).cu_seqlens_q.tolist()
+            [0, 1, 3]
         """
         check_padding_mask(mask)
-        lengths = mask.sum(1).tolist()
-        return cls.from_lengths(lengths, device=mask.device)
+        ends = mask.sum(1).cumsum(0, dtype=torch.int32)
+        return cls.from_cu_seqlens(torch.nn.functional.pad(ends, (1, 0)), max_seqlen_q=max_seqlen, total_q=total)
 
     @property
     def batch_size(self) -> int:
@@ -196,7 +211,7 @@ class VarlenLayout:
         return self.derive("host", lambda: self._moved(torch.device("cpu")))
 
     def to(self, device: torch.device | str) -> Self:
-        """The same layout on `device`, keeping its host copy."""
+        """The same layout on `device`, keeping its host copy. From the host to a GPU without waiting for the copy."""
         device = torch.device(device)
         if device.type == self.device.type and device.index in (None, self.device.index):
             return self
@@ -205,8 +220,22 @@ class VarlenLayout:
             moved._derived["host"] = self.host
         return moved
 
+    def pin_memory(self) -> Self:
+        """The same layout in pinned host memory, from which `to` copies at once; a DataLoader with pin_memory calls it.
+
+        Raises:
+            ValueError: the layout is not on the CPU.
+        """
+        if self.device.type != "cpu":
+            raise ValueError(f"layout: expected one on the CPU to pin, got {self.device}")
+        return self._mapped(Tensor.pin_memory)
+
     def _moved(self, device: torch.device) -> Self:
-        cu_q, cu_k = self.cu_seqlens_q.to(device), self.cu_seqlens_k.to(device)
+        return self._mapped(lambda x: to_device(x, device))
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> Self:
+        cu_q = function(self.cu_seqlens_q)
+        cu_k = cu_q if self.cu_seqlens_k is self.cu_seqlens_q else function(self.cu_seqlens_k)
         return type(self)(cu_q, cu_k, self.max_seqlen_q, self.max_seqlen_k, self.total_q, self.total_k)
 
     def derive(self, key: Hashable, build: Callable[[], Derived]) -> Derived:
@@ -249,16 +278,71 @@ class VarlenLayout:
 
         return self.derive("key_positions", build)
 
+    def last_keys(self) -> Tensor:
+        """Packed row of the key at each query's own position: int64 [Tq]. Not the sequence's where that is negative."""
+        return self.derive(
+            "last_keys", lambda: self.positions() + self.cu_seqlens_k[:-1].long()[self.sequence_of_queries()]
+        )
+
+    def block_offsets(self, blocks: BlockGeometry) -> Tensor:
+        """Number of each sequence's selection block 0, all sequences' blocks counted in a row: int64 [B]."""
+
+        def build() -> Tensor:
+            counts = blocks.num_blocks(self.cu_seqlens_k.long().diff())
+            return counts.cumsum(0) - counts
+
+        return self.derive(("block_offsets", blocks.block_size), build)
+
+    def block_spans(self, blocks: BlockGeometry) -> list[tuple[int, int]]:
+        """Packed keys [first, end) of each selection block, in the order of `block_offsets`, on the host.
+
+        Example:
+            >>> blocks = BlockGeometry(kernel_size=4, kernel_stride=4, block_size=4)
+            >>> VarlenLayout.from_lengths([3, 5]).block_spans(blocks)
+            [(0, 3), (3, 7), (7, 8)]
+        """
+
+        def build() -> list[tuple[int, int]]:
+            return [
+                (start, min(start + blocks.block_size, end))
+                for begin, end in pairwise(self.host.cu_seqlens_k.tolist())
+                for start in range(begin, end, blocks.block_size)
+            ]
+
+        return self.derive(("block_spans", blocks.block_size), build)
+
     def compressed(self, blocks: BlockGeometry) -> CompressedLayout:
         """Layout of the compressed blocks of this layout's keys: num_cmp(k_len) per sequence."""
 
         def build() -> CompressedLayout:
             lengths = [blocks.num_compressed(end - start) for start, end in pairwise(self.host.cu_seqlens_k.tolist())]
             cu_seqlens = list(accumulate(lengths, initial=0))
-            offsets = torch.tensor(cu_seqlens, dtype=torch.int32).to(self.device)
+            offsets = to_device(torch.tensor(cu_seqlens, dtype=torch.int32), self.device)
             return CompressedLayout(offsets, max(lengths, default=0), cu_seqlens[-1])
 
         return self.derive(("compressed", blocks.kernel_size, blocks.kernel_stride), build)
+
+    def buckets(self, blocks: BlockGeometry | None = None) -> tuple[Bucket, ...]:
+        """This batch as dense ones: sequences of similar lengths together, right-padded. See `Bucket`.
+
+        The keys are the raw tokens or, with `blocks`, the compressed blocks. A bucket's queries and keys are both
+        rounded up to the same powers of two, and padded to the longest of them only: less than twice the rows on
+        either side, less than 4 times the products of queries and keys. Sequences with as many queries as keys are
+        never mixed with others, and order is kept within a bucket.
+
+        Raises:
+            TypeError: blocks are no BlockGeometry.
+
+        Example:
+            >>> layout = VarlenLayout.from_lengths([7, 1, 5, 0], [7, 20, 5, 9])
+            >>> [(bucket.sequences, bucket.q_rows.shape, bucket.causal) for bucket in layout.buckets()]
+            [((1,), torch.Size([1, 1]), False), ((0, 2), torch.Size([2, 7]), True)]
+        """
+        if blocks is None:
+            return self.derive("buckets", lambda: make_buckets(self, None))
+        if not isinstance(blocks, BlockGeometry):
+            raise TypeError(f"blocks: expected a BlockGeometry or None, got {type(blocks).__name__}")
+        return self.derive(("buckets", blocks.kernel_size, blocks.kernel_stride), lambda: make_buckets(self, blocks))
 
     def sequence_of_compressed(self, blocks: BlockGeometry) -> Tensor:
         """Index of the sequence that each packed compressed block belongs to: int64 [Tc]."""
@@ -288,6 +372,27 @@ def check_padding_mask(mask: Tensor, name: str = "mask") -> None:
         raise TypeError(f"{name}: expected a bool tensor [B, S], got {got}")
     if mask.ndim != 2:
         raise ValueError(f"{name}: expected shape [B, S], got {list(mask.shape)}")
+
+
+def _check_offset_tensors(cu_q: Tensor, cu_k: Tensor) -> None:
+    """Raise unless both are int32 [B+1] on one device; contents are not read."""
+    for name, cu_seqlens in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
+        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
+            got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+            raise TypeError(f"{name}: expected an int32 tensor [B+1], got {got}")
+        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+            raise ValueError(f"{name}: expected shape [B+1], got {list(cu_seqlens.shape)}")
+    if cu_q.shape != cu_k.shape:
+        raise ValueError(
+            f"cu_seqlens_k: expected as many sequences as cu_seqlens_q, {len(cu_q) - 1}, got {len(cu_k) - 1}"
+        )
+    if cu_q.device != cu_k.device:
+        raise ValueError(f"cu_seqlens_k: expected the device of cu_seqlens_q, {cu_q.device}, got {cu_k.device}")
+
+
+def _longest(host_cu_seqlens: Tensor) -> int:
+    """Longest sequence; 0 where there is none, or where offsets that are no offsets descend."""
+    return max(0, int(host_cu_seqlens.diff().max())) if len(host_cu_seqlens) > 1 else 0
 
 
 def _sequence_of_rows(cu_seqlens: Tensor, total: int) -> Tensor:

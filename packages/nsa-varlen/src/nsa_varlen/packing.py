@@ -6,19 +6,25 @@ from torch import Tensor
 from nsa_varlen.layout import VarlenLayout, check_padding_mask
 
 
-def pack(x: Tensor, mask: Tensor) -> tuple[Tensor, VarlenLayout, Tensor]:
+def pack(
+    x: Tensor, mask: Tensor, *, max_seqlen: int | None = None, total: int | None = None
+) -> tuple[Tensor, VarlenLayout, Tensor]:
     """Drop the padding of a batch: x [B, S, ...] and a bool mask [B, S] (True = real) to packed rows [T, ...].
 
     Left, right and interior padding are all dropped; a sequence's real tokens stay in order and count as
-    consecutive positions. Differentiable in `x`. Counting the real tokens synchronises once.
+    consecutive positions. Differentiable in `x`.
+
+    `max_seqlen` and `total` are the most real tokens of a sequence and of all. With both, nothing on a device is read
+    (and they are believed); without, counting the real tokens synchronises once.
 
     Returns:
         (packed [T, ...], layout, pad_index): `pad_index` int64 [B, S] is each token's packed row, -1 for padding;
         `unpack` takes it.
 
     Raises:
-        TypeError: the mask is not bool.
-        ValueError: the mask's shape is not x's first two dimensions, or its device differs.
+        TypeError: the mask is not bool, or a number not an int.
+        ValueError: the mask's shape is not x's first two dimensions, its device differs, or, where it is read, a number
+            is not the mask's.
 
     Example:
         >>> x = torch.arange(6.0).reshape(2, 3)
@@ -30,9 +36,12 @@ def pack(x: Tensor, mask: Tensor) -> tuple[Tensor, VarlenLayout, Tensor]:
         [[0.0, 1.0, 2.0], [3.0, 0.0, 5.0]]
     """
     check_mask_of(x, mask)
-    layout = VarlenLayout.from_padding_mask(mask)
-    rows = mask.flatten().cumsum(0).reshape(mask.shape) - 1
-    return x[mask], layout, torch.where(mask, rows, -1)
+    layout = VarlenLayout.from_padding_mask(mask, max_seqlen=max_seqlen, total=total)
+    # Real tokens first, in order: a stable sort of known length needs no reading, which x[mask] does.
+    place = (~mask).byte().flatten().argsort(stable=True)[: layout.total_q]
+    rows = torch.arange(layout.total_q, device=mask.device)
+    pad_index = rows.new_full((mask.numel(),), -1).scatter_(0, place, rows).reshape(mask.shape)
+    return x.flatten(0, 1).index_select(0, place), layout, pad_index
 
 
 def check_mask_of(x: Tensor, mask: Tensor, name: str = "mask") -> None:

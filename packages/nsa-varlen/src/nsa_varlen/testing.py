@@ -14,12 +14,20 @@ import torch
 from torch import Tensor
 
 from nsa_varlen import masks, reference
+from nsa_varlen.dense import DenseForms, masked_attention
 from nsa_varlen.geometry import BlockGeometry
 from nsa_varlen.layout import VarlenLayout
 from nsa_varlen.paged import PagedKV
-from nsa_varlen.sdpa import BACKEND
+from nsa_varlen.sdpa import BACKEND, SdpaBackend
 
-BACKENDS: dict[str, Any] = {"oracle": reference, "sdpa": BACKEND}
+
+class DenseBackend(DenseForms, SdpaBackend):
+    """The attention branches by `DenseForms` over `masked_attention`, everything else as sdpa."""
+
+    name = "dense"
+
+
+BACKENDS: dict[str, Any] = {"oracle": reference, "sdpa": BACKEND, "dense": DenseBackend(masked_attention)}
 HALF_BUDGET = 2.0  # error of a half-precision backend over that of plain torch in the same dtype
 
 

@@ -197,8 +197,10 @@ class CacheStep:
     @cached_property
     def new(self) -> VarlenLayout:
         """The new tokens alone, as queries and keys."""
-        cu_seqlens, longest, total = self.layout.cu_seqlens_q, self.layout.max_seqlen_q, self.layout.total_q
-        return VarlenLayout(cu_seqlens, cu_seqlens, longest, longest, total, total)
+        layout = self.layout
+        return VarlenLayout.from_cu_seqlens(
+            layout.cu_seqlens_q, max_seqlen_q=layout.max_seqlen_q, total_q=layout.total_q
+        )
 
     def __enter__(self) -> Self:
         if self._cache._step is not None:

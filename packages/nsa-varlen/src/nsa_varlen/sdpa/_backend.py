@@ -159,8 +159,7 @@ def _compressed_interval(layout: VarlenLayout, blocks: BlockGeometry, num_heads:
         return 0 * position, blocks.num_compressed(position + 1)
 
     def build() -> Interval:
-        offsets = layout.host.compressed(blocks).cu_seqlens, layout.compressed(blocks).cu_seqlens
-        return Interval(layout, offsets, blocks.kernel_size - 1, visible, num_heads, num_heads // num_kv_heads)
+        return Interval(layout, blocks, visible, num_heads, num_heads // num_kv_heads)
 
     return layout.derive(("sdpa", "cmp", blocks, num_heads, num_kv_heads), build)
 
@@ -172,8 +171,7 @@ def _window_interval(layout: VarlenLayout, blocks: BlockGeometry, num_heads: int
         return _at_least_0(position + 1 - blocks.window_size), _at_least_0(position + 1)
 
     def build() -> Interval:
-        offsets = layout.host.cu_seqlens_k, layout.cu_seqlens_k
-        return Interval(layout, offsets, 0, visible, num_heads, num_heads // num_kv_heads)
+        return Interval(layout, None, visible, num_heads, num_heads // num_kv_heads)
 
     return layout.derive(("sdpa", "win", blocks, num_heads, num_kv_heads), build)
 

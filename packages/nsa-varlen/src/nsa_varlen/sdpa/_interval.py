@@ -1,79 +1,68 @@
 """Softmax attention in which each query sees one contiguous run of keys: the compressed and the window branch.
 
 Tiles of queries walk over the span of keys they can see with a running softmax, one dense matmul at a time; nothing of
-size [Tq, Tk] exists. The backward recomputes the probabilities from the LSE.
+size [Tq, Tk] exists. Short sequences go in batches, a matmul each: no product ever has rows of two sequences, whose
+weights of 0 would carry one's infinities to the other. The backward recomputes the probabilities from the LSE.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nsa_varlen.arguments import KV, heads_and_dim
+from nsa_varlen.geometry import BlockGeometry
 from nsa_varlen.layout import VarlenLayout
 from nsa_varlen.sdpa._autograd import first_derivative_only, outside_autocast
-from nsa_varlen.sdpa._rows import slice_rows
-from nsa_varlen.sdpa._tiles import Tile, Visible, plan_tiles
+from nsa_varlen.sdpa._tiles import Batch, Tile, Visible, plan
 
 # On a CPU one head's logits, (query rows x heads of the group) x keys, are 1 MB of fp32: in cache. Elsewhere a step
 # costs a handful of kernel launches: 256 MB of fp32 logits at a time.
 CPU_TILE_ROWS = 512
 CPU_TILE_KEYS = 512
 DEVICE_TILE_LOGITS = 1 << 26
+# Sequences with at most this many keys may share a batch. It saves the others' launches and copies the keys: on a CPU,
+# where a launch costs little, not worth it beyond this many over all kv heads.
+CPU_SHORT_KEYS = 512
+DEVICE_SHORT_KEYS = 1024
 
 
 class Interval:
-    """Which packed keys each packed query sees: one run each, with the tiles that cover them all.
+    """Which keys each packed query sees: one run each, with the pieces that cover them all.
 
     Args:
         layout: of the raw tokens.
-        cu_seqlens_k: offsets of the keys that the queries see, on the host and on the layout's device.
-        first_seeing, visible: see `plan_tiles`.
+        blocks: the keys are their compressed blocks, or the raw tokens for None.
+        visible: keys [low, high) of its sequence that the query at a position sees.
         num_heads, group_size: of the queries, for the size of a tile.
     """
 
     def __init__(
-        self,
-        layout: VarlenLayout,
-        cu_seqlens_k: tuple[Tensor, Tensor],
-        first_seeing: int,
-        visible: Visible,
-        num_heads: int,
-        group_size: int,
+        self, layout: VarlenLayout, blocks: BlockGeometry | None, visible: Visible, num_heads: int, group_size: int
     ) -> None:
-        host_offsets, self.cu_seqlens_k = cu_seqlens_k
-        low, high = visible(max(first_seeing, layout.max_seqlen_k - 1))
+        short_keys = DEVICE_SHORT_KEYS
         if layout.device.type == "cpu":
+            short_keys = CPU_SHORT_KEYS // (num_heads // group_size)
             rows = max(1, CPU_TILE_ROWS // min(group_size, 8))
             self.tile_logits = CPU_TILE_ROWS * CPU_TILE_KEYS // group_size
         else:
-            rows = min(1024, max(16, DEVICE_TILE_LOGITS // (num_heads * (high - low))))
+            low, high = visible(layout.max_seqlen_k - 1)
+            rows = min(1024, max(16, DEVICE_TILE_LOGITS // (num_heads * max(1, high - low))))
             self.tile_logits = DEVICE_TILE_LOGITS // num_heads
-        self.tiles = plan_tiles(layout, host_offsets.tolist()[:-1], first_seeing, visible, rows)
-        # First and end packed key of each query, int64 [Tq, 1] each: what `hide` needs where a tile's edge is ragged.
-        self.bounds: tuple[Tensor, Tensor] | None = None
-        if any((tile.k0, tile.k1) != (tile.all0, tile.all1) for tile in self.tiles):
-            lows, highs = visible(layout.positions())
-            first = self.cu_seqlens_k.long()[layout.sequence_of_queries()]
-            self.bounds = (first + lows)[:, None], (first + highs)[:, None]
+        self.pieces = plan(layout, blocks, visible, rows, short_keys, self.tile_logits)
+        # First and end key of each packed query in its sequence, int64 [Tq] each: what `hide` compares with.
+        hides = any(True for piece in self.pieces for _ in piece.ragged(piece.k0, piece.k1))
+        self.bounds = visible(layout.positions()) if hides else None
 
-    def steps(self, tile: Tile) -> Iterator[tuple[int, int]]:
-        """Key ranges that cover the tile's span, each small enough for one matmul."""
-        keys = max(1, self.tile_logits // (tile.q1 - tile.q0))
-        for k0 in range(tile.k0, tile.k1, keys):
-            yield k0, min(k0 + keys, tile.k1)
-
-    def hide(self, tile: Tile, k0: int, k1: int, logits: Tensor) -> None:
-        """Write -inf over what a query may not see in logits [..., q1 - q0, k1 - k0]; touches the ragged edges only."""
-        all0, all1 = (tile.all0, tile.all1) if tile.all0 < tile.all1 else (tile.k1, tile.k1)
-        for start, end in ((k0, min(k1, all0)), (max(k0, all1), k1)):
-            if start < end:
-                assert self.bounds is not None  # the tile's edge is ragged
-                low, high = (bound[tile.q0 : tile.q1] for bound in self.bounds)
-                column = torch.arange(start, end, device=logits.device)
-                hidden = (column < low) | (column >= high)
-                logits[..., start - k0 : end - k0].masked_fill_(hidden, -torch.inf)
+    def hide(self, piece: Tile | Batch, k0: int, k1: int, logits: Tensor) -> None:
+        """Write -inf over what a query may not see in logits [b*Hk, G*R, k1 - k0]."""
+        for start, end in piece.ragged(k0, k1):
+            assert self.bounds is not None  # the piece hides something
+            low, high = (piece.queries(bound)[..., None] for bound in self.bounds)
+            key = torch.arange(start, end, device=logits.device)
+            hidden = (key < low) | (key >= high)  # [b, R, end - start]; padding sees [0, 0)
+            by_sequence = logits.view(len(hidden), -1, piece.rows, k1 - k0)
+            by_sequence[..., start - k0 : end - k0].masked_fill_(hidden[:, None], -torch.inf)
 
 
 def interval_attention(q: Tensor, k: KV, v: KV, interval: Interval, scale: float) -> tuple[Tensor, Tensor]:
@@ -82,15 +71,14 @@ def interval_attention(q: Tensor, k: KV, v: KV, interval: Interval, scale: float
 
 
 def group_heads(x: Tensor, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
-    """[R, Hq, D] -> [Hk, G*R, D] with the group's heads outermost, so that masks [R, keys] broadcast over them."""
-    rows, num_heads, dim = x.shape
-    grouped = x.to(dtype).reshape(rows, num_kv_heads, num_heads // num_kv_heads, dim)
-    return grouped.permute(1, 2, 0, 3).reshape(num_kv_heads, -1, dim)
+    """[b, R, Hq, D] -> [b*Hk, G*R, D]: the heads of a group above one another, over their kv head's keys."""
+    grouped = x.to(dtype).unflatten(2, (num_kv_heads, -1))
+    return grouped.permute(0, 2, 3, 1, 4).flatten(2, 3).flatten(0, 1)
 
 
-def ungroup_heads(x: Tensor, rows: int) -> Tensor:
-    """Undo `group_heads`: [Hk, G*R, D] -> [R, Hq, D]."""
-    return x.unflatten(1, (-1, rows)).permute(2, 0, 1, 3).flatten(1, 2)
+def ungroup_heads(x: Tensor, num_kv_heads: int, rows: int) -> Tensor:
+    """Undo `group_heads`: [b*Hk, G*R, D] -> [b, R, Hq, D]."""
+    return x.unflatten(0, (-1, num_kv_heads)).unflatten(2, (-1, rows)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -98,15 +86,20 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def head_major_rows(x: KV, k0: int, k1: int, interval: Interval, dtype: torch.dtype) -> Tensor:
-    """Packed rows [k0, k1) as [Hk, k1 - k0, D]."""
-    return slice_rows(x, k0, k1, interval.cu_seqlens_k).transpose(0, 1).to(dtype)
+def head_major_keys(x: KV, piece: Tile | Batch, k0: int, k1: int, dtype: torch.dtype) -> Tensor:
+    """Keys [k0, k1) of the piece's sequences: [b*Hk, k1 - k0, D]. A view for a packed tile."""
+    return piece.keys(x, k0, k1).transpose(1, 2).flatten(0, 1).to(dtype)
 
 
-def step_logits(q_tile: Tensor, k_rows: Tensor, interval: Interval, tile: Tile, k0: int) -> Tensor:
-    """Logits of scaled queries [Hk, G*R, Dk] and keys [Hk, n, Dk] from row k0: -inf where a query may not look."""
-    logits = torch.bmm(q_tile, k_rows.mT)
-    interval.hide(tile, k0, k0 + k_rows.shape[1], logits.unflatten(1, (-1, tile.q1 - tile.q0)))
+def row_major_keys(x: Tensor, num_kv_heads: int) -> Tensor:
+    """Undo `head_major_keys`: [b*Hk, n, D] -> [b, n, Hk, D]."""
+    return x.unflatten(0, (-1, num_kv_heads)).transpose(1, 2)
+
+
+def step_logits(q_rows: Tensor, k_rows: Tensor, interval: Interval, piece: Tile | Batch, k0: int) -> Tensor:
+    """Logits of scaled queries [b*Hk, G*R, Dk] and keys [b*Hk, n, Dk] from key k0: -inf where one may not look."""
+    logits = torch.bmm(q_rows, k_rows.mT)
+    interval.hide(piece, k0, k0 + k_rows.shape[1], logits)
     return logits
 
 
@@ -114,7 +107,7 @@ Running = tuple[Tensor, Tensor, Tensor]  # maximum, sum of exponentials, unnorma
 
 
 def _add_step(running: Running | None, logits: Tensor, v_rows: Tensor) -> Running:
-    """Running softmax: take logits [Hk, G*R, n] and values [Hk, n, Dv] in; overwrites its arguments."""
+    """Running softmax: take logits [b*Hk, G*R, n] and values [b*Hk, n, Dv] in; overwrites its arguments."""
     top = logits.amax(-1, keepdim=True)
     if running is not None:
         top = torch.maximum(top, running[0])
@@ -135,30 +128,30 @@ class _IntervalAttention(torch.autograd.Function):
         num_kv_heads, v_head_dim = heads_and_dim(v)
         dtype = compute_dtype(q.dtype)
         out = q.new_zeros(q.shape[0], q.shape[1], v_head_dim)
-        lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, dtype=dtype, device=q.device)
-        for tile in interval.tiles:
-            rows = slice(tile.q0, tile.q1)
-            if tile.q1 - tile.q0 == 1:  # decode: a lone query sees all its tile's keys, so there is nothing to hide
-                k_rows, v_rows = (head_major_rows(x, tile.k0, tile.k1, interval, dtype) for x in (k, v))
-                logits = torch.bmm(q[rows].to(dtype).reshape(num_kv_heads, -1, q.shape[-1]) * scale, k_rows.mT)
+        lse = torch.full((*q.shape[:2], 1), -torch.inf, dtype=dtype, device=q.device)
+        for piece in interval.pieces:
+            q_rows = group_heads(piece.queries(q), num_kv_heads, dtype) * scale
+            if isinstance(piece, Tile) and piece.rows == 1:  # a lone query sees all its tile's keys: nothing to hide
+                k_rows, v_rows = (head_major_keys(x, piece, piece.k0, piece.k1, dtype) for x in (k, v))
+                logits = torch.bmm(q_rows, k_rows.mT)
                 weights = logits.softmax(-1)
                 # The largest weight is exp(0) / sum, which gives the sum without a logsumexp over all the keys.
-                lse[:, rows] = (logits.amax(-1) - weights.amax(-1).log_()).reshape(-1, 1)
-                out[rows] = torch.bmm(weights, v_rows).reshape(1, q.shape[1], v_head_dim)
+                lse[piece.q0] = (logits.amax(-1) - weights.amax(-1).log_()).reshape(-1, 1)
+                out[piece.q0] = torch.bmm(weights, v_rows).flatten(0, 1)
                 continue
-            q_tile = group_heads(q[rows], num_kv_heads, dtype) * scale
             running: Running | None = None
-            for k0, k1 in interval.steps(tile):
-                logits = step_logits(q_tile, head_major_rows(k, k0, k1, interval, dtype), interval, tile, k0)
-                running = _add_step(running, logits, head_major_rows(v, k0, k1, interval, dtype))
-            assert running is not None  # a tile has keys, and every query of it sees one: its sum is at least 1
+            for k0, k1 in piece.steps(interval.tile_logits):
+                logits = step_logits(q_rows, head_major_keys(k, piece, k0, k1, dtype), interval, piece, k0)
+                running = _add_step(running, logits, head_major_keys(v, piece, k0, k1, dtype))
+            assert running is not None  # a piece has keys
             top, total, acc = running
-            out[rows] = ungroup_heads(acc.div_(total), tile.q1 - tile.q0)
-            lse[:, rows] = total.log_().add_(top).reshape(q.shape[1], -1)
+            # Every query sees a key, so that its sum is at least 1; that of padding is 0 and goes nowhere.
+            piece.put_queries(ungroup_heads(acc.div_(total), num_kv_heads, piece.rows), out)
+            piece.put_queries(ungroup_heads(total.log_().add_(top), num_kv_heads, piece.rows), lse)
         if isinstance(k, Tensor) and isinstance(v, Tensor):
             ctx.save_for_backward(q, k, v, out, lse)
         ctx.interval, ctx.scale = interval, scale
-        lse = lse.float()
+        lse = lse[..., 0].T.float().contiguous()
         ctx.mark_non_differentiable(lse)
         return out, lse
 
@@ -173,19 +166,18 @@ class _IntervalAttention(torch.autograd.Function):
         delta = (grad_out.to(dtype) * out).sum(-1, keepdim=True)
         dq = torch.zeros_like(q)
         dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (k, v))
-        for tile in interval.tiles:
-            rows = slice(tile.q0, tile.q1)
-            q_tile = group_heads(q[rows], num_kv_heads, dtype) * scale
-            do_tile = group_heads(grad_out[rows], num_kv_heads, dtype)
-            delta_tile = group_heads(delta[rows], num_kv_heads, dtype)
-            lse_tile = lse[:, rows].reshape(num_kv_heads, -1, 1)
-            dq_tile = torch.zeros_like(q_tile)
-            for k0, k1 in interval.steps(tile):
-                k_rows, v_rows = (head_major_rows(x, k0, k1, interval, dtype) for x in (k, v))
-                weights = step_logits(q_tile, k_rows, interval, tile, k0).sub_(lse_tile).exp_()
-                dv[k0:k1] += torch.bmm(weights.mT, do_tile).transpose(0, 1)
-                ds = torch.bmm(do_tile, v_rows.mT).sub_(delta_tile).mul_(weights)
-                dk[k0:k1] += torch.bmm(ds.mT, q_tile).transpose(0, 1)
-                dq_tile.baddbmm_(ds, k_rows)
-            dq[rows] = ungroup_heads(dq_tile.mul_(scale), tile.q1 - tile.q0)
+        for piece in interval.pieces:
+            q_rows, do_rows, delta_rows, lse_rows = (
+                group_heads(piece.queries(x), num_kv_heads, dtype) for x in (q, grad_out, delta, lse)
+            )
+            q_rows = q_rows * scale
+            dq_rows = torch.zeros_like(q_rows)
+            for k0, k1 in piece.steps(interval.tile_logits):
+                k_rows, v_rows = (head_major_keys(x, piece, k0, k1, dtype) for x in (k, v))
+                weights = step_logits(q_rows, k_rows, interval, piece, k0).sub_(lse_rows).exp_()
+                piece.add_keys(row_major_keys(torch.bmm(weights.mT, do_rows), num_kv_heads), k0, k1, dv)
+                ds = torch.bmm(do_rows, v_rows.mT).sub_(delta_rows).mul_(weights)
+                piece.add_keys(row_major_keys(torch.bmm(ds.mT, q_rows), num_kv_heads), k0, k1, dk)
+                dq_rows.baddbmm_(ds, k_rows)
+            piece.put_queries(ungroup_heads(dq_rows.mul_(scale), num_kv_heads, piece.rows), dq)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None

@@ -4,21 +4,18 @@ import torch
 from torch import Tensor
 
 from nsa_varlen.arguments import KV
+from nsa_varlen.layout import VarlenLayout
 from nsa_varlen.paged import PagedKV
 
 
-def slice_rows(kv: KV, start: int, end: int, cu_seqlens: Tensor) -> Tensor:
-    """Packed rows [start, end): [end - start, H, D]. A view where `kv` is packed.
+def all_rows(kv: KV, layout: VarlenLayout) -> Tensor:
+    """Every packed row of the layout's keys: [Tk, H, D]. `kv` itself where it is packed."""
+    return kv.rows(layout.sequence_of_keys(), layout.key_positions()) if isinstance(kv, PagedKV) else kv
 
-    `cu_seqlens` are the offsets that the row numbers count from.
-    """
-    if not isinstance(kv, PagedKV):
-        return kv[start:end]
-    if cu_seqlens.shape[0] == 2:
-        return kv.span(0, start, end)
-    index = torch.arange(start, end, device=kv.device)
-    sequence = torch.searchsorted(cu_seqlens, index.int(), right=True) - 1
-    return kv.rows(sequence, index - cu_seqlens[sequence])
+
+def sequence_rows(kv: KV, sequence: int, first: int, start: int, end: int) -> Tensor:
+    """Rows [start, end) of a sequence whose row 0 is packed row `first`: [end - start, H, D]. A view if packed."""
+    return kv.span(sequence, start, end) if isinstance(kv, PagedKV) else kv[first + start : first + end]
 
 
 def take_head_rows(k: KV, v: KV, sequence: Tensor, position: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:

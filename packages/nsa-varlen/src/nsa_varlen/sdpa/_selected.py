@@ -5,7 +5,6 @@ prefill on a CPU and for every backward. `_by_query` gathers each query's keys: 
 (decode), and a GPU's forward, where thousands of small launches would cost more than the gather.
 """
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from nsa_varlen.geometry import BlockGeometry
 from nsa_varlen.layout import VarlenLayout
 from nsa_varlen.sdpa._autograd import first_derivative_only, outside_autocast
 from nsa_varlen.sdpa._interval import compute_dtype
-from nsa_varlen.sdpa._rows import slice_rows, take_head_rows
+from nsa_varlen.sdpa._rows import all_rows, take_head_rows
 
 GATHER_ELEMENTS = 1 << 25  # keys and values gathered at a time: 128 MB of fp32
 CHOICES_AT_ONCE = 1024  # queries that meet a block in one matmul: more would leave a CPU core's cache
@@ -48,7 +47,7 @@ class _SelectedAttention(torch.autograd.Function):
         crowded = indices.numel() >= ROWS_PER_BLOCK * blocks.num_blocks(layout.total_k) * indices.shape[1]
         if crowded and q.device.type == "cpu":
             # Copying all pages once costs far less than gathering each query's keys from them.
-            k_rows, v_rows = (slice_rows(x, 0, layout.total_k, layout.cu_seqlens_k) for x in (k, v))
+            k_rows, v_rows = (all_rows(x, layout) for x in (k, v))
             out, lse = _by_block(q, k_rows, v_rows, indices, layout, blocks, scale)
         else:
             out, lse = _by_query(q, k, v, indices, layout, blocks, scale)
@@ -115,11 +114,9 @@ def _pairs_by_block(
         (head, first packed key, end of its keys, first choice, end of its choices), on the host, cut to at most
         CHOICES_AT_ONCE.
     """
-    blocks_per_sequence = blocks.num_blocks(layout.cu_seqlens_k.long().diff())
-    block_offset = blocks_per_sequence.cumsum(0) - blocks_per_sequence
-    total_blocks = int(blocks.num_blocks(layout.host.cu_seqlens_k.long().diff()).sum())
-    sequence = layout.sequence_of_queries()
-    block = indices + block_offset[sequence][:, None, None]
+    block_spans = layout.block_spans(blocks)
+    total_blocks = len(block_spans)
+    block = indices + layout.block_offsets(blocks)[layout.sequence_of_queries()][:, None, None]
     heads = torch.arange(indices.shape[1], device=indices.device)
     group = (heads[None, :, None] * total_blocks + block).masked_fill(indices < 0, indices.shape[1] * total_blocks)
     # In query order: a stable sort keeps each block's queries ascending.
@@ -128,24 +125,13 @@ def _pairs_by_block(
     counts = torch.bincount(group, minlength=indices.shape[1] * total_blocks + 1)[:-1].tolist()
     spans = []
     first_choice = 0
-    starts = _block_starts(layout.host, blocks)
     for head in range(indices.shape[1]):
-        for number, (k0, k1) in enumerate(starts):
+        for number, (k0, k1) in enumerate(block_spans):
             end = first_choice + counts[head * total_blocks + number]
             for start in range(first_choice, end, CHOICES_AT_ONCE):
                 spans.append((head, k0, k1, start, min(start + CHOICES_AT_ONCE, end)))
             first_choice = end
     return row, spans
-
-
-def _block_starts(layout: VarlenLayout, blocks: BlockGeometry) -> list[tuple[int, int]]:
-    """Packed key range of each block of each sequence, on the host."""
-    offsets = layout.cu_seqlens_k.tolist()
-    return [
-        (start, min(start + blocks.block_size, end))
-        for begin, end in pairwise(offsets)
-        for start in range(begin, end, blocks.block_size)
-    ]
 
 
 def _rows_by_head(x: Tensor, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
@@ -156,20 +142,14 @@ def _rows_by_head(x: Tensor, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
 def _block_logits(q_rows: Tensor, k_block: Tensor, row: Tensor, k0: int, last_key: Tensor) -> Tensor:
     """Logits [m, G, keys] of the queries that chose a block, -inf after their own position.
 
-    `last_key` is the packed row of each query's own position. A block's queries ascend and only those inside it can
-    see part of it: they are the first ones, at most as many as the block has keys.
+    `last_key` is `VarlenLayout.last_keys` of each (query, kv head). A block's queries ascend and only those inside it
+    can see part of it: they are the first ones, at most as many as the block has keys.
     """
     logits = torch.matmul(q_rows.flatten(0, 1), k_block.T).unflatten(0, q_rows.shape[:2])
     inside = min(k_block.shape[0], row.shape[0])
     key = torch.arange(k0, k0 + k_block.shape[0], device=row.device)
     logits[:inside].masked_fill_((key > last_key[row[:inside], None])[:, None], -torch.inf)
     return logits
-
-
-def _last_key(layout: VarlenLayout, num_kv_heads: int) -> Tensor:
-    """Packed row of each query's own position, for each kv head: int64 [Tq*Hk]."""
-    first = layout.cu_seqlens_k.long()[layout.sequence_of_queries()]
-    return (first + layout.positions()).repeat_interleave(num_kv_heads)
 
 
 def _by_block(
@@ -181,7 +161,7 @@ def _by_block(
     top = q_rows.new_full((*q_rows.shape[:2], 1), -torch.inf)
     total = torch.zeros_like(top)
     out = q_rows.new_zeros(*q_rows.shape[:2], v.shape[-1])
-    last_key = _last_key(layout, num_kv_heads)
+    last_key = layout.last_keys()[:, None].expand(-1, num_kv_heads).flatten()
     rows, spans = _pairs_by_block(indices, layout, blocks)
     for head, k0, k1, start, end in spans:
         row = rows[start:end]
@@ -215,7 +195,7 @@ def _backward_by_block(
     lse_rows = _rows_by_head(lse.T[..., None], num_kv_heads, dtype)
     dq = torch.zeros_like(q_rows)
     dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (k, v))
-    last_key = _last_key(layout, num_kv_heads)
+    last_key = layout.last_keys()[:, None].expand(-1, num_kv_heads).flatten()
     rows, spans = _pairs_by_block(indices, layout, blocks)
     for head, k0, k1, start, end in spans:
         row = rows[start:end]

@@ -7,8 +7,8 @@ from nsa_varlen.arguments import KV, heads_and_dim
 from nsa_varlen.geometry import BlockGeometry
 from nsa_varlen.layout import VarlenLayout
 from nsa_varlen.sdpa._autograd import outside_autocast
-from nsa_varlen.sdpa._interval import Interval, compute_dtype, group_heads, head_major_rows, step_logits
-from nsa_varlen.sdpa._tiles import Tile
+from nsa_varlen.sdpa._interval import Interval, compute_dtype, group_heads, head_major_keys, step_logits
+from nsa_varlen.sdpa._tiles import Batch, Tile
 
 FORCED = 0x7F800000  # bits of +inf: above every finite score
 INDEX_BITS = 32
@@ -22,23 +22,19 @@ def select(
     num_kv_heads = heads_and_dim(k_cmp)[0]
     current = torch.div(layout.positions(), blocks.block_size, rounding_mode="floor")
     indices = torch.empty(q.shape[0], num_kv_heads, blocks.topk, dtype=torch.int32, device=q.device)
-    ranked = [tile for tile in interval.tiles if _num_blocks(tile, blocks) > blocks.topk]
-    if sum(tile.q1 - tile.q0 for tile in ranked) < q.shape[0]:  # where all candidates fit, all are chosen
+    ranked = [piece for piece in interval.pieces if _num_blocks(piece, blocks) > blocks.topk]
+    if sum(piece.total for piece in ranked) < q.shape[0]:  # where all candidates fit, all are chosen
         indices[:] = _all_candidates(current, blocks)[:, None]
-    for tile in ranked:
-        rows = slice(tile.q0, tile.q1)
-        p_cmp = _group_probabilities(q, k_cmp, lse, interval, tile, num_kv_heads, scale)
-        if tile.sequences > 1:
-            first = layout.compressed(blocks).cu_seqlens.long()[layout.sequence_of_queries()[rows]]
-            p_cmp = _align(p_cmp, first - tile.k0)
-        scores = stencil(p_cmp, _num_blocks(tile, blocks), blocks)
-        indices[rows] = top_blocks(scores, current[rows], blocks).transpose(0, 1)
+    for piece in ranked:
+        p_cmp = _group_probabilities(q, k_cmp, lse, interval, piece, num_kv_heads, scale)
+        scores = stencil(p_cmp, _num_blocks(piece, blocks), blocks)
+        piece.put_queries(top_blocks(scores, piece.queries(current)[:, None], blocks).transpose(1, 2), indices)
     return indices
 
 
-def _num_blocks(tile: Tile, blocks: BlockGeometry) -> int:
-    """Selection blocks that hold the tile's compressed blocks, and one more that may hold the query's own."""
-    return (tile.k1 - tile.k0 - 1) * blocks.kernel_stride // blocks.block_size + 3
+def _num_blocks(piece: Tile | Batch, blocks: BlockGeometry) -> int:
+    """Selection blocks that hold the piece's compressed blocks, and one more that may hold the query's own."""
+    return (piece.k1 - 1) * blocks.kernel_stride // blocks.block_size + 3
 
 
 def stencil(p_cmp: Tensor, num_blocks: int, blocks: BlockGeometry) -> Tensor:
@@ -64,17 +60,17 @@ def stencil(p_cmp: Tensor, num_blocks: int, blocks: BlockGeometry) -> Tensor:
 
 
 def top_blocks(scores: Tensor, current: Tensor, blocks: BlockGeometry) -> Tensor:
-    """The forced blocks and the best candidates: scores [Hk, R, Nb], current block [R] -> int32 [Hk, R, topk].
+    """The forced blocks and the best candidates: scores [b, Hk, R, Nb], current block [b, 1, R] -> int32 [..., topk].
 
     Scores are at least 0, so the bits of their fp32 values order like the values. A 64-bit key of those bits above
     the complement of the block's number is exact and ranks equal scores by the lower index.
     """
     block = torch.arange(scores.shape[-1], device=scores.device)
     bits = scores.float().view(torch.int32).long().clamp_max_(FORCED - 1)  # NaN too ranks below the forced blocks
-    forced = (block < blocks.init_blocks) | (block > current[:, None] - blocks.local_blocks)
+    forced = (block < blocks.init_blocks) | (block > current[..., None] - blocks.local_blocks)
     bits.masked_fill_(forced, FORCED)
     key = bits.bitwise_left_shift_(INDEX_BITS).add_(scores.shape[-1] - block)
-    key.masked_fill_(block > current[:, None], -1)
+    key.masked_fill_(block > current[..., None], -1)
     best = key.topk(blocks.topk, dim=-1, sorted=False).values
     beyond = scores.shape[-1]
     chosen = torch.where(best < 0, beyond, beyond - (best & ((1 << INDEX_BITS) - 1))).sort(-1).values
@@ -88,33 +84,20 @@ def _all_candidates(current: Tensor, blocks: BlockGeometry) -> Tensor:
 
 
 def _group_probabilities(
-    q: Tensor, k_cmp: KV, lse: Tensor, interval: Interval, tile: Tile, num_kv_heads: int, scale: float
+    q: Tensor, k_cmp: KV, lse: Tensor, interval: Interval, piece: Tile | Batch, num_kv_heads: int, scale: float
 ) -> Tensor:
-    """Eq. 8 summed over each group's heads (Eq. 10): [Hk, R, k1 - k0].
+    """Eq. 8 summed over each group's heads (Eq. 10): [b, Hk, R, keys].
 
     Heads are added one by one: `sum` picks its order by the column, and equal blocks would no longer tie.
     """
-    rows, dtype = slice(tile.q0, tile.q1), compute_dtype(q.dtype)
-    q_tile = group_heads(q[rows], num_kv_heads, dtype) * scale
-    lse_tile = lse[:, rows].to(dtype).reshape(num_kv_heads, -1, 1)
-    p_cmp = q_tile.new_empty(num_kv_heads, tile.q1 - tile.q0, tile.k1 - tile.k0)
-    for k0, k1 in interval.steps(tile):
-        logits = step_logits(q_tile, head_major_rows(k_cmp, k0, k1, interval, dtype), interval, tile, k0)
-        first, *others = logits.sub_(lse_tile).exp_().unflatten(1, (-1, tile.q1 - tile.q0)).unbind(1)
+    dtype = compute_dtype(q.dtype)
+    q_rows = group_heads(piece.queries(q), num_kv_heads, dtype) * scale
+    lse_rows = group_heads(piece.queries(lse.T[..., None]), num_kv_heads, dtype)
+    p_cmp = q_rows.new_empty(len(q_rows), piece.rows, piece.k1)
+    for k0, k1 in piece.steps(interval.tile_logits):
+        logits = step_logits(q_rows, head_major_keys(k_cmp, piece, k0, k1, dtype), interval, piece, k0)
+        first, *others = logits.sub_(lse_rows).exp_().unflatten(1, (-1, piece.rows)).unbind(1)
         for head in others:
             first.add_(head)
-        p_cmp[..., k0 - tile.k0 : k1 - tile.k0] = first
-    return p_cmp
-
-
-def _align(p_cmp: Tensor, first: Tensor) -> Tensor:
-    """Shift each row so that column 0 is its own sequence's compressed block 0: [Hk, R, keys] -> [Hk, R, keys].
-
-    `first` [R] is that block's column. Only a tile that several short sequences share has rows to shift; what
-    another sequence's columns hold is zero.
-    """
-    num_heads, rows, keys = p_cmp.shape
-    column = torch.arange(keys, device=p_cmp.device) + first[:, None]
-    inside = column < keys
-    shifted = p_cmp.gather(-1, column.clamp_max(keys - 1).expand(num_heads, rows, keys))
-    return shifted.masked_fill_(~inside, 0.0)
+        p_cmp[..., k0:k1] = first
+    return p_cmp.unflatten(0, (-1, num_kv_heads))
