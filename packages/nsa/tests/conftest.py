@@ -5,13 +5,14 @@ window of 12. From 65 tokens on a query leaves blocks out.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from unittest import mock
 
 import pytest
 import torch
 from nsa import NSAAttention, NSACache, NSAConfig, ops
 from nsa.config import COMPRESSIONS, ROPE_CMP
+from nsa_routing import reset
 from nsa_varlen import BlockGeometry, VarlenLayout, masks, reference
 from torch import Tensor
 
@@ -51,6 +52,14 @@ def _same_start(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     for name in [name for name in os.environ if name.startswith("NSA_")]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def fresh_routes() -> Iterator[None]:
+    """Nothing remembered of earlier routes and flags, nor of these afterwards."""
+    reset()
+    yield
+    reset()
 
 
 def name_of(variant: dict) -> str:

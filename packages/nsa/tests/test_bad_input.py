@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from nsa import NSAAttention, NSACache, NSAConfig, nsa_attention, ops
-from nsa_routing import dispatching
 from nsa_varlen import BlockGeometry, PagedKV, VarlenLayout
 from torch import Tensor
 
@@ -414,6 +413,7 @@ def test_a_failure_on_the_way_leaves_the_cache_usable(
     assert torch.equal(layer(x, cache=cache), layer(x, cache=twin))
 
 
+@pytest.mark.usefixtures("fresh_routes")
 def test_no_backend_for_the_problem_shows_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NSA_BACKEND", "window_attention=none-such")
     x = arguments()
@@ -421,8 +421,8 @@ def test_no_backend_for_the_problem_shows_the_plan(monkeypatch: pytest.MonkeyPat
         ops.window_attention(x["q"], x["k_win"], x["v_win"], LAYOUT, BLOCKS)
 
 
+@pytest.mark.usefixtures("fresh_routes")  # flags are read when the first operation runs
 def test_an_unknown_flag_stops_every_operation(monkeypatch: pytest.MonkeyPatch) -> None:
-    dispatching._policy_of.cache_clear()  # flags are read when the first operation runs
     monkeypatch.setenv("NSA_BAKCEND", "sdpa")
     with pytest.raises(ValueError, match=r"^NSA_BAKCEND: expected one of the variables"):
         whole()
