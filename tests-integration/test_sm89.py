@@ -168,7 +168,7 @@ def test_fa2_runs_what_its_threshold_allows_on_ada(install: Callable, machine: C
 # --- elsewhere --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sm", [80, 90, 100])
+@pytest.mark.parametrize("sm", [80, 90])
 def test_triton_needs_perf_or_a_request(
     sm: int, install: Callable, machine: Callable, flags: Callable, inputs: testing.Inputs
 ) -> None:
@@ -188,7 +188,7 @@ def test_triton_needs_perf_or_a_request(
     assert set(made["triton"].ran) == set(OPS)
 
 
-@pytest.mark.parametrize("sm", [80, 89, 90, 100])
+@pytest.mark.parametrize("sm", [80, 89, 90])
 def test_one_line_says_that_triton_is_there(
     sm: int, install: Callable, machine: Callable, flags: Callable, inputs: testing.Inputs, caplog: Any
 ) -> None:
@@ -207,6 +207,19 @@ def test_one_line_says_that_triton_is_there(
     flags(PRESET="perf")
     run_all(inputs)
     assert caplog.records == []
+
+
+def test_on_sm_100_triton_runs_by_request_only(
+    install: Callable, machine: Callable, flags: Callable, inputs: testing.Inputs, caplog: Any
+) -> None:
+    made = install("triton")
+    machine(100)
+    for preset in ("safe", "perf"):
+        flags(PRESET=preset)
+        run_all(inputs)
+    assert (made["triton"].ran, caplog.records) == ([], [])
+    run_all(inputs, backend="triton")
+    assert made["triton"].ran == FORWARD
 
 
 def test_without_triton_nobody_speaks_of_it(

@@ -282,6 +282,24 @@ def test_where_there_is_nothing_to_say_nothing_is_said(
     assert logged.warnings() == []
 
 
+def test_a_broken_backend_does_not_go_unsaid(
+    offer: Callable, fake_point: type, fake_backend: type, order: Callable, problem: Problem, logged: Any
+) -> None:
+    class Broken(fake_point):
+        def load(self) -> object:
+            raise ImportError("libfast.so: not found")
+
+    offer(Broken("fast", None), fake_point("sdpa", fake_backend("sdpa")))
+    order("fast")
+    for op in OPS:
+        dispatch(op, replace(problem, op=op))(X)
+    assert logged.warnings() == [
+        "backend fast is broken: ImportError: libfast.so: not found; others take its place",
+    ]
+    with pytest.raises(ImportError, match=r"libfast\.so"):
+        dispatch("combine", replace(problem, op="combine"), backend="fast")
+
+
 def test_a_device_without_a_profile_is_told_once(
     install: Callable, environment: Callable, problem: Problem, logged: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

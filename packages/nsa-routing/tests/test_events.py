@@ -29,7 +29,7 @@ def test_a_message_comes_again_each_so_many_times(logged: Any) -> None:
     events.configure(Policy(log_every=3))
     for _ in range(7):
         events.tell(logging.WARNING, "slow", "route")
-    assert logged.warnings() == ["slow", "slow (the 3th time)", "slow (the 6th time)"]
+    assert logged.warnings() == ["slow", "slow (3 times so far)", "slow (6 times so far)"]
 
 
 def test_reset_makes_messages_new(logged: Any) -> None:

@@ -81,8 +81,10 @@ def test_everything_a_profile_can_say(write: Callable, good: dict) -> None:
     document = good | {
         "presets": {"safe": {"fa2": "measured"}, "perf": {"triton": "always", "fa2": "opt-in"}},
         "thresholds": {
-            "combine": {"fa2": {"at_least": {"max_seqlen_k": 10}, "at_most": {"total_q": 9}, "measured": MEASURED}},
-            "window_attention": {"triton": {"not_measured": "nobody had one"}},
+            "window_attention": {
+                "fa2": {"at_least": {"max_seqlen_k": 10}, "at_most": {"total_q": 9}, "measured": MEASURED},
+                "triton": {"not_measured": "nobody had one"},
+            },
         },
         "denials": {
             "select_blocks": {"triton": {"adr": "0001", "reason": "off", "lifted_by": "NSA_TRITON_SEL_FORCE"}},
@@ -90,7 +92,7 @@ def test_everything_a_profile_can_say(write: Callable, good: dict) -> None:
         "pins": {"nsa-fa2": "==0.1.*", "torch": ">=2.4,<3"},
     }
     profile = load_profile(write(document))
-    threshold = profile.thresholds["combine"]["fa2"]
+    threshold = profile.thresholds["window_attention"]["fa2"]
     assert (threshold.at_least.max_seqlen_k, threshold.at_least.total_q, threshold.at_most.total_q) == (10, None, 9)
     assert threshold.measured.date == datetime.date(2026, 11, 22)
     assert (threshold.measured.gpu, threshold.measured.csv, threshold.not_measured) == ("H100", "sm90.csv", None)
@@ -130,7 +132,7 @@ def test_a_file_overrides_what_it_extends_entry_by_entry(write: Callable, good: 
         "extends": "below.yaml",
         "order": {"combine": ["fa2", "sdpa"]},
         "presets": {"safe": {"fa2": "threshold"}},
-        "thresholds": {"combine": {"fa2": {"at_least": {"max_seqlen_k": 2}, "not_measured": "over"}}},
+        "thresholds": {"combine": {"fa2": {"at_most": {"total_q": 2}, "not_measured": "over"}}},
         "denials": {"combine": {"triton": None}},
         "pins": {"torch": "==2.12.0"},
     }
@@ -141,7 +143,7 @@ def test_a_file_overrides_what_it_extends_entry_by_entry(write: Callable, good: 
     assert profile.presets["safe"] == {"triton": "always", "fa2": "threshold"}
     assert profile.presets["perf"] == below.presets["perf"]
     threshold = profile.thresholds["combine"]["fa2"]
-    assert (threshold.at_least.total_q, threshold.at_least.max_seqlen_k, threshold.at_most.total_q) == (None, 2, None)
+    assert (threshold.at_least.total_q, threshold.at_most.total_q) == (None, 2)
     assert threshold.not_measured == "over", "a threshold is one entry, replaced whole"
     assert profile.thresholds["window_attention"] == below.thresholds["window_attention"]
     assert profile.denials["combine"] == {}
@@ -357,6 +359,10 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
         },
         r"max_seqlen_q: expected at_least <= at_most.total_q, .*, got 9 > 8: it can never trigger",
     ),
+    (
+        {"thresholds": {"combine": {"fa2": {"at_least": {"max_seqlen_k": 9}, **NEVER["fa2"]}}}},
+        r"thresholds.combine.fa2: expected one that can trigger, but combine knows no sequences, only total_q",
+    ),
 ]
 
 
@@ -378,8 +384,8 @@ def test_a_denial_that_a_flag_lifts_leaves_room_for_a_threshold(write: Callable,
 
 def test_bounds_that_meet_are_no_contradiction(write: Callable, good: dict) -> None:
     exactly = {"at_least": {"total_q": 8, "max_seqlen_q": 8}, "at_most": {"total_q": 8}, "not_measured": "x"}
-    document = good | {"thresholds": {"combine": {"fa2": exactly}}}
-    assert load_profile(write(document)).thresholds["combine"]["fa2"].at_most.total_q == 8
+    document = good | {"thresholds": {"window_attention": {"fa2": exactly}}}
+    assert load_profile(write(document)).thresholds["window_attention"]["fa2"].at_most.total_q == 8
 
 
 @pytest.mark.parametrize(

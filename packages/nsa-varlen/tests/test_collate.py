@@ -52,6 +52,18 @@ def test_tensors_of_every_integer_dtype_are_read_and_left_alone(dtype: torch.dty
     assert [x.tolist() for x in tensors] == IDS
 
 
+@pytest.mark.parametrize("dtype", ["int64", "int32", "uint16"])
+def test_numpy_arrays_are_read_also_where_they_are_read_only(dtype: str) -> None:
+    numpy = pytest.importorskip("numpy")
+    tokens = numpy.array([5, 6, 7], dtype=dtype)
+    tokens.flags.writeable = False
+    batch = collate_tokens([tokens, {"input_ids": tokens[:1], "labels": tokens[:1]}])
+    assert batch["input_ids"].tolist() == [5, 6, 7, 5]
+    assert batch["labels"].tolist() == [-100, 6, 7, -100]
+    with pytest.raises(TypeError, match=r"^examples\[0\]: expected an integer dtype, got torch.float64$"):
+        collate_tokens([tokens.astype("float64")])
+
+
 def test_a_lone_example_shares_no_memory_with_its_batch() -> None:
     ids, labels = torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6])
     batch = collate_tokens([{"input_ids": ids, "labels": labels}])
@@ -119,7 +131,7 @@ def test_the_packed_next_token_loss_is_that_of_the_sequences_alone(given: bool) 
     [
         ("abc", TypeError, r"examples: expected a list of examples, got str"),
         ({"input_ids": [1]}, TypeError, r"examples: expected a list of examples, got dict"),
-        ([[1], "ab"], TypeError, r"examples\[1\]: expected a list, a tuple or a 1-D integer tensor, got str"),
+        ([[1], "ab"], TypeError, r"examples\[1\]: expected a list, tuple, NumPy array or 1-D integer tensor, got str"),
         ([[1], 5], TypeError, r"examples\[1\]: expected a list.* got int"),
         ([[1, 2.0]], TypeError, r"examples\[0\]\[1\]: expected an int, got 2\.0 of type float"),
         ([[1], [True]], TypeError, r"examples\[1\]\[0\]: expected an int, got True of type bool"),

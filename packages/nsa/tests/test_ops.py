@@ -184,12 +184,12 @@ def test_states_which_device_of_its_kind(
     monkeypatch.setattr(layout, "to_device", Tensor.to)
 
     def move(x: object) -> object:
-        return x.to("xpu:3") if isinstance(x, Tensor | VarlenLayout) else x
+        return x.to("cuda:3") if isinstance(x, Tensor | VarlenLayout) else x
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         getattr(ops, op)(*map(move, arguments[op]))
     problem = recorder.calls[0][1]
-    assert (problem.device, problem.device_index) == ("xpu", 3)
+    assert (problem.device, problem.device_index) == ("cuda", 3)
 
 
 def paged(x: Tensor, lengths: list[int], page_size: int = 16) -> PagedKV:

@@ -31,6 +31,7 @@ from nsa_routing.tuning import LEAST_REPEATS, LENGTHS, TuningError
 from nsa_routing.tuning import tune as tune_profile
 from nsa_routing.workload import typical
 
+# Options are named although typer can derive that: with a metavar, some versions derive another name.
 # Errors stay one line: rich boxes would cut them at the width of a pipe.
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -96,20 +97,27 @@ def _lengths(value: str) -> list[int]:
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 Device = Annotated[
     str | None,
-    typer.Option(parser=_device, metavar="DEVICE", help="cpu, cuda, ...  [default: cuda where there is one]"),
+    typer.Option(
+        "--device", parser=_device, metavar="DEVICE", help="cpu, cuda, ...  [default: cuda where there is one]"
+    ),
 ]
-Index = Annotated[int, typer.Option(min=0, metavar="N", help="Which of the devices of that kind.")]
+Index = Annotated[int, typer.Option("--index", min=0, metavar="N", help="Which of the devices of that kind.")]
 ProfileName = Annotated[
     str | None,
-    typer.Option(metavar="PROFILE", help="A shipped one, or a .yaml file.  [default: NSA_PROFILE, the device's]"),
+    typer.Option(
+        "--profile", metavar="PROFILE", help="A shipped one, or a .yaml file.  [default: NSA_PROFILE, the device's]"
+    ),
 ]
 Preset = Annotated[
     str | None,
-    typer.Option(parser=_choice(PRESETS), metavar="PRESET", help="safe or perf.  [default: NSA_PRESET, safe]"),
+    typer.Option(
+        "--preset", parser=_choice(PRESETS), metavar="PRESET", help="safe or perf.  [default: NSA_PRESET, safe]"
+    ),
 ]
 DType = Annotated[
     str | None,
     typer.Option(
+        "--dtype",
         parser=_choice(tuple(DTYPES)),
         metavar="DTYPE",
         help=f"{', '.join(DTYPES)}.  [default: bfloat16, float32 on a CPU]",
@@ -117,8 +125,8 @@ DType = Annotated[
 ]
 
 
-def _size(help: str) -> Any:
-    return typer.Option(min=1, metavar="N", help=help)
+def _size(name: str, help: str) -> Any:
+    return typer.Option(name, min=1, metavar="N", help=help)
 
 
 @app.command()
@@ -187,30 +195,38 @@ def check(profile: ProfileName = None, device: Device = None, index: Index = 0, 
 def explain(
     op: Annotated[
         list[str] | None,
-        typer.Option(parser=_choice(OPS), metavar="OP", help="An operation; repeatable.  [default: all]"),
+        typer.Option("--op", parser=_choice(OPS), metavar="OP", help="An operation; repeatable.  [default: all]"),
     ] = None,
     profile: ProfileName = None,
     preset: Preset = None,
     backend: Annotated[
         str | None,
-        typer.Option(metavar="BACKEND", help="One to obey, or op=backend pairs.  [default: NSA_BACKEND]"),
+        typer.Option("--backend", metavar="BACKEND", help="One to obey, or op=backend pairs.  [default: NSA_BACKEND]"),
     ] = None,
     device: Device = None,
     index: Index = 0,
     sm: Annotated[
-        int | None, typer.Option(min=10, metavar="NN", help="Plan for a GPU that need not be here: 90 for an H100.")
+        int | None,
+        typer.Option("--sm", min=10, metavar="NN", help="Plan for a GPU that need not be here: 90 for an H100."),
     ] = None,
     dtype: DType = None,
-    head_dim: Annotated[int, _size("Dk.")] = 128,
-    v_head_dim: Annotated[int | None, _size("Dv.  [default: Dk]")] = None,
-    group_size: Annotated[int, _size("Query heads per kv head.")] = 16,
-    max_seqlen_q: Annotated[int | None, _size("Queries of the longest sequence.  [default: its keys]")] = None,
-    max_seqlen_k: Annotated[int, _size("Keys of the longest sequence.")] = 8192,
-    total_q: Annotated[int | None, _size("Queries of all sequences.  [default: one sequence's]")] = None,
-    grad: Annotated[bool, typer.Option(help="Gradients are recorded.")] = False,
+    head_dim: Annotated[int, _size("--head-dim", "Dk.")] = 128,
+    v_head_dim: Annotated[int | None, _size("--v-head-dim", "Dv.  [default: Dk]")] = None,
+    group_size: Annotated[int, _size("--group-size", "Query heads per kv head.")] = 16,
+    max_seqlen_q: Annotated[
+        int | None, _size("--max-seqlen-q", "Queries of the longest sequence.  [default: its keys]")
+    ] = None,
+    max_seqlen_k: Annotated[int, _size("--max-seqlen-k", "Keys of the longest sequence.")] = 8192,
+    total_q: Annotated[int | None, _size("--total-q", "Queries of all sequences.  [default: one sequence's]")] = None,
+    grad: Annotated[bool, typer.Option("--grad/--no-grad", help="Gradients are recorded.")] = False,
     paged: Annotated[bool, typer.Option("--paged", help="Keys and values lie in pages.")] = False,
     deterministic: Annotated[
-        bool | None, typer.Option(help="Bitwise equal across runs.  [default: NSA_DETERMINISTIC]", show_default=False)
+        bool | None,
+        typer.Option(
+            "--deterministic/--no-deterministic",
+            help="Bitwise equal across runs.  [default: NSA_DETERMINISTIC]",
+            show_default=False,
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -299,7 +315,7 @@ def pins(
     profile: ProfileName = None,
     out: Annotated[
         Path | None,
-        typer.Option(dir_okay=False, metavar="FILE", help="A file to write.  [default: standard output]"),
+        typer.Option("--out", dir_okay=False, metavar="FILE", help="A file to write.  [default: standard output]"),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -329,25 +345,31 @@ def pins(
 def tune(
     out: Annotated[
         Path,
-        typer.Option(dir_okay=False, metavar="FILE", help="The profile to write, a .yaml file; a .csv goes beside it."),
+        typer.Option(
+            "--out", dir_okay=False, metavar="FILE", help="The profile to write, a .yaml file; a .csv goes beside it."
+        ),
     ],
-    ops: Annotated[Any, typer.Option(parser=_ops, metavar="OP,...", help="Operations.  [default: all]")] = None,
+    ops: Annotated[
+        Any, typer.Option("--ops", parser=_ops, metavar="OP,...", help="Operations.  [default: all]")
+    ] = None,
     backends: Annotated[
-        Any, typer.Option(parser=_words, metavar="NAME,...", help="Backends.  [default: all installed]")
+        Any, typer.Option("--backends", parser=_words, metavar="NAME,...", help="Backends.  [default: all installed]")
     ] = None,
     lengths: Annotated[
-        Any, typer.Option(parser=_lengths, metavar="N,...", help="Tokens of the sequence.")
+        Any, typer.Option("--lengths", parser=_lengths, metavar="N,...", help="Tokens of the sequence.")
     ] = DEFAULT_LENGTHS,
-    num_heads: Annotated[int, _size("Query heads.")] = 64,
-    num_kv_heads: Annotated[int, _size("Key and value heads.")] = 4,
-    head_dim: Annotated[int, _size("Dk.")] = 128,
-    v_head_dim: Annotated[int | None, _size("Dv.  [default: Dk]")] = None,
+    num_heads: Annotated[int, _size("--num-heads", "Query heads.")] = 64,
+    num_kv_heads: Annotated[int, _size("--num-kv-heads", "Key and value heads.")] = 4,
+    head_dim: Annotated[int, _size("--head-dim", "Dk.")] = 128,
+    v_head_dim: Annotated[int | None, _size("--v-head-dim", "Dv.  [default: Dk]")] = None,
     dtype: DType = None,
-    grad: Annotated[bool, typer.Option(help="Time the operation with its gradients.")] = False,
-    repeat: Annotated[int, typer.Option(min=LEAST_REPEATS, metavar="N", help="Timed calls for each case.")] = 20,
+    grad: Annotated[bool, typer.Option("--grad/--no-grad", help="Time the operation with its gradients.")] = False,
+    repeat: Annotated[
+        int, typer.Option("--repeat", min=LEAST_REPEATS, metavar="N", help="Timed calls for each case.")
+    ] = 20,
     preset: Annotated[
         str | None,
-        typer.Option(parser=_choice(PRESETS), metavar="PRESET", help="Enter what pays in this preset too."),
+        typer.Option("--preset", parser=_choice(PRESETS), metavar="PRESET", help="Enter what pays in this preset too."),
     ] = None,
     device: Device = None,
     index: Index = 0,

@@ -13,7 +13,7 @@ import torch
 from nsa_routing import breaker, events
 from nsa_routing.backends import load_backend
 from nsa_routing.environment import Environment, probe
-from nsa_routing.planning import Plan, explain, plan
+from nsa_routing.planning import BROKEN, Plan, Rejected, explain, plan
 from nsa_routing.policy import Policy
 from nsa_routing.problem import LENGTHS, OPS, STATIC, Problem, describe, device_name
 from nsa_routing.profile import LAST_RESORT, Profile, load_profile, profile_of
@@ -85,6 +85,10 @@ class _Router:
         return run
 
     def _tell(self, chosen: Plan, policy: Policy) -> None:
+        for candidate in chosen.candidates:
+            if isinstance(candidate, Rejected) and candidate.reason.startswith(BROKEN):
+                message = f"backend {candidate.backend} {candidate.reason}; others take its place"
+                events.tell(logging.WARNING, message, candidate.backend, candidate.reason)
         if events.LOGGER.isEnabledFor(logging.INFO):
             source = f"profile {chosen.profile}, preset {chosen.preset}"
             if chosen.requested:
@@ -93,12 +97,12 @@ class _Router:
             events.tell(logging.INFO, message, "route", message)
         if policy.preset != "perf" and not chosen.requested:
             fast = self.plan(chosen.problem, replace(policy, preset="perf")).backend
-            if fast not in (None, chosen.backend):
+            if fast is not None and fast != chosen.backend:
                 events.tell(
                     logging.WARNING,
                     f"backend {fast} is installed and can run {chosen.problem.op} here, but preset {policy.preset} "
                     f"does not take it: NSA_PRESET=perf does (now: {chosen.backend})",
-                    "perf",
+                    *("perf", fast),
                 )
 
 

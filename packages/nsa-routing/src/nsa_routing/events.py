@@ -20,11 +20,16 @@ class _Settings:
 
 _settings = _Settings()
 _told: Counter[tuple[str, ...]] = Counter()
-_counting = threading.Lock()
+_lock = threading.Lock()
 
 
 def configure(policy: Policy) -> None:
     """Apply `NSA_LOG` and `NSA_LOG_EVERY`. Without `NSA_LOG` the program's own logging set-up is left alone."""
+    with _lock:
+        _configure(policy)
+
+
+def _configure(policy: Policy) -> None:
     _settings.every = policy.log_every
     if _settings.handler is not None:
         LOGGER.removeHandler(_settings.handler)
@@ -46,11 +51,11 @@ def tell(level: int, message: str, *key: str, traceback: bool = False) -> None:
 
     `traceback` adds that of the exception being handled.
     """
-    with _counting:
+    with _lock:
         _told[key] += 1
         times = _told[key]
     if times == 1 or (_settings.every and times % _settings.every == 0):
-        LOGGER.log(level, message if times == 1 else f"{message} (the {times}th time)", exc_info=traceback)
+        LOGGER.log(level, message if times == 1 else f"{message} ({times} times so far)", exc_info=traceback)
 
 
 def forget() -> None:

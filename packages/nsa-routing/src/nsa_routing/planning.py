@@ -9,6 +9,7 @@ from nsa_routing.policy import FA2_BACKENDS, PRESETS, Policy
 from nsa_routing.problem import LENGTHS, Problem, describe, device_name
 from nsa_routing.profile import LAST_RESORT, Profile, Threshold
 
+BROKEN = "is broken"  # how the reason begins where a backend raises instead of answering
 Closed = frozenset[tuple[str, str, str]]
 
 
@@ -112,9 +113,10 @@ def _judge(
         return Rejected(name, "NSA_FA2=0")
     try:
         backend = load_backend(name)
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        return Rejected(name, f"does not load: {type(error).__name__}: {error}")
-    reason = backend.refuse(problem.op, problem, environment)
+        reason = backend.refuse(problem.op, problem, environment)
+    # A plan is total: whatever a backend raises while it is imported or asked, the others can still run.
+    except Exception as error:  # noqa: BLE001
+        return Rejected(name, f"{BROKEN}: {type(error).__name__}: {error}")
     if reason is None and not callable(getattr(backend, problem.op, None)):
         reason = f"has no operation {problem.op}"
     if reason is None and automatic:

@@ -92,6 +92,11 @@ class Denial(_Frozen):
     lifted_by: Literal["NSA_TRITON_SEL_FORCE"] | None = None
 
 
+def _bounds_sequences(threshold: Threshold) -> bool:
+    bounds = (threshold.at_least, threshold.at_most)
+    return any(bound is not None for lengths in bounds for bound in (lengths.max_seqlen_q, lengths.max_seqlen_k))
+
+
 def _is_specifier(value: str) -> str:
     try:
         SpecifierSet(value)
@@ -171,6 +176,8 @@ class Profile(_Frozen):
         for op, thresholds in self.thresholds.items():
             for name in thresholds:
                 never = self._never_consulted(op, name)
+                if op == "combine" and _bounds_sequences(thresholds[name]):
+                    never = "combine knows no sequences, only total_q"
                 if never:
                     raise ValueError(f"thresholds.{op}.{name}: expected one that can trigger, but {never}")
         for field in ("order", "presets", "thresholds", "denials", "pins"):  # loaded once, shared by all

@@ -9,7 +9,7 @@ from torch import Tensor
 from nsa_varlen.layout import VarlenLayout
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint32, torch.uint16, torch.uint8)
-Tokens = Sequence[int] | Tensor
+Tokens = Sequence[int] | Tensor  # or a NumPy array
 Example = Tokens | Mapping[str, Tokens]
 
 
@@ -39,8 +39,9 @@ def collate_tokens(examples: Sequence[Example], *, ignore_index: int = -100) -> 
     It runs in DataLoader workers; options go through `functools.partial`.
 
     Args:
-        examples: one per sequence, each a list, tuple or integer tensor [S] of token ids, or a mapping with
-            "input_ids" and optionally "labels" of the same length, unshifted. Other entries are not read. S may be 0.
+        examples: one per sequence, each a list, tuple, NumPy array or integer tensor [S] of token ids, or a mapping
+            with "input_ids" and optionally "labels" of the same length, unshifted. Other entries are not read. S may
+            be 0.
         ignore_index: the label that a loss leaves out, as `ignore_index` of `torch.nn.functional.cross_entropy`.
 
     Returns:
@@ -90,6 +91,8 @@ def collate_tokens(examples: Sequence[Example], *, ignore_index: int = -100) -> 
 
 def _as_tensor(name: str, tokens: object) -> Tensor:
     """Token ids or labels as int64 [S]."""
+    if hasattr(tokens, "__array_interface__"):  # a NumPy array; a copy, for a memory-mapped one may be read-only
+        tokens = torch.tensor(tokens)
     if isinstance(tokens, Tensor):
         if tokens.dtype not in INTEGERS:
             raise TypeError(f"{name}: expected an integer dtype, got {tokens.dtype}")
@@ -99,7 +102,8 @@ def _as_tensor(name: str, tokens: object) -> Tensor:
             raise ValueError(f"{name}: expected a tensor on the CPU, got one on {tokens.device}")
         return tokens.long()
     if not isinstance(tokens, list | tuple):
-        raise TypeError(f"{name}: expected a list, a tuple or a 1-D integer tensor, got {type(tokens).__name__}")
+        got = type(tokens).__name__
+        raise TypeError(f"{name}: expected a list, tuple, NumPy array or 1-D integer tensor, got {got}")
     for place, token in enumerate(tokens):
         if type(token) is not int:
             raise TypeError(f"{name}[{place}]: expected an int, got {token!r} of type {type(token).__name__}")

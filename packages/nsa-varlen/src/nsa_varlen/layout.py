@@ -120,7 +120,7 @@ class VarlenLayout:
         ends = [list(accumulate(lengths, initial=0)) for lengths in (q, k)]
         cu_q = torch.tensor(ends[0], dtype=torch.int32)
         cu_k = cu_q if k is q else torch.tensor(ends[1], dtype=torch.int32)
-        host = cls(cu_q, cu_k, max(q, default=0), max(k, default=0), ends[0][-1], ends[1][-1])
+        host = cls(cu_q, cu_k, max([0, *q]), max([0, *k]), ends[0][-1], ends[1][-1])  # Dynamo knows no max(default=)
         return host if device is None else host.to(device)
 
     @classmethod
