@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 from nsa_routing import OPS, Policy, Problem, Profile, backends, cli, load_profile, plan, probe, reset, tuning
-from nsa_routing.findings import crossover
-from nsa_routing.measuring import Timing
+from nsa_routing.tuning import _tune
+from nsa_routing.tuning.findings import crossover
+from nsa_routing.tuning.measuring import Timing
 from nsa_varlen import reference
 from typer.testing import CliRunner
 
@@ -45,7 +46,7 @@ def _dense(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(backends, "entry_points", lambda group: points)
     inputs = EntryPoint("varlen", "nsa_varlen.op_inputs:op_inputs", "nsa.op_inputs")
-    monkeypatch.setattr(tuning, "entry_points", lambda group: (inputs,))
+    monkeypatch.setattr(_tune, "entry_points", lambda group: (inputs,))
     reset()
 
 
@@ -100,7 +101,7 @@ def test_a_real_run(device: str, grad: bool, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_dense")
 def test_the_profile_of_a_real_run_where_dense_always_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real operations again; only the verdict is made up, so that every operation has a threshold."""
-    monkeypatch.setattr("nsa_routing.findings.wins", lambda timing, against: True)
+    monkeypatch.setattr("nsa_routing.tuning.findings.wins", lambda timing, against: True)
     sizes = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "repeat": 3, "device": "cpu"}
     tuned = tuning.tune(tmp_path / "mine.yaml", lengths=(64, 128), preset="perf", **sizes)
     profile = load_profile(tuned.profile)

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from nsa_routing import OPS, Environment, Problem, backends, cli, environment, load_profile, reset, tuning
+from nsa_routing import OPS, Environment, Problem, backends, cli, environment, load_profile, reset
 from nsa_routing.pins import constraints
+from nsa_routing.tuning import _tune
 from packaging.requirements import Requirement
 from typer.testing import CliRunner, Result
 
@@ -57,7 +58,7 @@ def offer(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setitem(sys.modules, "made_backends", module)
         monkeypatch.setattr(backends, "entry_points", lambda group: tuple(points))
         inputs = EntryPoint("made", "made_backends:op_inputs", "nsa.op_inputs")
-        monkeypatch.setattr(tuning, "entry_points", lambda group: {"nsa.op_inputs": (inputs,)}[group])
+        monkeypatch.setattr(_tune, "entry_points", lambda group: {"nsa.op_inputs": (inputs,)}[group])
         reset()
 
     return install

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from nsa_routing import Policy, Problem, backends, load_profile, measuring, plan, probe, reset, tuning
-from nsa_routing.findings import crossover, wins
-from nsa_routing.measuring import Timing, compare, stopwatch
-from nsa_routing.tuning import COLUMNS, TuningError, tune
+from nsa_routing import Policy, Problem, backends, load_profile, plan, probe, reset
+from nsa_routing.tuning import COLUMNS, TuningError, _tune, measuring, tune
+from nsa_routing.tuning.findings import crossover, wins
+from nsa_routing.tuning.measuring import Timing, compare, stopwatch
 from torch import Tensor
 
 LENGTHS = (128, 256, 512, 1024)
@@ -93,7 +93,7 @@ def offer(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> Callable[..., None]:
         monkeypatch.setitem(sys.modules, "made_backends", module)
         monkeypatch.setattr(backends, "entry_points", lambda group: tuple(points))
         inputs = EntryPoint("made", "made_backends:op_inputs", "nsa.op_inputs")
-        monkeypatch.setattr(tuning, "entry_points", lambda group: {"nsa.op_inputs": (inputs,)}[group])
+        monkeypatch.setattr(_tune, "entry_points", lambda group: {"nsa.op_inputs": (inputs,)}[group])
         reset()
 
     return install
@@ -211,7 +211,7 @@ def test_triton_is_never_entered_in_safe(offer: Callable, clock: Clock, tmp_path
 
 def sm90(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tune as if the CPU's shipped profile were that of SM 9.0."""
-    monkeypatch.setattr(tuning, "profile_of", lambda device, sm: ("sm90", None))
+    monkeypatch.setattr(_tune, "profile_of", lambda device, sm: ("sm90", None))
 
 
 def test_a_measured_threshold_replaces_a_believed_one(
@@ -456,7 +456,7 @@ def test_without_inputs_there_is_nothing_to_measure(
     offer: Callable, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     offer(Made("dense", clock))
-    monkeypatch.setattr(tuning, "entry_points", lambda group: ())
+    monkeypatch.setattr(_tune, "entry_points", lambda group: ())
     with pytest.raises(TuningError, match=r"group nsa\.op_inputs, got \[\]; nsa-varlen offers one$"):
         tune(tmp_path / "mine.yaml", **WINDOW)
 
@@ -479,7 +479,7 @@ def test_a_profile_that_does_not_load_leaves_nothing_and_spoils_nothing(
 ) -> None:
     offer(Made("dense", clock))
     (tmp_path / "mine.yaml").write_text("old")
-    monkeypatch.setattr(tuning, "entries", lambda *_: {"order": {"window_attention": ["dense"]}})
+    monkeypatch.setattr(_tune, "entries", lambda *_: {"order": {"window_attention": ["dense"]}})
     with pytest.raises(ValueError, match=r"order\.window_attention: expected sdpa at the end"):
         tune(tmp_path / "mine.yaml", **WINDOW)
     assert [file.name for file in tmp_path.iterdir()] == ["mine.yaml"]

@@ -19,12 +19,12 @@ from nsa_routing.backends import load_backend
 from nsa_routing.dispatching import DETERMINISTIC_OPS
 from nsa_routing.environment import Environment, probe
 from nsa_routing.failures import OUT_OF_MEMORY, failure_kind
-from nsa_routing.findings import Finding, Row, entries, judge
-from nsa_routing.measuring import TOLERANCE, compare, on_device, stopwatch
 from nsa_routing.planning import Rejected, plan
 from nsa_routing.policy import PRESETS, Policy
 from nsa_routing.problem import OPS, Problem, device_name
 from nsa_routing.profile import LAST_RESORT, Profile, load_profile, profile_of
+from nsa_routing.tuning.findings import Finding, Row, entries, judge
+from nsa_routing.tuning.measuring import TOLERANCE, compare, on_device, stopwatch
 from nsa_routing.workload import Workload
 
 GROUP = "nsa.op_inputs"

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from nsa_routing.backends import load_backend
-from nsa_routing.measuring import Timing
 from nsa_routing.profile import LAST_RESORT, Profile
+from nsa_routing.tuning.measuring import Timing
 
 
 @dataclass(frozen=True)
