@@ -10,7 +10,7 @@ from nsa import NSAConfig, ops
 from nsa_routing import Problem, backends, reset
 from nsa_varlen import BlockGeometry, PagedKV, VarlenLayout, layout, reference
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 OPS = ("compress_mean", "compressed_attention", "select_blocks", "selected_attention", "window_attention", "combine")
 LAYOUT = VarlenLayout.from_lengths([9, 0, 90, 3], [9, 5, 100, 3])
@@ -180,14 +180,20 @@ def test_leaves_determinism_to_the_route(op: str, recorder: Recorder, arguments:
 def test_states_which_device_of_its_kind(
     op: str, recorder: Recorder, arguments: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fake tensors need no device; they cannot be pinned, as a layout does with what it moves."""
-    monkeypatch.setattr(layout, "to_device", Tensor.to)
+    """Fake tensors say that they are on a device which need not exist."""
+    mode = FakeTensorMode()
+
+    def fake(x: Tensor, device: object = None) -> Tensor:
+        return FakeTensor(mode, x.to("meta"), torch.device("cuda:3"))
+
+    monkeypatch.setattr(layout, "to_device", fake)
 
     def move(x: object) -> object:
-        return x.to("cuda:3") if isinstance(x, Tensor | VarlenLayout) else x
+        if isinstance(x, VarlenLayout):
+            return x.to("cuda:3")
+        return fake(x) if isinstance(x, Tensor) else x
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        getattr(ops, op)(*map(move, arguments[op]))
+    getattr(ops, op)(*map(move, arguments[op]))
     problem = recorder.calls[0][1]
     assert (problem.device, problem.device_index) == ("cuda", 3)
 
