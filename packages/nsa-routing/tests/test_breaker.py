@@ -60,9 +60,22 @@ def test_preparing_twice_keeps_the_flag() -> None:
     assert route.noted(wait=True)
 
 
-def test_without_a_flag_nothing_is_noted() -> None:
+def test_the_first_note_makes_the_flag() -> None:
+    """That of a route which was planned inside a capture."""
     route = breaker.breaker("fast", "combine", "cpu")
+    assert not route.noted(wait=True)
     route.note(torch.tensor(True))
+    assert route.noted(wait=True)
+
+
+def test_a_flag_made_in_inference_mode_is_one_everywhere() -> None:
+    route = breaker.breaker("fast", "combine", "cpu")
+    with torch.inference_mode():
+        route.prepare(torch.device("cpu"))
+        route.note(torch.tensor(False))
+    route.note(torch.tensor(True))
+    assert route.noted(wait=True)
+    breaker.forget()
     assert not route.noted(wait=True)
 
 

@@ -109,7 +109,7 @@ def test_probe() -> None:
 
 
 def test_probe_says_what_is_unknown_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> dict[str, EntryPoint]:
+    def broken(**_: bool) -> dict[str, EntryPoint]:
         raise RuntimeError("the metadata are broken")
 
     monkeypatch.setattr(environment, "installed_backends", broken)

@@ -68,3 +68,10 @@ def test_2_1_is_not_2_10() -> None:
     assert minor("2.10.0") == "2.10"
     assert wrong_triton("2.10.0", "3.6.0") is None
     assert wrong_triton("2.11.0", "3.0.0") is not None
+
+
+@pytest.mark.parametrize(
+    "versions", [("2.11.0", "3.6.0-custom-build", None), ("local", "3.6.0", None), ("2.11.0", "3.6.0", "?")]
+)
+def test_what_is_no_version_is_said_to_be_none(versions: tuple) -> None:
+    assert "is no version" in wrong_triton(*versions)

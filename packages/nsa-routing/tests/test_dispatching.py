@@ -69,6 +69,10 @@ def test_a_named_backend_that_refuses_raises_with_the_table(runs: dict, problem:
         "no backend accepts the problem (requested: fast)",
         "combine on cpu, torch.float32, head_dim 64/32, group size 4",
         "  fast  rejected: cannot combine",
+        "without the request:",
+        "  fast   rejected: cannot combine",
+        "  other  chosen",
+        "  sdpa   accepted",
     ]
 
 
@@ -226,6 +230,16 @@ def test_the_flag_asks_for_determinism(op: str, runs: dict, problem: Problem, fl
     asked = replace(problem, op=op)
     assert stated(runs, asked) == (True, {"deterministic": True})
     assert stated(runs, asked, deterministic=False) == (False, {}), "what the caller says counts"
+
+
+def test_plans_know_of_determinism_what_dispatch_knows(
+    install: Callable, order: Callable, problem: Problem, flags: Callable
+) -> None:
+    install("sdpa", "fast")
+    order("fast")
+    flags(DETERMINISTIC="1")
+    assert plan_for(problem).problem.deterministic is True
+    assert plan_for(replace(problem, deterministic=False)).problem.deterministic is False
 
 
 def test_an_op_without_the_keyword_is_not_given_it(runs: dict, problem: Problem, flags: Callable) -> None:

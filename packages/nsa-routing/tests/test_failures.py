@@ -1,5 +1,7 @@
 """Which exceptions are a backend's own failure, and which must reach the caller?"""
 
+from subprocess import CalledProcessError
+
 import pytest
 import torch
 from nsa_routing.failures import COMPILE_ERROR, OUT_OF_MEMORY, failure_kind
@@ -28,6 +30,12 @@ FAILED_MALLOC = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocat
         (as_if_from("triton.runtime.errors", "OutOfResources")("out of shared memory"), COMPILE_ERROR),
         (as_if_from("triton.runtime.errors", "PTXASError", TRITON)("x"), COMPILE_ERROR),
         (RuntimeError("PassManager::run failed"), COMPILE_ERROR),
+        (RuntimeError("Internal Triton PTX codegen error\n`ptxas` stderr: ..."), COMPILE_ERROR),
+        (RuntimeError("Failed to find C compiler. Please specify via CC environment variable"), COMPILE_ERROR),
+        (CalledProcessError(1, ["gcc", "main.c"]), COMPILE_ERROR),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), OUT_OF_MEMORY),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), OUT_OF_MEMORY),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), OUT_OF_MEMORY),
     ],
 )
 def test_a_backends_own_failure(error: Exception, kind: str) -> None:
@@ -41,7 +49,7 @@ def test_a_backends_own_failure(error: Exception, kind: str) -> None:
         TypeError("q: expected a tensor"),
         RuntimeError("CUDA error: an illegal memory access was encountered"),
         RuntimeError("The size of tensor a (3) must match"),
-        RuntimeError("before PassManager::run failed"),
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
         ValueError(FAILED_MALLOC),
         AssertionError(),
         KeyboardInterrupt(),

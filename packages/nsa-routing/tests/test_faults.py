@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from nsa_routing import OPS, Problem, closed, dispatch, explain, plan_for, poll, reset
+from nsa_routing import OPS, Problem, closed, dispatch, explain, failure_counts, plan_for, poll, reset
 from torch import Tensor
 
 INF, NAN = torch.inf, torch.nan
@@ -266,13 +266,13 @@ def test_who_asked_for_it_is_told(
     )
     assert [str(caught.value), *logged.warnings()] == [told, told]
     assert ran(made) == ["fast", "sdpa"], "which judged it"
-    with pytest.raises(RuntimeError, match=r"^window_attention on fast was requested, but the route is closed on cpu"):
+    with pytest.raises(RuntimeError, match=r"^window_attention on fast: the route is closed on cpu"):
         run(x)
     assert ran(made) == []
     fresh = replace(problem, head_dim=128)
-    if how == "NSA_FALLBACK":  # no name was asked for: a new route starts behind the closed one
-        dispatch("window_attention", fresh)(x)
-        assert ran(made) == ["sdpa"]
+    if how == "NSA_FALLBACK":  # nor does a new route go around the closed one
+        with pytest.raises(RuntimeError, match="fast  stops here: closed on cpu after a failure"):
+            dispatch("window_attention", fresh)
     else:
         with pytest.raises(RuntimeError, match="fast  rejected: closed on cpu after a failure"):
             dispatch("window_attention", fresh, backend="fast")
@@ -320,7 +320,7 @@ def test_flagged_news_reaches_who_asked_for_it(faulty: Callable, problem: Proble
     flags(CHECK_FINITE="flag")
     run = dispatch("window_attention", problem, backend="fast")
     run(x)
-    with pytest.raises(RuntimeError, match=r"^window_attention on fast was requested, but the route is closed on cpu"):
+    with pytest.raises(RuntimeError, match=r"^window_attention on fast: the route is closed on cpu"):
         run(x)
 
 
@@ -549,3 +549,45 @@ def test_every_op_is_guarded(op: str, install: Callable, order: Callable, fake_b
     dispatch(op, replace(problem, op=op))(x)
     assert ran(made) == ["fast", "sdpa"]
     assert closed() == {("fast", op, "cpu")}
+
+
+def test_failures_are_counted_until_reset(faulty: Callable, problem: Problem, x: Tensor) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    faulty(full)
+    run = dispatch("window_attention", problem)
+    for _ in range(3):
+        run(x)
+    assert failure_counts() == {KEY: {"ran out of memory": 3}}
+    assert closed() == frozenset()
+    reset()
+    assert failure_counts() == {}
+
+
+def test_inference_mode_first_and_training_after(
+    faulty: Callable, problem: Problem, x: Tensor, flags: Callable
+) -> None:
+    faulty(lambda x, *_, **__: answer(1, x))
+    flags(PRESET="perf")
+    with torch.inference_mode():
+        dispatch("window_attention", problem)(x)
+    dispatch("window_attention", problem)(x)
+    assert poll() == frozenset()
+    reset()
+
+
+def test_always_reads_what_compiled_code_noted(faulty: Callable, problem: Problem, x: Tensor) -> None:
+    made = faulty(lambda x, *_, **__: answer(1, x))
+    run = dispatch("window_attention", problem)
+    run.breaker.note(torch.tensor(True))
+    assert_is(run(x), answer(2, x))
+    assert (ran(made), closed()) == (["sdpa"], {KEY})
+
+
+def test_keyword_arguments_are_inputs_too(faulty: Callable, problem: Problem, x: Tensor, flags: Callable) -> None:
+    faulty(spoiled("nan"))
+    for check in ("always", "flag"):
+        flags(CHECK_FINITE=check)
+        dispatch("window_attention", problem)(x, k=x * torch.nan)
+        assert poll() == frozenset()

@@ -188,3 +188,12 @@ def test_is_frozen_and_equal_by_value() -> None:
     assert hash(asked) == hash(Policy(tuple((op, "sdpa") for op in OPS)))
     with pytest.raises(FrozenInstanceError):
         asked.backends = ()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"preset": "prf"}, {"fa2": "yes"}, {"fallback": ""}, {"check_finite": "x"}, {"log": "x"}]
+)
+def test_a_policy_made_in_code_is_checked_too(wrong: dict) -> None:
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=rf"^{name}: expected one of \[.*\], got {value!r}$"):
+        Policy(**wrong)

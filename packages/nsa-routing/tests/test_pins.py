@@ -47,8 +47,3 @@ def test_pip_takes_the_file(tmp_path: Path) -> None:
     path = tmp_path / "refused.txt"
     path.write_text(constraints(made(packaging="<1")))
     assert not pip_takes(path), "pip did not read the constraints"
-
-
-def test_a_name_that_pip_could_not_read_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"^pins\.two words: expected a distribution's name, got 'two words'$"):
-        constraints(made(**{"two words": "==1"}))

@@ -252,14 +252,14 @@ def test_a_wrong_triton_on_a_closed_route_stops_nothing(planned: Callable) -> No
     assert planned(facts=WRONG, closed=frozenset({("fast", "window_attention", "cpu")})).backend == "sdpa"
 
 
-def test_a_wrong_triton_behind_a_better_backend_stops_nothing(
+def test_a_wrong_triton_behind_a_better_backend_ends_its_fallbacks(
     install: Callable, fake_backend: type, environment: Callable, ordered: Callable, problem: Problem
 ) -> None:
     install("sdpa", "better", fake_backend("fast", uses_triton=True))
     chosen = plan(environment("better", "fast", "sdpa", **WRONG), ordered("better", "fast"), problem, Policy())
     assert chosen.candidates[1] == Rejected("fast", MESSAGE, fatal=True)
     assert chosen.backend == "better"
-    assert chosen.accepted == ("better", "sdpa")
+    assert chosen.accepted == ("better",), "a failing route does not go around the wrong pair either"
 
 
 def test_what_does_not_use_triton_does_not_care(install: Callable, planned: Callable) -> None:

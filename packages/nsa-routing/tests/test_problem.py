@@ -75,3 +75,8 @@ def test_a_problem_on_one_line(problem: Problem) -> None:
 def test_reserved_features_are_stated(feature: str, problem: Problem) -> None:
     """They are what a backend refuses by: the table must show them."""
     assert describe(replace(problem, **{feature: True})).endswith(f"group size 4, {feature}")
+
+
+def test_a_dtype_is_torchs() -> None:
+    with pytest.raises(TypeError, match=r"^dtype: expected a torch.dtype, got 'float32' of type str$"):
+        Problem("combine", "cpu", "float32", 64, 64, 4)

@@ -233,7 +233,10 @@ def test_only_the_whole_must_be_consistent(write: Callable, good: dict) -> None:
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"ordre": {}}, r"ordre: Extra inputs are not permitted, got \{\}"),
     ({"name": 7}, r"name: Input should be a valid string, got 7"),
-    ({"name": ""}, r"name: String should have at least 1 character, got ''"),
+    ({"name": ""}, r"name: String should match pattern .*, got ''"),
+    ({"name": "two\nlines"}, r"name: String should match pattern .*, got 'two\\nlines'"),
+    ({"pins": {"two words": "==1"}}, r"pins.two words.\[key\]: expected a distribution's name, without extras"),
+    ({"pins": {"nsa-fa2[flash]": "==1"}}, r"pins.nsa-fa2\[flash\].\[key\]: expected a distribution's name"),
     ({"source": ""}, r"source: String should have at least 1 character"),
     ({"extends": 9}, r"extends: Input should be a valid string, got 9"),
     ({"order": "sdpa"}, r"order: Input should be a valid dictionary, got 'sdpa'"),
@@ -271,7 +274,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"thresholds": {"combine": {"fa2": {"not_measured": ""}}}}, r"thresholds.combine.fa2.not_measured: String should"),
     (
         {"thresholds": {"combine": {"fa2": {"measured": MEASURED | {"date": "soon"}}}}},
-        r"thresholds.combine.fa2.measured.date: Input should be a valid date.*, got 'soon'",
+        r"thresholds.combine.fa2.measured.date: Invalid isoformat string: 'soon', got 'soon'",
+    ),
+    (
+        {"thresholds": {"combine": {"fa2": {"measured": MEASURED | {"date": 86400}}}}},
+        r"thresholds.combine.fa2.measured.date: Input should be a valid date.*, got 86400",
     ),
     (
         {"thresholds": {"combine": {"fa2": {"measured": MEASURED | {"gpu": ""}}}}},
@@ -358,6 +365,13 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
             }
         },
         r"max_seqlen_q: expected at_least <= at_most.total_q, .*, got 9 > 8: it can never trigger",
+    ),
+    (
+        {
+            "presets": {"safe": {"triton": "measured"}},
+            "thresholds": {"select_blocks": {"triton": {"not_measured": "x"}}},
+        },
+        r"thresholds.select_blocks.triton: expected one that can trigger, but it is not measured, and every preset",
     ),
     (
         {"thresholds": {"combine": {"fa2": {"at_least": {"max_seqlen_k": 9}, **NEVER["fa2"]}}}},

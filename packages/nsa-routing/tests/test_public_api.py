@@ -31,6 +31,7 @@ def test_names() -> None:
         "closed",
         "dispatch",
         "explain",
+        "failure_counts",
         "load_profile",
         "plan",
         "plan_for",

@@ -21,7 +21,7 @@ def reason(install: Callable, environment: Callable, ordered: Callable, problem:
     def ask(mode: str, threshold: dict | None, policy: Policy = AUTOMATIC, name: str = "fa2", **lengths: int):
         install(name, "sdpa")
         thresholds = {} if threshold is None else {"window_attention": {name: threshold}}
-        profile = ordered(name, presets={"safe": {name: mode}}, thresholds=thresholds)
+        profile = ordered(name, presets={"safe": {name: mode}, "perf": {name: "always"}}, thresholds=thresholds)
         chosen = plan(environment(name, "sdpa"), profile, replace(problem, **lengths), policy)
         assert chosen.accepted[-1] == "sdpa"
         return getattr(chosen.candidates[0], "reason", None)

@@ -1,7 +1,7 @@
 """Which backend runs which operation of Native Sparse Attention, and why."""
 
 from nsa_routing.__about__ import __version__
-from nsa_routing.breaker import closed
+from nsa_routing.breaker import closed, failure_counts
 from nsa_routing.dispatching import dispatch, plan_for, poll, reset
 from nsa_routing.environment import Environment, probe
 from nsa_routing.planning import Accepted, Plan, Rejected, explain, plan
@@ -23,6 +23,7 @@ __all__ = [
     "closed",
     "dispatch",
     "explain",
+    "failure_counts",
     "load_profile",
     "plan",
     "plan_for",

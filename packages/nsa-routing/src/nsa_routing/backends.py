@@ -20,21 +20,26 @@ class Backend(Protocol):
         """Why the backend cannot run `op` on this problem and machine, in words; None if it can, at every length."""
 
 
-def installed_backends() -> dict[str, EntryPoint]:
+def installed_backends(*, strict: bool = True) -> dict[str, EntryPoint]:
     """Entry points of the installed backends by name, ordered by name; nothing is imported.
 
+    Without `strict` a name that is offered twice is left out.
+
     Raises:
-        RuntimeError: two distributions offer the same name.
+        RuntimeError: two distributions offer different objects by the same name.
     """
     found: dict[str, EntryPoint] = {}
+    twice: set[str] = set()
     for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
         if point.name in found and found[point.name].value != point.value:
-            raise RuntimeError(
-                f"backend {point.name}: expected one distribution to offer it, got {found[point.name].value} "
-                f"and {point.value}"
-            )
+            if strict:
+                raise RuntimeError(
+                    f"backend {point.name}: expected one distribution to offer it, got {found[point.name].value} "
+                    f"and {point.value}"
+                )
+            twice.add(point.name)
         found[point.name] = point
-    return found
+    return {name: point for name, point in found.items() if name not in twice}
 
 
 @cache
@@ -46,7 +51,7 @@ def load_backend(name: str) -> Backend:
         TypeError: the object is no backend, or carries another name.
         ImportError, OSError: its module, or a library that it needs, does not load.
     """
-    points = installed_backends()
+    points = installed_backends(strict=False)
     if name not in points:
         raise ValueError(f"backend: expected one of {sorted(points)}, got {name!r}")
     backend = points[name].load()

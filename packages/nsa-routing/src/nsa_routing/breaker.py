@@ -1,6 +1,7 @@
 """Closed routes: a backend that returned nonsense, or does not compile, is not asked again until someone resets it."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,14 +11,15 @@ from torch import Tensor
 class Breaker:
     """Whether one backend may run one operation on one device.
 
-    Results that are checked without waiting for them leave their verdict in `flag`, on the device; `mirror` is a copy
-    in pinned memory that arrives some time later and costs nothing to read.
+    `failures` counts what went wrong, by kind. Results that are checked without waiting for them leave their verdict in
+    `flag`, on the device; `mirror` is a copy in pinned memory that arrives some time later and costs nothing to read.
     """
 
     backend: str
     op: str
     device: str
     closed: bool = False
+    failures: Counter[str] = field(default_factory=Counter)
     flag: Tensor | None = None
     mirror: Tensor | None = None
 
@@ -25,12 +27,15 @@ class Breaker:
         """Make the flag, outside any graph capture: memory taken inside one is the graph's."""
         if self.flag is not None or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return
-        self.flag = torch.zeros((), dtype=torch.bool, device=device)
-        if device.type == "cuda":
-            self.mirror = torch.zeros((), dtype=torch.bool, pin_memory=True)
+        with torch.inference_mode(False):  # a tensor made in inference mode cannot be updated outside it
+            self.flag = torch.zeros((), dtype=torch.bool, device=device)
+            if device.type == "cuda":
+                self.mirror = torch.zeros((), dtype=torch.bool, pin_memory=True)
 
     def note(self, bad: Tensor) -> None:
         """Remember on the device that a result was bad; no synchronisation, and it may be captured in a graph."""
+        if self.flag is None and not torch.compiler.is_compiling():
+            self.prepare(bad.device)  # the route was planned inside a capture
         if self.flag is not None:
             self.flag.logical_or_(bad)
             if self.mirror is not None and not torch.compiler.is_compiling():
@@ -68,10 +73,21 @@ def closed() -> frozenset[tuple[str, str, str]]:
     return frozenset(key for key, found in routes if found.closed)
 
 
+def failure_counts() -> dict[tuple[str, str, str], dict[str, int]]:
+    """How often each (backend, op, device) failed since the last reset, by kind; routes that never did are left out.
+
+    Example:
+        >>> failure_counts()
+        {}
+    """
+    return {(found.backend, found.op, found.device): dict(found.failures) for found in all_breakers() if found.failures}
+
+
 def forget() -> None:
-    """Open every route, those that someone holds included."""
+    """Open every route, those that someone holds included, and count from 0."""
     for found in all_breakers():
         found.closed = False
+        found.failures.clear()
         if found.flag is not None:
             found.flag.zero_()
             if found.mirror is not None:

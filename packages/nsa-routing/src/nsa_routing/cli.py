@@ -303,7 +303,9 @@ def _plans_table(plans: list[Plan]) -> Table:
         for candidate in made.candidates:
             if candidate.backend != made.backend:
                 later = "accepted, but later in the order"
-                reason = candidate.reason if isinstance(candidate, Rejected) else later
+                reason = later
+                if isinstance(candidate, Rejected):
+                    reason = f"stops here: {candidate.reason}" if candidate.fatal else candidate.reason
                 others.add_row(Text(candidate.backend), Text(reason))
         chosen = Text(made.backend, "bold green") if made.backend else Text("none", "bold red")
         table.add_row(Text(made.problem.op), chosen, others)

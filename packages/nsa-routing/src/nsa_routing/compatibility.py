@@ -1,6 +1,6 @@
 """Which Triton belongs to which torch. A wrong pair miscompiles or crashes late; here it is named before that."""
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 # Minor versions, from the requirements that each torch release publishes.
 TRITON_OF_TORCH = {
@@ -48,6 +48,11 @@ def wrong_triton(torch: str, triton: str | None, pinned: str | None = None) -> s
     """
     if triton is None:
         return None
+    for version in (torch, triton, pinned or triton):
+        try:
+            Version(version)
+        except InvalidVersion:
+            return f"torch {torch} and triton {triton} cannot be compared: {version!r} is no version"
     right = minor(pinned) if pinned else TRITON_OF_TORCH.get(minor(torch))
     fits = minor(triton) == right if right else minor(triton).startswith("3.")
     return None if fits else f"torch {torch} needs triton {right or '3'}, got triton {triton}"

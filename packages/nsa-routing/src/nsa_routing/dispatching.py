@@ -17,7 +17,7 @@ from nsa_routing.planning import BROKEN, Plan, Rejected, explain, plan
 from nsa_routing.policy import Policy
 from nsa_routing.problem import LENGTHS, OPS, STATIC, Problem, describe, device_name
 from nsa_routing.profile import LAST_RESORT, Profile, load_profile, profile_of
-from nsa_routing.route import GuardedRun, Run
+from nsa_routing.route import NOT_FINITE, GuardedRun, Run
 
 DETERMINISTIC_OPS = ("compressed_attention", "selected_attention", "window_attention")  # those that take the keyword
 MOST_ROUTES = 4096  # problems remembered; past that the memory starts anew
@@ -57,6 +57,9 @@ class _Router:
         return self.machines[device, index]
 
     def plan(self, problem: Problem, policy: Policy) -> Plan:
+        if problem.deterministic is None:
+            wanted = policy.deterministic or torch.are_deterministic_algorithms_enabled()
+            problem = replace(problem, deterministic=wanted)
         machine = self.machine(problem.device, problem.device_index)
         return plan(machine.environment, machine.profile, problem, policy, breaker.closed())
 
@@ -65,16 +68,25 @@ class _Router:
         if backend is not None:
             load_backend(backend)  # a name that is not installed is the caller's mistake: ValueError, not a plan
             policy = replace(policy, backends=tuple((op, backend) for op in OPS))
-        if problem.deterministic is None:
-            wanted = policy.deterministic or torch.are_deterministic_algorithms_enabled()
-            problem = replace(problem, deterministic=wanted)
         chosen = self.plan(problem, policy)
+        problem = chosen.problem
         if chosen.backend is None:
-            asked = f" (requested: {chosen.requested})" if chosen.requested else ""
-            raise RuntimeError(f"no backend accepts the problem{asked}\n{explain(chosen)}")
+            raise RuntimeError(self._refusal(chosen, policy))
         self._tell(chosen, policy)
         run = _guarded(chosen, policy, self._exact(problem))
         return partial(run, deterministic=True) if problem.deterministic and problem.op in DETERMINISTIC_OPS else run
+
+    def _refusal(self, chosen: Plan, policy: Policy) -> str:
+        """Why nothing runs: the plan, the one without the request, and what the machine could not tell."""
+        asked = f" (requested: {chosen.requested})" if chosen.requested else ""
+        lines = [f"no backend accepts the problem{asked}", explain(chosen)]
+        if chosen.requested:
+            lines += [
+                "without the request:",
+                *explain(self.plan(chosen.problem, replace(policy, backends=()))).splitlines()[1:],
+            ]
+        unknown = self.machine(chosen.problem.device, chosen.problem.device_index).environment.unknown
+        return "\n".join([*lines, *(f"not found out: {reason}" for reason in unknown)])
 
     def _exact(self, problem: Problem) -> Run | None:
         """The last resort's operation, None where it cannot run the problem."""
@@ -154,6 +166,9 @@ def dispatch(op: str, problem: Problem, *, backend: str | None = None) -> Callab
 def plan_for(problem: Problem, policy: Policy | None = None) -> Plan:
     """The plan that `dispatch` follows on this machine, or would with another policy.
 
+    Raises:
+        ValueError: a flag or the profile is wrong.
+
     Example:
         >>> plan_for(Problem("combine", "cpu", torch.float32, 64, 64, 4)).profile
         'cpu'
@@ -168,7 +183,14 @@ def machine_of(device: str | None = None, index: int = 0) -> Machine:
 
 
 def reset() -> None:
-    """Forget what the process knows: flags and profiles are read anew, closed routes open, messages may come again."""
+    """Forget what the process knows: flags and profiles are read anew, closed routes open, messages may come again.
+
+    Example:
+        >>> reset()
+        >>> closed_after = poll()
+        >>> len(closed_after)
+        0
+    """
     _the_router.cache_clear()
     breaker.forget()
     events.forget()
@@ -179,18 +201,24 @@ def reset() -> None:
 
 
 def poll() -> frozenset[tuple[str, str, str]]:
-    """Read the flags that `NSA_CHECK_FINITE=flag` left on devices, close their routes, and return all closed ones.
+    """Read the flags that unfinished checks left on devices, close their routes, and return all closed ones.
 
-    Synchronises with each device that has a flag. Without it the news arrives by itself, a call or more later.
+    Synchronises with each device that has a flag. Ordinary calls read theirs by themselves, a call or more later;
+    compiled code and replayed graphs never do: there `poll` is the only way for the news to arrive.
+
+    Example:
+        >>> poll()
+        frozenset()
     """
     for found in breaker.all_breakers():
         if not found.closed and found.noted(wait=True):
             found.closed = True
+            found.failures[NOT_FINITE] += 1
             events.tell(
                 logging.WARNING,
-                f"{found.op} on {found.backend}, {found.device}: returned non-finite values for finite inputs in an "
-                "earlier call; the route is closed until nsa_routing.reset(). To reproduce, set "
-                f"NSA_BACKEND={found.op}={found.backend} NSA_CHECK_FINITE=always",
+                f"{found.op} on {found.backend}, {found.device}: {NOT_FINITE} in an earlier call; the route is closed "
+                f"until nsa_routing.reset(). To reproduce, set NSA_BACKEND={found.op}={found.backend} "
+                "NSA_CHECK_FINITE=always",
                 *(found.backend, found.op, found.device, "poll"),
             )
     return breaker.closed()

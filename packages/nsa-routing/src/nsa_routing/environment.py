@@ -76,13 +76,14 @@ def probe(device: str | None = None, index: int = 0) -> Environment:
         torch=torch.__version__,
         triton=fact("triton", lambda: _version(*TRITONS), None),
         flash_attn=fact("flash_attn", lambda: _version("flash-attn"), None),
-        backends=fact("backends", lambda: tuple(installed_backends()), ()),
+        backends=fact("backends", lambda: tuple(installed_backends()), ())
+        or fact("backends", lambda: tuple(installed_backends(strict=False)), ()),  # those that one offers alone
         name=fact("name", lambda: torch.cuda.get_device_name(index), None) if device == "cuda" else None,
         memory=fact("memory", lambda: _memory(device, index), None),
         cuda=torch.version.cuda,
         driver=fact("driver", _driver, None) if nvidia else None,
         triton_pin=fact("triton_pin", _triton_pin, None),
-        unknown=tuple(unknown),
+        unknown=tuple(dict.fromkeys(unknown)),
     )
 
 

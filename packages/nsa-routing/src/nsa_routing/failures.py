@@ -1,9 +1,19 @@
 """Which exceptions of a backend are its own failure, so that another one may take over. All others propagate."""
 
+from subprocess import CalledProcessError
+
 import torch
 
 OUT_OF_MEMORY = "ran out of memory"
 COMPILE_ERROR = "failed to compile"
+
+NO_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+NO_COMPILER = ("Failed to find C compiler", "PassManager::run failed", "Internal Triton PTX codegen error")
 
 
 def failure_kind(error: BaseException) -> str | None:
@@ -15,15 +25,18 @@ def failure_kind(error: BaseException) -> str | None:
     """
     if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
         return OUT_OF_MEMORY
-    if isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error):
-        return OUT_OF_MEMORY  # torch has no type for it
+    if isinstance(error, RuntimeError):  # of what has no type of its own
+        if any(words in str(error) for words in NO_MEMORY):
+            return OUT_OF_MEMORY
+        if any(words in str(error) for words in NO_COMPILER):
+            return COMPILE_ERROR
+    if isinstance(error, CalledProcessError):  # Triton's call of the C compiler
+        return COMPILE_ERROR
     names = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
     # By name, so that triton is not imported to find out. Its interpreter wraps whatever a kernel raises: not a
-    # compile error. A failing compiler pass has no type of its own.
+    # compile error.
     if "triton.runtime.errors.InterpreterError" in names:
         return None
     if names & {"triton.errors.TritonError", "triton.compiler.errors.CompilationError"}:
         return COMPILE_ERROR
-    if "triton.runtime.errors.OutOfResources" in names or str(error) == "PassManager::run failed":
-        return COMPILE_ERROR
-    return None
+    return COMPILE_ERROR if "triton.runtime.errors.OutOfResources" in names else None

@@ -51,18 +51,19 @@ class Plan:
 
     @property
     def accepted(self) -> tuple[str, ...]:
-        """The accepted backends, best first: a failing route falls back along them."""
-        return tuple(candidate.backend for candidate in self.candidates if isinstance(candidate, Accepted))
+        """The accepted backends before any fatal rejection, best first: a failing route falls back along them."""
+        names: list[str] = []
+        for candidate in self.candidates:
+            if isinstance(candidate, Accepted):
+                names.append(candidate.backend)
+            elif candidate.fatal:
+                break
+        return tuple(names)
 
     @property
     def backend(self) -> str | None:
         """The backend that runs the problem; None if all are rejected, or a fatal rejection comes first."""
-        for candidate in self.candidates:
-            if isinstance(candidate, Accepted):
-                return candidate.backend
-            if candidate.fatal:
-                return None
-        return None
+        return next(iter(self.accepted), None)
 
 
 def plan(
@@ -121,10 +122,11 @@ def _judge(
         reason = f"has no operation {problem.op}"
     if reason is None and automatic:
         reason = _held_back(name, profile, problem, policy)
-    if reason is None and (name, problem.op, device_name(problem)) in closed:
-        reason = f"closed on {device_name(problem)} after a failure, until nsa_routing.reset()"
     if reason is not None:
         return Rejected(name, reason)
+    if (name, problem.op, device_name(problem)) in closed:
+        reason = f"closed on {device_name(problem)} after a failure, until nsa_routing.reset()"
+        return Rejected(name, reason, fatal=policy.fallback == "raise")
     wrong = _wrong_triton(backend, environment)
     return Rejected(name, wrong, fatal=True) if wrong else Accepted(name)
 

@@ -65,6 +65,17 @@ FLAGS: Mapping[str, Flag] = MappingProxyType(
 )
 
 
+VALUES: Mapping[str, tuple[str | None, ...]] = MappingProxyType(
+    {
+        "preset": PRESETS,
+        "fa2": ("auto", "0", "1"),
+        "fallback": ("auto", "raise"),
+        "check_finite": (None, *CHECKS),
+        "log": (None, *LOG_LEVELS),
+    }
+)
+
+
 @dataclass(frozen=True)
 class Policy:
     """The flags as a value.
@@ -75,6 +86,9 @@ class Policy:
         profile: name or path; None takes the device's.
         triton_sel_force, fa2, fallback, deterministic, log, log_every: as FLAGS has them.
         check_finite: None takes the preset's.
+
+    Raises:
+        ValueError: a field has a value that its flag does not take.
 
     Example:
         >>> policy = Policy.from_env({"NSA_BACKEND": "window_attention=sdpa", "NSA_PRESET": "perf"})
@@ -92,6 +106,11 @@ class Policy:
     deterministic: bool = False
     log: str | None = None
     log_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name, values in VALUES.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}: expected one of {list(values)}, got {getattr(self, name)!r}")
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:

@@ -40,6 +40,7 @@ class Problem:
         max_seqlen_q, max_seqlen_k: the longest sequence's queries and keys.
 
     Raises:
+        TypeError: dtype is no torch.dtype.
         ValueError: an unknown op.
 
     Example:
@@ -74,6 +75,8 @@ class Problem:
     def __post_init__(self) -> None:
         if self.op not in OPS:
             raise ValueError(f"op: expected one of {list(OPS)}, got {self.op!r}")
+        if not isinstance(self.dtype, torch.dtype):
+            raise TypeError(f"dtype: expected a torch.dtype, got {self.dtype!r} of type {type(self.dtype).__name__}")
 
 
 STATIC = tuple(field.name for field in fields(Problem) if field.name not in LENGTHS)  # all but the lengths

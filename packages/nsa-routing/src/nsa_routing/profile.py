@@ -8,8 +8,9 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
 import yaml
+from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from nsa_routing.policy import FA2_BACKENDS, PRESETS
 from nsa_routing.problem import LENGTHS, OPS
@@ -32,6 +33,11 @@ class Lengths(_Frozen):
     max_seqlen_k: int | None = Field(default=None, ge=0)
 
 
+def _as_date(value: Any) -> Any:
+    """YAML reads an unquoted date as one; quoted it is a string. Numbers, which could be seconds, are neither."""
+    return datetime.date.fromisoformat(value) if isinstance(value, str) else value
+
+
 class Measurement(_Frozen):
     """Where a number comes from.
 
@@ -41,8 +47,7 @@ class Measurement(_Frozen):
         csv: the raw measurements, a path beside the profile.
     """
 
-    # YAML reads an unquoted date as one; JSON and quoted YAML give a string.
-    date: Annotated[datetime.date, Field(strict=False)]
+    date: Annotated[datetime.date, BeforeValidator(_as_date)]
     gpu: str = Field(min_length=1)
     csv: str = Field(min_length=1)
 
@@ -105,22 +110,34 @@ def _is_specifier(value: str) -> str:
     return value
 
 
+def _is_distribution(value: str) -> str:
+    try:
+        plain = Requirement(value).name == value
+    except InvalidRequirement:
+        plain = False
+    if not plain:
+        raise ValueError("expected a distribution's name, without extras or versions")
+    return value
+
+
 Op = Literal[OPS]  # type: ignore[valid-type]  # mypy wants the strings themselves
 Preset = Literal[PRESETS]  # type: ignore[valid-type]
 Specifier = Annotated[str, AfterValidator(_is_specifier)]
+Distribution = Annotated[str, AfterValidator(_is_distribution)]
+OneLine = Annotated[str, Field(pattern=r"^[^\n]+$")]
 
 
 class _File(_Frozen):
     """One file as it stands: what it does not say, the profile that it extends does. A null takes an entry away."""
 
-    name: str = Field(min_length=1)
+    name: OneLine
     source: str = Field(min_length=1)
     extends: str | None = None
     order: dict[Op, list[str]] = {}
     presets: dict[Preset, dict[str, Mode | None]] = {}
     thresholds: dict[Op, dict[str, Threshold | None]] = {}
     denials: dict[Op, dict[str, Denial | None]] = {}
-    pins: dict[str, Specifier | None] = {}
+    pins: dict[Distribution, Specifier | None] = {}
 
 
 class Profile(_Frozen):
@@ -192,8 +209,11 @@ class Profile(_Frozen):
         denial = self.denials.get(op, {}).get(name)
         if denial and denial.lifted_by is None:
             return f"denials.{op}.{name} refuses it always"
-        if not any(name in modes for modes in self.presets.values()):
+        modes = {modes[name] for modes in self.presets.values() if name in modes}
+        if not modes:
             return "no preset takes the backend"
+        if modes == {"measured"} and self.thresholds[op][name].measured is None and name not in FA2_BACKENDS:
+            return "it is not measured, and every preset that takes the backend wants that"
         return None
 
 
@@ -299,7 +319,7 @@ def _read(path: Path) -> _File:
         raise ValueError(f"profile: expected one of {_shipped()} or a .yaml file, got {given!r}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected a readable file, got {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that no calendar has, say
         raise ValueError(f"{path}: expected YAML, got {error}") from error
     try:
         return _File.model_validate(document)

@@ -41,7 +41,7 @@ class GuardedRun:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The operation's result."""
-        if self.breaker.closed or (self.check == "flag" and self._bad_news(args, kwargs)):
+        if self.breaker.closed or (self.check != "off" and self._bad_news(args, kwargs)):
             return self._instead(args, kwargs)
         try:
             result = self.run(*args, **kwargs)
@@ -61,12 +61,12 @@ class GuardedRun:
         if finite is None:
             return result
         if self.check == "flag" or not _may_wait(finite):
-            inputs = inputs_finite(args)
+            inputs = inputs_finite((*args, *kwargs.values()))
             self.breaker.note(~finite if inputs is None else ~finite & inputs)
             return result
         if finite.item():
             return result
-        inputs = inputs_finite(args)
+        inputs = inputs_finite((*args, *kwargs.values()))
         if inputs is not None and not inputs.item():
             return result
         exact = None if self.exact is None else self.exact(*args, **kwargs)
@@ -83,6 +83,8 @@ class GuardedRun:
         """Whether the flag of an earlier call came in, outside of any waiting, capture or compilation."""
         if torch.compiler.is_compiling() or not self.breaker.noted(wait=False):
             return False
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return False
         self.breaker.closed = True
         self._report(f"{NOT_FINITE} in an earlier call", args, kwargs)
         return True
@@ -90,13 +92,14 @@ class GuardedRun:
     def _instead(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.fallback is None:
             raise RuntimeError(
-                f"{self.breaker.op} on {self.breaker.backend} was requested, but the route is closed on "
-                f"{self.breaker.device} after a failure, until nsa_routing.reset()"
+                f"{self.breaker.op} on {self.breaker.backend}: the route is closed on {self.breaker.device} after a "
+                "failure, until nsa_routing.reset(); nothing takes its place: it was requested, or NSA_FALLBACK=raise"
             )
         return self.fallback(*args, **kwargs)
 
     def _report(self, what: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, traceback: bool = False) -> str:
         route = self.breaker
+        route.failures[what] += 1
         then = "raised" if self.fallback is None else "another backend takes over"
         if what != OUT_OF_MEMORY:
             then += f"; the route is closed on {route.device} until nsa_routing.reset()"

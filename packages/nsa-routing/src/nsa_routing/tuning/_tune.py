@@ -118,8 +118,11 @@ def tune(
         TuningError: no inputs, nothing to measure, or `sdpa` runs out of memory.
     """
     _check(out, ops, lengths, repeat, preset)
+    backends = None if backends is None else tuple(dict.fromkeys(backends))
     policy = Policy.from_env() if policy is None else policy
     environment = probe(device, index)
+    if environment.device == "cuda" and environment.name is None:
+        raise TuningError(f"expected a cuda device {index}, got none: {'; '.join(environment.unknown)}")
     extends, note = profile_of(environment.device, environment.sm)
     profile = load_profile(extends)
     dtype = dtype or (torch.float32 if environment.device == "cpu" else torch.bfloat16)
@@ -186,8 +189,10 @@ def _check(out: Path, ops: Sequence[str], lengths: Sequence[int], repeat: int, p
     unknown = [op for op in ops if op not in OPS]
     if unknown or not ops:
         raise ValueError(f"ops: expected some of {list(OPS)}, got {unknown or list(ops)}")
-    if not lengths or min(lengths) < 1:
-        raise ValueError(f"lengths: expected numbers of at least 1, got {list(lengths)}")
+    if not lengths or min(lengths) < 1 or max(lengths) >= 2**31:
+        raise ValueError(f"lengths: expected numbers from 1 to 2^31 - 1, got {list(lengths)}")
+    if out.is_dir() or out.with_suffix(".csv").is_dir():
+        raise ValueError(f"out: expected a path that is no folder, as {out.with_suffix('.csv').name}, got {str(out)!r}")
     if repeat < LEAST_REPEATS:
         raise ValueError(f"repeat: expected at least {LEAST_REPEATS}, got {repeat}")
     if preset is not None and preset not in PRESETS:
