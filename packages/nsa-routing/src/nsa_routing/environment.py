@@ -30,6 +30,10 @@ class Environment:
         driver: the NVIDIA driver's version.
         triton_pin: the Triton version that torch's metadata requires, None where it requires none.
         unknown: facts that could not be found out, each with its reason.
+
+    Example:
+        >>> Environment("cuda", 90, "2.11.0", "3.6.0", None, ("sdpa",)).memory is None
+        True
     """
 
     device: str

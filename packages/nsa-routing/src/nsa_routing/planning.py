@@ -41,6 +41,13 @@ class Plan:
         candidates: Accepted or Rejected, best first.
         requested: the backend that the caller or the policy named, or None for an automatic route.
         profile, preset: what was planned by.
+
+    Example:
+        >>> import torch
+        >>> problem = Problem("combine", "cpu", torch.float32, 64, 64, 4)
+        >>> made = Plan(problem, (Rejected("triton", "needs CUDA"), Accepted("sdpa")))
+        >>> made.backend, made.accepted
+        ('sdpa', ('sdpa',))
     """
 
     problem: Problem

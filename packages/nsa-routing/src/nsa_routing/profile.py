@@ -156,6 +156,11 @@ class Profile(_Frozen):
 
     Raises:
         ValueError (as pydantic's ValidationError): an entry that contradicts another, so that it could never matter.
+
+    Example:
+        >>> made = Profile(name="made", source="an example", order=dict.fromkeys(OPS, ("sdpa",)))
+        >>> made.order["combine"], dict(made.presets)
+        (('sdpa',), {})
     """
 
     name: str
