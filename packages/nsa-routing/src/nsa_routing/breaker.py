@@ -1,5 +1,6 @@
 """Closed routes: a backend that returned nonsense, or does not compile, is not asked again until someone resets it."""
 
+import threading
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -49,17 +50,22 @@ class Breaker:
 
 
 _breakers: dict[tuple[str, str, str], Breaker] = {}
+_lock = threading.Lock()  # of the dictionary: a thread that adds to it must not meet one that goes through it
 
 
 def breaker(backend: str, op: str, device: str) -> Breaker:
     """The breaker of a route."""
     key = (backend, op, device)
-    return _breakers.get(key) or _breakers.setdefault(key, Breaker(*key))  # threads that meet here share one
+    with _lock:
+        if key not in _breakers:
+            _breakers[key] = Breaker(*key)
+        return _breakers[key]
 
 
 def all_breakers() -> tuple[Breaker, ...]:
     """Those of every route taken so far."""
-    return tuple(_breakers.values())
+    with _lock:
+        return tuple(_breakers.values())
 
 
 def closed() -> frozenset[tuple[str, str, str]]:
@@ -69,8 +75,7 @@ def closed() -> frozenset[tuple[str, str, str]]:
         >>> closed()
         frozenset()
     """
-    routes = tuple(_breakers.items())  # copied in one step: other threads may add to it
-    return frozenset(key for key, found in routes if found.closed)
+    return frozenset((found.backend, found.op, found.device) for found in all_breakers() if found.closed)
 
 
 def failure_counts() -> dict[tuple[str, str, str], dict[str, int]]:
