@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nsa_varlen.layout import VarlenLayout
 
 # Lengths n of one class: 2^(c-1) < n <= 2^c. The first class is for 0.
-CLASS_ENDS = torch.tensor([0, *(1 << c for c in range(31))])
+CLASS_ENDS = torch.tensor([0, *(1 << c for c in range(31))], device="cpu")
 # Rows of a bucket's table, one column per sequence.
 SEQUENCE, FIRST_QUERY, QUERIES, FIRST_KEY, KEYS, FIRST_POSITION = range(6)
 
@@ -149,7 +149,7 @@ class Bucket:
     def _padded(self, first: int, lengths: int, width: int) -> PaddedRows:
         total = int(self._table[lengths].sum())
         starts = self._table[first]
-        side_by_side = starts[0] + width * torch.arange(len(starts))
+        side_by_side = starts[0] + width * torch.arange(len(starts), device="cpu")
         whole = total == width * len(starts) and torch.equal(starts, side_by_side)
         columns = self._columns
         start = int(starts[0]) if whole else None
@@ -222,7 +222,7 @@ def make_buckets(layout: "VarlenLayout", blocks: BlockGeometry | None) -> tuple[
     causal = (seeing == num_keys) & (blocks is None)
     kind = torch.bucketize(seeing, CLASS_ENDS) * len(CLASS_ENDS) + torch.bucketize(num_keys, CLASS_ENDS)
     kind, order = (kind * 2 + causal).masked_fill_(seeing == 0, -1).sort(stable=True)
-    numbers = torch.arange(len(seeing))
+    numbers = torch.arange(len(seeing), device="cpu")
     table = torch.stack((numbers, cu_q[1:] - seeing, seeing, keys[:-1], num_keys, cu_k.diff() - seeing))[:, order]
     kinds, counts = torch.unique_consecutive(kind, return_counts=True)
     found = []

@@ -118,8 +118,8 @@ class VarlenLayout:
         if len(q) != len(k):
             raise ValueError(f"k: expected {len(q)} lengths, as many as q, got {len(k)}")
         ends = [list(accumulate(lengths, initial=0)) for lengths in (q, k)]
-        cu_q = torch.tensor(ends[0], dtype=torch.int32)
-        cu_k = cu_q if k is q else torch.tensor(ends[1], dtype=torch.int32)
+        cu_q = torch.tensor(ends[0], dtype=torch.int32, device="cpu")
+        cu_k = cu_q if k is q else torch.tensor(ends[1], dtype=torch.int32, device="cpu")
         host = cls(cu_q, cu_k, max([0, *q]), max([0, *k]), ends[0][-1], ends[1][-1])  # Dynamo knows no max(default=)
         return host if device is None else host.to(device)
 
@@ -317,7 +317,7 @@ class VarlenLayout:
         def build() -> CompressedLayout:
             lengths = [blocks.num_compressed(end - start) for start, end in pairwise(self.host.cu_seqlens_k.tolist())]
             cu_seqlens = list(accumulate(lengths, initial=0))
-            offsets = to_device(torch.tensor(cu_seqlens, dtype=torch.int32), self.device)
+            offsets = to_device(torch.tensor(cu_seqlens, dtype=torch.int32, device="cpu"), self.device)
             return CompressedLayout(offsets, max(lengths, default=0), cu_seqlens[-1])
 
         return self.derive(("compressed", blocks.kernel_size, blocks.kernel_stride), build)
