@@ -46,3 +46,41 @@ def test_a_default_device_moves_nothing_that_the_host_computes(backend: Any) -> 
 def test_a_default_device_moves_no_constant_of_an_import() -> None:
     with torch.device("meta"):
         assert runpy.run_path(buckets.__file__)["CLASS_ENDS"].device.type == "cpu"
+
+
+@pytest.mark.parametrize("made_in", ["training", "inference"])
+def test_a_layout_first_used_in_inference_mode_serves_in_training(backend: Any, made_in: str) -> None:
+    layout = VarlenLayout.from_lengths(*LENGTHS)
+    inputs = random_inputs(layout)
+    _, expected = trained(backend, inputs, layout)
+    with torch.inference_mode(made_in == "inference"):
+        layout = VarlenLayout.from_lengths(*LENGTHS)
+    with torch.inference_mode():
+        run_ops(backend, inputs, layout, BLOCKS)
+        assert torch.is_inference_mode_enabled()
+    _, grads = trained(backend, inputs, layout)
+    assert all(torch.equal(x, y) for x, y in zip(grads, expected, strict=True))
+
+
+@pytest.mark.parametrize("blocks", [None, BLOCKS], ids=["raw", "compressed"])
+def test_buckets_first_used_in_inference_mode_serve_in_training(blocks: BlockGeometry | None) -> None:
+    layout = VarlenLayout.from_lengths([5, 3, 7], [5, 3, 7])
+    with torch.inference_mode():
+        for bucket in layout.buckets(blocks):
+            for rows in (bucket.queries, bucket.keys):
+                rows.gather(torch.randn(15, 2))
+                kept = [bucket.positions, rows.rows, *rows.real, rows.padding]
+                assert not any(x.is_inference() for x in kept)
+    x = torch.randn(15, 2, requires_grad=True)
+    out = torch.zeros(15, 2)
+    for bucket in layout.buckets(blocks):
+        out = bucket.queries.scatter(bucket.queries.gather(x), out)
+    out.sum().backward()
+    seen = torch.cat([bucket.q_rows[bucket.q_rows >= 0] for bucket in layout.buckets(blocks)])
+    assert torch.equal(x.grad[seen], torch.ones(len(seen), 2))
+
+
+def test_what_a_layout_derives_records_no_gradients() -> None:
+    layout, x = VarlenLayout.from_lengths([3]), torch.ones(3, requires_grad=True)
+    with torch.no_grad():
+        assert not layout.derive("doubled", lambda: 2 * x).requires_grad

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nsa_varlen.geometry import BlockGeometry
+from nsa_varlen.keeping import outside_inference
 from nsa_varlen.paged import PagedKV
 from nsa_varlen.transfer import to_device
 
@@ -44,24 +45,28 @@ class PaddedRows:
     start: int | None
 
     @cached_property
+    @outside_inference
     def rows(self) -> Tensor:
         """Packed row of each place: int64 [b, width], -1 for padding."""
         place = torch.arange(self.width, device=self.first.device)
         return torch.where(place < self.lengths[:, None], self.first[:, None] + place, -1)
 
     @cached_property
+    @outside_inference
     def real(self) -> tuple[Tensor, Tensor]:
         """Of each real row, int64 [total]: its place in the flattened batch and its packed row."""
         member, within = _runs(self.lengths, self.total)
         return member * self.width + within, self.first[member] + within
 
     @cached_property
+    @outside_inference
     def padding(self) -> Tensor:
         """Places of padding in the flattened batch: int64 [b * width - total]."""
         member, within = _runs(self.width - self.lengths, len(self.lengths) * self.width - self.total)
         return member * self.width + self.lengths[member] + within
 
     @cached_property
+    @outside_inference
     def _within(self) -> Tensor:
         """Which row of its own run to read for each place: int64 [b, width], in the padding the last."""
         return torch.minimum(torch.arange(self.width, device=self.lengths.device), self.lengths[:, None] - 1)
@@ -133,15 +138,18 @@ class Bucket:
     _blocks: BlockGeometry | None  # of the compressed keys
 
     @cached_property
+    @outside_inference
     def _columns(self) -> Tensor:
         return to_device(self._table, self._device)
 
     @cached_property
+    @outside_inference
     def queries(self) -> PaddedRows:
         """Which packed queries the batch holds."""
         return self._padded(FIRST_QUERY, QUERIES, self.max_seqlen_q)
 
     @cached_property
+    @outside_inference
     def keys(self) -> PaddedRows:
         """Which packed keys (or compressed blocks) it holds: all of each sequence."""
         return self._padded(FIRST_KEY, KEYS, self.max_seqlen_k)
@@ -166,6 +174,7 @@ class Bucket:
         return self.keys.rows
 
     @cached_property
+    @outside_inference
     def positions(self) -> Tensor:
         """Position of each query in its sequence: int64 [b, Sq], -1 for padding (which so sees nothing)."""
         place = torch.arange(self.max_seqlen_q, device=self._device)

@@ -241,13 +241,16 @@ class VarlenLayout:
     def derive(self, key: Hashable, build: Callable[[], Derived]) -> Derived:
         """`build()` on the first call with `key`, afterwards the same object: what follows from a layout is kept in it.
 
+        `build` runs outside inference mode and without gradients: what it makes may serve in training later.
+
         Example:
             >>> layout = VarlenLayout.from_lengths([3])
             >>> layout.derive("tiles", lambda: [(0, 3)]) is layout.derive("tiles", list)
             True
         """
         if key not in self._derived:
-            self._derived[key] = build()
+            with torch.inference_mode(False), torch.no_grad():  # as `outside_inference`, which Dynamo cannot trace here
+                self._derived[key] = build()
         value: Derived = self._derived[key]
         return value
 
