@@ -58,17 +58,13 @@ def masked_attention(
         >>> out.flatten().tolist(), lse.exp().flatten().tolist()
         ([1.0, 2.0], [1.0, 2.0])
     """
-    if is_causal:
-        rows = max(1, CALL_LOGITS // max(1, q.shape[0] * q.shape[2] * k.shape[1]))
-        if rows < q.shape[1]:
-            parts = [
-                _attend(q[:, start:end], k[:, :end], v[:, :end], _causal(start, end, k), scale)
-                for start, end in ((start, min(start + rows, q.shape[1])) for start in range(0, q.shape[1], rows))
-            ]
-            outs, lses = zip(*parts, strict=True)
-            return torch.cat(outs, 1), torch.cat(lses, 2)
-        mask = _causal(0, q.shape[1], k)
-    return _attend(q, k, v, mask, scale)
+    if not is_causal:
+        return _attend(q, k, v, mask, scale)
+    rows = max(1, CALL_LOGITS // max(1, q.shape[0] * q.shape[2] * k.shape[1]))
+    ends = [(start, min(start + rows, q.shape[1])) for start in range(0, q.shape[1], rows)]
+    parts = [_attend(q[:, i:end], k[:, :end], v[:, :end], _causal(i, end, k), scale) for i, end in ends]
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, 1), torch.cat(lses, 2)
 
 
 def _causal(start: int, end: int, k: Tensor) -> Tensor:
