@@ -28,7 +28,11 @@ POISON = [torch.nan, torch.inf, -torch.inf, torch.finfo(torch.float32).max]
 # Pieces of sdpa: whatever they are, batched or not, and both loop orders of selected attention.
 PIECES: dict[str, list[tuple[Any, str, int]]] = {
     "as-it-comes": [],
-    "batches-by-query": [(_interval, "CPU_SHORT_KEYS", 1 << 20), (_selected, "ROWS_PER_BLOCK", 1 << 40)],
+    "batches-by-query": [
+        (_interval, "CPU_SHORT_KEYS", 1 << 20),
+        (_interval, "CPU_SHORT_PRODUCTS", 1 << 40),
+        (_selected, "ROWS_PER_BLOCK", 1 << 40),
+    ],
     "tiles-by-block": [(_interval, "CPU_SHORT_KEYS", 0), (_selected, "ROWS_PER_BLOCK", 0)],
 }
 

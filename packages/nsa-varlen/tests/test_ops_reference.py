@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nsa_varlen import BlockGeometry, VarlenLayout, masks, reference
-from nsa_varlen.sdpa import BACKEND, _interval, _selected, _tiles
+from nsa_varlen.sdpa import BACKEND, _backend, _interval, _selected, _tiles
 from nsa_varlen.testing import (
     Inputs,
     Results,
@@ -269,3 +269,18 @@ def test_the_poison_is_poisonous() -> None:
         made = (torch.empty(2), torch.ones(2).new_empty(2), torch.empty_like(torch.ones(2)))
         assert all(x.isnan().all() for x in made)
         assert int(torch.empty(1, dtype=torch.int32)) == -(2**31)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "batched"),
+    [
+        ([50] * 8, [50] * 8, True),
+        ([65, 128] * 4, [65, 128] * 4, False),  # queries and keys are padded to 128, half the logits hidden anyway
+        ([1] * 8, [129, 256] * 4, True),
+        ([4] * 8, [256] * 8, True),
+        ([1] * 8, [257] * 8, False),
+    ],
+)
+def test_a_cpu_batches_few_products_over_few_keys(q: list[int], k: list[int], batched: bool) -> None:
+    interval = _backend._window_interval(VarlenLayout.from_lengths(q, k), BlockGeometry(), 8, 2)
+    assert {isinstance(piece, _tiles.Batch) for piece in interval.pieces} == {batched}
