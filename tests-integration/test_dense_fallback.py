@@ -1,4 +1,4 @@
-"""Does a backend that knows dense batches only serve ragged ones through the routes, and one without a form leave them?"""
+"""Does a dense form serve ragged batches through the routes, and do they go to sdpa where a backend has no form?"""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -40,14 +40,17 @@ def _row(kv: KV, sequence: Tensor, position: Tensor, cu_seqlens: Tensor) -> Tens
 def _take(kv: KV, row: Tensor) -> Tensor:
     heads = torch.arange(row.shape[1], device=row.device)[:, None]
     if not isinstance(kv, PagedKV):
-        return _at(kv, row, heads)
+        return _flat(kv, row, heads) if kv.is_contiguous() else kv[row, heads]
+    found, pages = row.clamp_min(0), kv.pages
+    if pages.is_contiguous():
+        taken = _flat(pages.flatten(0, 1), found, heads)
+    else:  # by page and row: flattening a view of a larger pool would copy it all
+        taken = pages[torch.div(found, kv.page_size, rounding_mode="floor"), found % kv.page_size, heads]
     # A missing page must be written over: what stands in its place may be NaN, which no weight of 0 hides.
-    return _at(kv.pages.flatten(0, 1), row.clamp_min(0), heads).masked_fill_((row < 0)[..., None], 0.0)
+    return taken.masked_fill_((row < 0)[..., None], 0.0)
 
 
-def _at(rows: Tensor, row: Tensor, heads: Tensor) -> Tensor:
-    """Rows [n, Hk, D] at (row, head): [R, Hk, S, D]."""
-    if rows.is_contiguous():  # index_select copies whole rows, several times faster than indexing
-        index = row * rows.shape[1] + heads
-        return rows.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
-    return rows[row, heads]
+def _flat(rows: Tensor, row: Tensor, heads: Tensor) -> Tensor:
+    """Contiguous rows [n, Hk, D] at (row, head): [R, Hk, S, D]."""
+    index = row * rows.shape[1] + heads  # index_select copies whole rows, several times faster than indexing
+    return rows.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
