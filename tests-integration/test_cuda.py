@@ -77,6 +77,32 @@ def test_buckets_are_made_and_used_without_synchronisation(blocks: BlockGeometry
     assert x.grad is not None
 
 
+@pytest.mark.parametrize("use", ["compressed", "buckets", "block_spans", "host"])
+def test_offsets_on_a_device_alone_are_read_once_on_first_use(use: str) -> None:
+    known = VarlenLayout.from_lengths(*LENGTHS, device="cuda")
+    numbers = {name: getattr(known, name) for name in ("max_seqlen_q", "max_seqlen_k", "total_q", "total_k")}
+    uses = {
+        "compressed": lambda layout: layout.compressed(BLOCKS),
+        "buckets": lambda layout: [bucket.visible() for bucket in (*layout.buckets(), *layout.buckets(BLOCKS))],
+        "block_spans": lambda layout: layout.block_spans(BLOCKS),
+        "host": lambda layout: layout.host,
+    }
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layout = VarlenLayout.from_cu_seqlens(known.cu_seqlens_q, known.cu_seqlens_k, **numbers)
+        uses[use](known)
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            uses[use](layout)
+        torch.cuda.set_sync_debug_mode(mode)
+        uses[use](layout)
+        torch.cuda.set_sync_debug_mode("error")
+        for again in uses.values():
+            again(layout)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
 @pytest.mark.usefixtures("no_synchronisation")
 def test_packing_with_numbers_does_not_synchronise() -> None:
     mask = torch.arange(6, device="cuda") < torch.arange(1, 4, device="cuda")[:, None] * 2

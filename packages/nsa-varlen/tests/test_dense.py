@@ -185,3 +185,31 @@ def test_half_precision_keeps_its_budget(dtype: torch.dtype, autocast: bool) -> 
     assert out.dtype == dtype
     assert_within_budget(out, plain_attention(*inputs, masks.window_mask(layout, BLOCKS)[:, None]), exact)
     torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=5e-5)  # fp32 at unit scale
+
+
+@pytest.mark.parametrize("logits", [1, 2 * 4 * 9 * 2, 2 * 4 * 9 * 4, 1 << 26])
+def test_a_causal_call_holds_no_more_logits_than_a_masked_one(logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 9, heads, 16, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
+    mask = torch.ones(2, 9, 9, dtype=torch.bool).tril()
+    expected = with_gradients(masked_attention_of(mask, is_causal=False), [q, k, v])
+    sizes = []
+    matmul = torch.matmul
+
+    def watched(x: Tensor, y: Tensor) -> Tensor:
+        out = matmul(x, y)
+        if y.shape[-2] == 16:  # keys, not values: there are at most 9
+            sizes.append(out.numel())
+        return out
+
+    monkeypatch.setattr(dense, "CALL_LOGITS", logits)
+    monkeypatch.setattr(torch, "matmul", watched)
+    got = with_gradients(masked_attention_of(None, is_causal=True), [q, k, v])
+    assert max(sizes) <= max(logits, 2 * 4 * 9)  # a row of the longest keys at least
+    assert len(sizes) == {1: 9, 144: 5, 288: 3}.get(logits, 1)
+    for name, x in got.items():
+        torch.testing.assert_close(x, expected[name], rtol=0, atol=LSE_ABS if name == "lse" else MAX_ABS)
+
+
+def masked_attention_of(mask: Tensor | None, is_causal: bool) -> Callable[..., Any]:
+    return lambda *qkv: masked_attention(*qkv, mask, scale=0.5, is_causal=is_causal)

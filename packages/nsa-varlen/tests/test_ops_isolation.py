@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from nsa_varlen import BlockGeometry, VarlenLayout
+from nsa_varlen import BlockGeometry, PagedKV, VarlenLayout
 from nsa_varlen.sdpa import _interval, _selected
 from nsa_varlen.testing import BACKENDS, random_inputs, to_pages
 from torch import Tensor
@@ -28,7 +28,11 @@ POISON = [torch.nan, torch.inf, -torch.inf, torch.finfo(torch.float32).max]
 # Pieces of sdpa: whatever they are, batched or not, and both loop orders of selected attention.
 PIECES: dict[str, list[tuple[Any, str, int]]] = {
     "as-it-comes": [],
-    "batches-by-query": [(_interval, "CPU_SHORT_KEYS", 1 << 20), (_selected, "ROWS_PER_BLOCK", 1 << 40)],
+    "batches-by-query": [
+        (_interval, "CPU_SHORT_KEYS", 1 << 20),
+        (_interval, "CPU_SHORT_PRODUCTS", 1 << 40),
+        (_selected, "ROWS_PER_BLOCK", 1 << 40),
+    ],
     "tiles-by-block": [(_interval, "CPU_SHORT_KEYS", 0), (_selected, "ROWS_PER_BLOCK", 0)],
 }
 
@@ -157,3 +161,34 @@ def test_pages_keep_sequences_apart_too(backend: Any, batch: str, op: str) -> No
                 poisoned[problem.rows_of(name, victim)] = value
                 got = problem.forward(paged(problem.arguments | {name: poisoned}))
                 problem.assert_others_unchanged(got, clean, victim)
+
+
+@pytest.mark.parametrize("pages_of_values", ["shared-table", "own-table"])
+@pytest.mark.parametrize("op", ["selected_attention", "window_attention"])
+def test_a_missing_page_is_zeros_whoever_owns_the_first_page_of_the_pool(
+    backend: Any, op: str, pages_of_values: str
+) -> None:
+    """Sequence 1 lost its first page: hidden keys, and listed ones, must not be read from where page 0 lies."""
+    layout, blocks = VarlenLayout.from_lengths([1, 1], [8, 8]), BlockGeometry(4, 4, 4, 2, 0, 1, 8)
+    q, k, v, _ = random_inputs(layout, dtype=torch.float32)
+    table, lengths = torch.tensor([[0, 1], [-1, 3]], dtype=torch.int32), torch.tensor([8, 8], dtype=torch.int32)
+    zeroed = []
+    streams: list[tuple[Tensor, Tensor]] = []
+    for x in (k, v):
+        own = x.clone()
+        own[8:12] = 0
+        zeroed.append(own)
+        streams.append((own.unflatten(0, (4, 4)), table if pages_of_values == "shared-table" else table.clone()))
+    for listed in ([1, -1], [0, 1]):
+        indices = torch.tensor([[[0, 1]] * 2, [listed] * 2], dtype=torch.int32)
+        rest = (indices, layout, blocks) if op == "selected_attention" else (layout, blocks)
+        expected = getattr(backend, op)(q, *zeroed, *rest)
+        for value in (1.0, *POISON):
+            paged = []
+            for pages, of in streams:
+                pages = pages.clone()
+                pages[0] = value
+                paged.append(PagedKV(pages, of, lengths))
+            got = getattr(backend, op)(q, *paged, *rest)
+            torch.testing.assert_close(got[0][1], expected[0][1], rtol=0, atol=1e-6)
+            torch.testing.assert_close(got[1][:, 1], expected[1][:, 1], rtol=0, atol=1e-6)

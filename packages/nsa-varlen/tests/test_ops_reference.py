@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nsa_varlen import BlockGeometry, VarlenLayout, masks, reference
-from nsa_varlen.sdpa import BACKEND, _interval, _selected, _tiles
+from nsa_varlen import BlockGeometry, PagedKV, VarlenLayout, masks, reference
+from nsa_varlen.sdpa import BACKEND, _backend, _interval, _selected, _tiles
 from nsa_varlen.testing import (
     Inputs,
     Results,
@@ -20,6 +20,7 @@ from nsa_varlen.testing import (
     selection_margin,
     to_pages,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SMALL = BlockGeometry(kernel_size=4, kernel_stride=2, block_size=4, topk=5, window_size=7)
 DENSE = BlockGeometry(kernel_size=1, kernel_stride=1, block_size=3, topk=6, init_blocks=2, window_size=1)
@@ -269,3 +270,57 @@ def test_the_poison_is_poisonous() -> None:
         made = (torch.empty(2), torch.ones(2).new_empty(2), torch.empty_like(torch.ones(2)))
         assert all(x.isnan().all() for x in made)
         assert int(torch.empty(1, dtype=torch.int32)) == -(2**31)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "batched"),
+    [
+        ([50] * 8, [50] * 8, True),
+        ([65, 128] * 4, [65, 128] * 4, False),  # queries and keys are padded to 128, half the logits hidden anyway
+        ([1] * 8, [129, 256] * 4, True),
+        ([4] * 8, [256] * 8, True),
+        ([1] * 8, [257] * 8, False),
+    ],
+)
+def test_a_cpu_batches_few_products_over_few_keys(q: list[int], k: list[int], batched: bool) -> None:
+    interval = _backend._window_interval(VarlenLayout.from_lengths(q, k), BlockGeometry(), 8, 2)
+    assert {isinstance(piece, _tiles.Batch) for piece in interval.pieces} == {batched}
+
+
+@pytest.mark.parametrize("op", ["selected_attention", "window_attention", "rows"])
+def test_pages_that_are_views_of_a_fused_pool_are_not_copied_whole(op: str) -> None:
+    """Keys and values side by side in [P, 2, page, H, D]: nothing as large as all the pages may be made."""
+    lengths = [50, 33, 41]
+    layout = VarlenLayout.from_lengths([1, 2, 1], lengths)
+    q, k, v, _ = random_inputs(layout)
+    own = [to_pages(x, lengths, 4) for x in (k, v)]
+    pool = torch.full((1000, 2, *own[0].pages.shape[1:]), torch.nan, dtype=q.dtype)
+    for which, x in enumerate(own):
+        pool[: len(x.pages), which] = x.pages
+    fused = [PagedKV(pool[:, which], x.block_table, x.lengths) for which, x in enumerate(own)]
+    assert not fused[0].pages.is_contiguous()
+    indices = torch.arange(SMALL.topk, dtype=torch.int32).expand(layout.total_q, k.shape[1], -1).contiguous()
+
+    def run(kv: list[PagedKV]) -> tuple[torch.Tensor, ...]:
+        if op == "rows":
+            return tuple(x.rows(layout.sequence_of_keys(), layout.key_positions()) for x in kv)
+        rest = (indices, layout, SMALL) if op == "selected_attention" else (layout, SMALL)
+        return getattr(BACKEND, op)(q, *kv, *rest)
+
+    expected = run(own)
+    with Largest() as largest:
+        got = run(fused)
+    assert largest.elements < pool.numel() // 4  # half the pool is the keys, or the values
+    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor with its own memory that an operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not func.is_view:
+            self.elements = max(self.elements, out.numel())
+        return out

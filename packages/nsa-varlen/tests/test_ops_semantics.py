@@ -6,6 +6,7 @@ import pytest
 import torch
 from nsa_varlen import BlockGeometry, VarlenLayout, masks, reference
 from nsa_varlen.sdpa import _selected
+from nsa_varlen.sdpa._selection import top_blocks
 from nsa_varlen.testing import BACKENDS, Inputs, Results, certified_inputs, random_inputs, run_ops
 
 BLOCKS = BlockGeometry(kernel_size=4, kernel_stride=2, block_size=4, topk=5, window_size=7)
@@ -419,3 +420,13 @@ def test_forced_blocks_survive_scores_that_are_nan() -> None:
     indices = BACKENDS["sdpa"].select_blocks(q, k_cmp, torch.zeros(2, 400), layout, blocks)
     assert {0, 5, 6} <= set(indices[-1, 0].tolist())
     assert int(indices.max()) == 6
+
+
+def test_a_score_that_is_nan_drops_no_block_whatever_its_sign() -> None:
+    """inf - inf is NaN with its sign bit set on x86: as an integer below 0, where a block is no candidate."""
+    nan = torch.tensor([0x7FC00000, -0x400000], dtype=torch.int32).view(torch.float32)
+    assert nan.isnan().all()
+    blocks, current = BlockGeometry(topk=6), torch.full((1, 1, 1), 5)
+    for score in (*nan, torch.tensor(-0.0)):
+        chosen = top_blocks(score.expand(1, 1, 1, 8), current, blocks)
+        assert chosen.flatten().tolist() == [0, 1, 2, 3, 4, 5]

@@ -58,6 +58,39 @@ def test_gradients_reach_real_tokens_alone(real: bool) -> None:
     assert torch.equal(x.grad, (mask * torch.arange(1.0, 4.0))[..., None].expand_as(x).double())
 
 
+@pytest.mark.parametrize(("real", "padding"), [(3, 1000), (1000, 3), (1, 7)])
+def test_the_gradient_adds_padding_to_no_row_in_particular(real: int, padding: int) -> None:
+    """Thousands of rows of padding added to one row go one after another on a GPU, although each adds 0."""
+    mask = torch.arange(real + padding) >= padding
+    x = torch.randn(1, real + padding, 2, dtype=torch.float64)
+    packed, _, pad_index = pack(x, mask[None])
+    packed.requires_grad_()
+    padded = unpack(packed, pad_index)
+    nodes, indices = [padded.grad_fn], []
+    while nodes:
+        node = nodes.pop()
+        indices += [node._saved_index] if hasattr(node, "_saved_index") else getattr(node, "_saved_indices", ())
+        nodes += [parent for parent, _ in node.next_functions if parent is not None]
+    (index,) = indices
+    times = index.flatten().bincount(minlength=real)
+    assert int(times.max()) <= 1 + -(-padding // real)
+    direction = torch.randn_like(padded)
+    direction[0, :padding] = torch.nan  # of padding, no gradient is asked
+    padded.backward(direction)
+    assert torch.equal(packed.grad, direction[0, padding:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.int64, torch.float16, torch.float64, torch.complex64])
+@pytest.mark.parametrize("real", [True, False], ids=["some-real", "all-padding"])
+def test_unpacking_takes_any_dtype(dtype: torch.dtype, real: bool) -> None:
+    mask = torch.tensor([[False, real, real], [real, False, real]])
+    x = torch.ones(2, 3, 4).to(dtype)
+    packed, _, pad_index = pack(x, mask)
+    padded = unpack(packed, pad_index)
+    assert padded.dtype == dtype
+    assert torch.equal(padded, x * mask[..., None].to(dtype))
+
+
 def test_unpacking_keeps_trailing_dimensions_and_dtype() -> None:
     packed, _, pad_index = pack(torch.ones(2, 3, 4, 5, dtype=torch.bfloat16), torch.ones(2, 3, dtype=torch.bool))
     assert packed.shape == (6, 4, 5)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -486,3 +487,22 @@ def test_a_step_writes_every_stream(left_out: str, cache: NSACache, config: NSAC
     with pytest.raises(RuntimeError, match=rf"^step: expected slc, win and cmp .*, got no \['{left_out}'\]$"):
         attempt()
     assert cache.lengths == before[0]
+
+
+def test_a_default_device_moves_nothing_that_the_host_computes(make_cache: Callable, config: NSAConfig) -> None:
+    """Nothing on the device "meta" has contents: page numbers made there would not come back."""
+    lengths = [[30, 5], [1, 1], [4, 9]]
+    new = [rows(sum(step), config, seed) for seed, step in enumerate(lengths)]
+    found = []
+    for surroundings in (nullcontext(), torch.device("meta")):
+        cache = make_cache(config, 2, 64, device="cpu")
+        parts: list[Tensor] = []
+        for counts, (k, v) in zip(lengths, new, strict=True):
+            with surroundings, cache.extend(counts) as step:
+                step.write_slc(k, v)
+                step.write_win(k, v)
+                step.write_cmp(k, v, lambda k, v, positions, layout, starts: (k[: len(starts)], v[: len(starts)]))
+                parts += [step.layout.positions(), *(x.lengths for x in (*step.cmp, *step.slc))]
+        found.append([*parts, *tensors(cache).values()])
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nsa_varlen.geometry import BlockGeometry
+from nsa_varlen.keeping import outside_inference
 from nsa_varlen.paged import PagedKV
 from nsa_varlen.transfer import to_device
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from nsa_varlen.layout import VarlenLayout
 
 # Lengths n of one class: 2^(c-1) < n <= 2^c. The first class is for 0.
-CLASS_ENDS = torch.tensor([0, *(1 << c for c in range(31))])
+CLASS_ENDS = torch.tensor([0, *(1 << c for c in range(31))], device="cpu")
 # Rows of a bucket's table, one column per sequence.
 SEQUENCE, FIRST_QUERY, QUERIES, FIRST_KEY, KEYS, FIRST_POSITION = range(6)
 
@@ -44,24 +45,28 @@ class PaddedRows:
     start: int | None
 
     @cached_property
+    @outside_inference
     def rows(self) -> Tensor:
         """Packed row of each place: int64 [b, width], -1 for padding."""
         place = torch.arange(self.width, device=self.first.device)
         return torch.where(place < self.lengths[:, None], self.first[:, None] + place, -1)
 
     @cached_property
+    @outside_inference
     def real(self) -> tuple[Tensor, Tensor]:
         """Of each real row, int64 [total]: its place in the flattened batch and its packed row."""
         member, within = _runs(self.lengths, self.total)
         return member * self.width + within, self.first[member] + within
 
     @cached_property
+    @outside_inference
     def padding(self) -> Tensor:
         """Places of padding in the flattened batch: int64 [b * width - total]."""
         member, within = _runs(self.width - self.lengths, len(self.lengths) * self.width - self.total)
         return member * self.width + self.lengths[member] + within
 
     @cached_property
+    @outside_inference
     def _within(self) -> Tensor:
         """Which row of its own run to read for each place: int64 [b, width], in the padding the last."""
         return torch.minimum(torch.arange(self.width, device=self.lengths.device), self.lengths[:, None] - 1)
@@ -133,15 +138,18 @@ class Bucket:
     _blocks: BlockGeometry | None  # of the compressed keys
 
     @cached_property
+    @outside_inference
     def _columns(self) -> Tensor:
         return to_device(self._table, self._device)
 
     @cached_property
+    @outside_inference
     def queries(self) -> PaddedRows:
         """Which packed queries the batch holds."""
         return self._padded(FIRST_QUERY, QUERIES, self.max_seqlen_q)
 
     @cached_property
+    @outside_inference
     def keys(self) -> PaddedRows:
         """Which packed keys (or compressed blocks) it holds: all of each sequence."""
         return self._padded(FIRST_KEY, KEYS, self.max_seqlen_k)
@@ -149,7 +157,7 @@ class Bucket:
     def _padded(self, first: int, lengths: int, width: int) -> PaddedRows:
         total = int(self._table[lengths].sum())
         starts = self._table[first]
-        side_by_side = starts[0] + width * torch.arange(len(starts))
+        side_by_side = starts[0] + width * torch.arange(len(starts), device="cpu")
         whole = total == width * len(starts) and torch.equal(starts, side_by_side)
         columns = self._columns
         start = int(starts[0]) if whole else None
@@ -166,6 +174,7 @@ class Bucket:
         return self.keys.rows
 
     @cached_property
+    @outside_inference
     def positions(self) -> Tensor:
         """Position of each query in its sequence: int64 [b, Sq], -1 for padding (which so sees nothing)."""
         place = torch.arange(self.max_seqlen_q, device=self._device)
@@ -222,7 +231,7 @@ def make_buckets(layout: "VarlenLayout", blocks: BlockGeometry | None) -> tuple[
     causal = (seeing == num_keys) & (blocks is None)
     kind = torch.bucketize(seeing, CLASS_ENDS) * len(CLASS_ENDS) + torch.bucketize(num_keys, CLASS_ENDS)
     kind, order = (kind * 2 + causal).masked_fill_(seeing == 0, -1).sort(stable=True)
-    numbers = torch.arange(len(seeing))
+    numbers = torch.arange(len(seeing), device="cpu")
     table = torch.stack((numbers, cu_q[1:] - seeing, seeing, keys[:-1], num_keys, cu_k.diff() - seeing))[:, order]
     kinds, counts = torch.unique_consecutive(kind, return_counts=True)
     found = []

@@ -64,7 +64,7 @@ def collate_tokens(examples: Sequence[Example], *, ignore_index: int = -100) -> 
         raise TypeError(f"examples: expected a list of examples, got {type(examples).__name__}")
     if type(ignore_index) is not int:
         raise TypeError(f"ignore_index: expected an int, got {ignore_index!r} of type {type(ignore_index).__name__}")
-    ids, labels = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
+    ids, labels = ([torch.empty(0, dtype=torch.int64, device="cpu")] for _ in range(2))
     for index, example in enumerate(examples):
         name = f"examples[{index}]"
         if not isinstance(example, Mapping):
@@ -92,7 +92,7 @@ def collate_tokens(examples: Sequence[Example], *, ignore_index: int = -100) -> 
 def _as_tensor(name: str, tokens: object) -> Tensor:
     """Token ids or labels as int64 [S]."""
     if hasattr(tokens, "__array_interface__"):  # a NumPy array; a copy, for a memory-mapped one may be read-only
-        tokens = torch.tensor(tokens)
+        tokens = torch.tensor(tokens, device="cpu")
     if isinstance(tokens, Tensor):
         if tokens.dtype not in INTEGERS:
             raise TypeError(f"{name}: expected an integer dtype, got {tokens.dtype}")
@@ -107,4 +107,4 @@ def _as_tensor(name: str, tokens: object) -> Tensor:
     for place, token in enumerate(tokens):
         if type(token) is not int:
             raise TypeError(f"{name}[{place}]: expected an int, got {token!r} of type {type(token).__name__}")
-    return torch.tensor(tokens, dtype=torch.int64)
+    return torch.tensor(tokens, dtype=torch.int64, device="cpu")

@@ -47,6 +47,10 @@ def masked_attention(
 ) -> tuple[Tensor, Tensor]:
     """`Dense` by plain torch, half precision computed in fp32: out [b, Sq, Hq, Dv] in q's dtype, lse fp32 [b, Hq, Sq].
 
+    With is_causal the queries go in runs of at most CALL_LOGITS logits, each over the keys up to its last query:
+    temporaries are bounded (a single row's logits excepted), but what autograd keeps for the backward is not, half the
+    square of the logits. With a mask all is computed at once: whoever made the mask has bounded it.
+
     Example:
         >>> q = k = torch.zeros(1, 2, 1, 4)
         >>> v = torch.tensor([1.0, 3.0]).reshape(1, 2, 1, 1)
@@ -54,13 +58,26 @@ def masked_attention(
         >>> out.flatten().tolist(), lse.exp().flatten().tolist()
         ([1.0, 2.0], [1.0, 2.0])
     """
+    if not is_causal:
+        return _attend(q, k, v, mask, scale)
+    rows = max(1, CALL_LOGITS // max(1, q.shape[0] * q.shape[2] * k.shape[1]))
+    ends = [(start, min(start + rows, q.shape[1])) for start in range(0, q.shape[1], rows)]
+    parts = [_attend(q[:, i:end], k[:, :end], v[:, :end], _causal(i, end, k), scale) for i, end in ends]
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, 1), torch.cat(lses, 2)
+
+
+def _causal(start: int, end: int, k: Tensor) -> Tensor:
+    """Which keys of k [b, Sk, Hk, Dk] queries [start, end) see: bool [1, end - start, min(end, Sk)]."""
+    return torch.ones(1, end - start, min(end, k.shape[1]), dtype=torch.bool, device=k.device).tril(start)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[2] // k.shape[2]
     q_heads = q.to(wide).unflatten(2, (-1, group)).permute(0, 2, 3, 1, 4)  # [b, Hk, G, Sq, Dk]
     k_heads, v_heads = (x.to(wide).transpose(1, 2)[:, :, None] for x in (k, v))  # [b, Hk, 1, Sk, D]
     logits = torch.matmul(q_heads * scale, k_heads.mT)
-    if is_causal:
-        mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()[None]
     if mask is not None:
         logits = logits.masked_fill(~mask[:, None, None], -torch.inf)
     top = logits.detach().amax(-1, keepdim=True)

@@ -56,9 +56,11 @@ class VarlenLayout:
         max_seqlen_q, max_seqlen_k: longest sequence, host ints.
         total_q, total_k: packed rows of q and of k/v, host ints.
 
-    Synchronisation: nothing reads a device where the caller has given the host numbers. `from_lengths` never does;
+    Synchronisation: no builder reads a device where the caller has given the host numbers. `from_lengths` never does;
     the other builders read the offsets once if a number is missing. The contents of cu_seqlens are checked where they
-    can be read for nothing (on the CPU) or are read anyway.
+    can be read for nothing (on the CPU) or are read anyway. What needs every length on the host (`host`, `compressed`,
+    `buckets`, `block_spans`) reads the offsets once, on the first use of any of them, of a layout whose offsets live on
+    a device only: one built there by the constructor, or from offsets and all the numbers.
 
     Raises:
         TypeError: cu_seqlens are not int32 tensors, or a count is not an int.
@@ -118,8 +120,8 @@ class VarlenLayout:
         if len(q) != len(k):
             raise ValueError(f"k: expected {len(q)} lengths, as many as q, got {len(k)}")
         ends = [list(accumulate(lengths, initial=0)) for lengths in (q, k)]
-        cu_q = torch.tensor(ends[0], dtype=torch.int32)
-        cu_k = cu_q if k is q else torch.tensor(ends[1], dtype=torch.int32)
+        cu_q = torch.tensor(ends[0], dtype=torch.int32, device="cpu")
+        cu_k = cu_q if k is q else torch.tensor(ends[1], dtype=torch.int32, device="cpu")
         host = cls(cu_q, cu_k, max([0, *q]), max([0, *k]), ends[0][-1], ends[1][-1])  # Dynamo knows no max(default=)
         return host if device is None else host.to(device)
 
@@ -136,8 +138,8 @@ class VarlenLayout:
     ) -> Self:
         """From int32 offsets [B+1]; `cu_k=None`: the same keys as queries, whose numbers then serve the keys too.
 
-        With a number missing the offsets are read: one synchronisation. With all of them nothing on a device is read,
-        and nothing there checked; on the CPU, contents always are.
+        With a number missing the offsets are read: one synchronisation. With all of them nothing on a device is read
+        here, and nothing there checked; on the CPU, contents always are.
 
         Raises:
             TypeError, ValueError: as the constructor.
@@ -241,13 +243,16 @@ class VarlenLayout:
     def derive(self, key: Hashable, build: Callable[[], Derived]) -> Derived:
         """`build()` on the first call with `key`, afterwards the same object: what follows from a layout is kept in it.
 
+        `build` runs outside inference mode and without gradients: what it makes may serve in training later.
+
         Example:
             >>> layout = VarlenLayout.from_lengths([3])
             >>> layout.derive("tiles", lambda: [(0, 3)]) is layout.derive("tiles", list)
             True
         """
         if key not in self._derived:
-            self._derived[key] = build()
+            with torch.inference_mode(False), torch.no_grad():  # as `outside_inference`, which Dynamo cannot trace here
+                self._derived[key] = build()
         value: Derived = self._derived[key]
         return value
 
@@ -312,12 +317,15 @@ class VarlenLayout:
         return self.derive(("block_spans", blocks.block_size), build)
 
     def compressed(self, blocks: BlockGeometry) -> CompressedLayout:
-        """Layout of the compressed blocks of this layout's keys: num_cmp(k_len) per sequence."""
+        """Layout of the compressed blocks of this layout's keys: num_cmp(k_len) per sequence.
+
+        Reads the offsets once, on first use, where they live on a device only; see the class.
+        """
 
         def build() -> CompressedLayout:
             lengths = [blocks.num_compressed(end - start) for start, end in pairwise(self.host.cu_seqlens_k.tolist())]
             cu_seqlens = list(accumulate(lengths, initial=0))
-            offsets = to_device(torch.tensor(cu_seqlens, dtype=torch.int32), self.device)
+            offsets = to_device(torch.tensor(cu_seqlens, dtype=torch.int32, device="cpu"), self.device)
             return CompressedLayout(offsets, max(lengths, default=0), cu_seqlens[-1])
 
         return self.derive(("compressed", blocks.kernel_size, blocks.kernel_stride), build)
@@ -329,6 +337,8 @@ class VarlenLayout:
         rounded up to the same powers of two, and padded to the longest of them only: less than twice the rows on
         either side, less than 4 times the products of queries and keys. Sequences with as many queries as keys are
         never mixed with others, and order is kept within a bucket.
+
+        Reads the offsets once, on first use, where they live on a device only; see the class.
 
         Raises:
             TypeError: blocks are no BlockGeometry.

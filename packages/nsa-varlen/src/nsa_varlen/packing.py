@@ -64,7 +64,12 @@ def unpack(packed: Tensor, pad_index: Tensor) -> Tensor:
         raise TypeError(f"pad_index: expected dtype torch.int64, got {pad_index.dtype}")
     if pad_index.ndim != 2:
         raise ValueError(f"pad_index: expected shape [B, S], got {list(pad_index.shape)}")
-    if packed.shape[0] == 0:
-        return packed.new_zeros(*pad_index.shape, *packed.shape[1:]) + packed.sum()
-    real = (pad_index >= 0).reshape(*pad_index.shape, *[1] * (packed.ndim - 1))
-    return torch.where(real, packed[pad_index.clamp_min(0)], packed.new_zeros(()))
+    flat, total = pad_index.flatten(), packed.shape[0]
+    if total == 0:  # there is no row to read; writing none of them keeps the gradient's way
+        padded = packed.new_zeros(len(flat), *packed.shape[1:]).index_copy(0, flat[:0], packed)
+        return padded.unflatten(0, pad_index.shape)
+    # Padding reads its row by turns: were it one row for all, the gradient would add them up there one after another.
+    own = torch.arange(len(flat), device=flat.device) % total
+    rows = packed.index_select(0, torch.where(flat < 0, own, flat))
+    padding = (flat < 0).reshape(-1, *[1] * (packed.ndim - 1))
+    return rows.masked_fill(padding, 0).unflatten(0, pad_index.shape)

@@ -101,7 +101,9 @@ class PagedKV:
     def rows(self, sequence: Tensor, position: Tensor) -> Tensor:
         """The stored rows at given (sequence, position): [..., H, D]. Zeros where the sequence has no page."""
         slots = self.slots(sequence, position)
-        rows = self.pages.flatten(0, 1)[slots.clamp_min(0)]
+        # By page and row: flattening pages that are a view of a larger pool would copy them all.
+        found = slots.clamp_min(0)
+        rows = self.pages[torch.div(found, self.page_size, rounding_mode="floor"), found % self.page_size]
         return rows.masked_fill_((slots < 0)[..., None, None], 0.0)
 
     def span(self, sequence: int, start: int, end: int) -> Tensor:

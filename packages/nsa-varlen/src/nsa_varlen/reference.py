@@ -90,8 +90,8 @@ def overlap(num_compressed: int, num_blocks: int, blocks: BlockGeometry) -> Tens
         >>> overlap(5, 2, BlockGeometry()).T.tolist()
         [[2.0, 2.0, 2.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0, 2.0]]
     """
-    start = torch.arange(num_compressed)[:, None] * blocks.kernel_stride
-    left = torch.arange(num_blocks) * blocks.block_size
+    start = torch.arange(num_compressed, device="cpu")[:, None] * blocks.kernel_stride
+    left = torch.arange(num_blocks, device="cpu") * blocks.block_size
     shared = torch.minimum(start + blocks.kernel_size, left + blocks.block_size) - torch.maximum(start, left)
     return shared.clamp_min(0).double() / blocks.kernel_stride
 

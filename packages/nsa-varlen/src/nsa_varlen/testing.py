@@ -74,14 +74,14 @@ def random_inputs(
     dtype: torch.dtype = torch.float64,
 ) -> Inputs:
     """Unit normal q, k, v and gates in (0, 1) on the layout's device; the values depend on the seed and sizes alone."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     sizes = (
         (layout.total_q, heads, head_dim),
         (layout.total_k, kv_heads, head_dim),
         (layout.total_k, kv_heads, head_dim if v_head_dim is None else v_head_dim),
         (layout.total_q, heads, 3),
     )
-    q, k, v, gates = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
+    q, k, v, gates = (torch.randn(size, generator=generator, dtype=torch.float64, device="cpu") for size in sizes)
     return Inputs(*(x.to(layout.device, dtype) for x in (q, k, v, gates.sigmoid())))
 
 
@@ -109,10 +109,10 @@ def run_ops(
 def to_pages(x: Tensor, lengths: Sequence[int], page_size: int, *, seed: int = 0) -> PagedKV:
     """Packed rows as shuffled pages of a pool with one page to spare; what no row fills is NaN."""
     counts = [-(-length // page_size) for length in lengths]
-    generator = torch.Generator().manual_seed(seed)
-    free = torch.randperm(sum(counts) + 1, generator=generator).tolist()
+    generator = torch.Generator("cpu").manual_seed(seed)
+    free = torch.randperm(sum(counts) + 1, generator=generator, device="cpu").tolist()
     pages = x.new_full((len(free), page_size, *x.shape[1:]), torch.nan)
-    table = torch.full((len(counts), max(counts, default=0)), -1, dtype=torch.int32)
+    table = torch.full((len(counts), max(counts, default=0)), -1, dtype=torch.int32, device="cpu")
     start = 0
     for sequence, (length, count) in enumerate(zip(lengths, counts, strict=True)):
         for page in range(count):

@@ -39,7 +39,7 @@ class PagedStream:
             needed = -(-count // self.page_size) - len(owned)
             if needed > 0:
                 pages = [self._free.pop() for _ in range(needed)]
-                fresh = torch.tensor(pages, dtype=torch.int32).to(self.block_table.device)
+                fresh = torch.tensor(pages, dtype=torch.int32, device="cpu").to(self.block_table.device)
                 self.block_table[sequence, len(owned) : len(owned) + needed] = fresh
                 owned.extend(pages)
 

@@ -279,17 +279,17 @@ class CacheStep:
         waiting = VarlenLayout.from_lengths(pending, device=cache.device)
         first = raw.cu_seqlens_k[:-1].long()
         waiting_rows = first[waiting.sequence_of_keys()] + waiting.key_positions()
-        first_new = first + torch.tensor(pending).to(cache.device)
+        first_new = first + torch.tensor(pending, device="cpu").to(cache.device)
         new_rows = first_new[self.new.sequence_of_keys()] + self.new.key_positions()
         # The last `kept` rows of each sequence wait for the next step; rows past them are never read.
         place = torch.arange(cache.pending_k.shape[1], device=cache.device)
-        first_kept = raw.cu_seqlens_k[1:].long() - torch.tensor(kept).to(cache.device)
+        first_kept = raw.cu_seqlens_k[1:].long() - torch.tensor(kept, device="cpu").to(cache.device)
         kept_rows = (first_kept[:, None] + place).clamp_max(raw.total_k - 1)
         k_raw, v_raw = k.new_empty(raw.total_k, *k.shape[1:]), v.new_empty(raw.total_k, *v.shape[1:])
         for joined, old, x in ((k_raw, cache.pending_k, k), (v_raw, cache.pending_v, v)):
             joined[waiting_rows] = old[waiting.sequence_of_keys(), waiting.key_positions()]
             joined[new_rows] = x
-        shift = torch.tensor(self._old_cmp).to(cache.device) * stride
+        shift = torch.tensor(self._old_cmp, device="cpu").to(cache.device) * stride
         positions = raw.key_positions() + shift[raw.sequence_of_keys()]
         starts = raw.compressed_starts(cache.config.blocks)
         starts = starts + shift[raw.sequence_of_compressed(cache.config.blocks)]
@@ -304,7 +304,7 @@ class CacheStep:
         self._unwritten.discard("cmp")
 
     def _append_pending(self, k: Tensor, v: Tensor) -> None:
-        first = torch.tensor(self._old_cmp).to(self._cache.device) * self._cache.config.kernel_stride
+        first = torch.tensor(self._old_cmp, device="cpu").to(self._cache.device) * self._cache.config.kernel_stride
         sequence = self.layout.sequence_of_queries()
         place = self.layout.positions() - first[sequence]
         self._cache.pending_k[sequence, place] = k
@@ -327,4 +327,4 @@ class CacheStep:
             raise ValueError(f"{name}: expected device {self._cache.device} of the cache, got {x.device}")
 
     def _lengths_tensor(self, lengths: list[int]) -> Tensor:
-        return torch.tensor(lengths, dtype=torch.int32).to(self._cache.device)
+        return torch.tensor(lengths, dtype=torch.int32, device="cpu").to(self._cache.device)

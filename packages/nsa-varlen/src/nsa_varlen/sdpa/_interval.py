@@ -21,9 +21,12 @@ from nsa_varlen.sdpa._tiles import Batch, Tile, Visible, plan
 CPU_TILE_ROWS = 512
 CPU_TILE_KEYS = 512
 DEVICE_TILE_LOGITS = 1 << 26
-# Sequences with at most this many keys may share a batch. It saves the others' launches and copies the keys: on a CPU,
-# where a launch costs little, not worth it beyond this many over all kv heads.
+# Sequences with at most this many keys may share a batch. It saves the others' launches, copies the keys and computes
+# the padding's and hidden logits too: on a CPU, where a launch costs little, not worth it beyond this many keys, nor
+# beyond this many products of queries and keys, over all kv heads. (Two kv heads: up to 256 keys for a few queries
+# each, 64 queries over 64 keys.)
 CPU_SHORT_KEYS = 512
+CPU_SHORT_PRODUCTS = 1 << 13
 DEVICE_SHORT_KEYS = 1024
 
 
@@ -40,16 +43,17 @@ class Interval:
     def __init__(
         self, layout: VarlenLayout, blocks: BlockGeometry | None, visible: Visible, num_heads: int, group_size: int
     ) -> None:
-        short_keys = DEVICE_SHORT_KEYS
         if layout.device.type == "cpu":
-            short_keys = CPU_SHORT_KEYS // (num_heads // group_size)
+            num_kv_heads = num_heads // group_size
+            short_keys, short_products = CPU_SHORT_KEYS // num_kv_heads, CPU_SHORT_PRODUCTS // num_kv_heads
             rows = max(1, CPU_TILE_ROWS // min(group_size, 8))
             self.tile_logits = CPU_TILE_ROWS * CPU_TILE_KEYS // group_size
         else:
             low, high = visible(layout.max_seqlen_k - 1)
             rows = min(1024, max(16, DEVICE_TILE_LOGITS // (num_heads * max(1, high - low))))
-            self.tile_logits = DEVICE_TILE_LOGITS // num_heads
-        self.pieces = plan(layout, blocks, visible, rows, short_keys, self.tile_logits)
+            self.tile_logits = short_products = DEVICE_TILE_LOGITS // num_heads
+            short_keys = DEVICE_SHORT_KEYS
+        self.pieces = plan(layout, blocks, visible, rows, short_keys, short_products, self.tile_logits)
         # First and end key of each packed query in its sequence, int64 [Tq] each: what `hide` compares with.
         hides = any(True for piece in self.pieces for _ in piece.ragged(piece.k0, piece.k1))
         self.bounds = visible(layout.positions()) if hides else None

@@ -66,7 +66,8 @@ def top_blocks(scores: Tensor, current: Tensor, blocks: BlockGeometry) -> Tensor
     the complement of the block's number is exact and ranks equal scores by the lower index.
     """
     block = torch.arange(scores.shape[-1], device=scores.device)
-    bits = scores.float().view(torch.int32).long().clamp_max_(FORCED - 1)  # NaN too ranks below the forced blocks
+    # NaN too ranks below the forced blocks and, with its sign bit set, not below 0, where no block is chosen.
+    bits = scores.float().view(torch.int32).long().clamp_(0, FORCED - 1)
     forced = (block < blocks.init_blocks) | (block > current[..., None] - blocks.local_blocks)
     bits.masked_fill_(forced, FORCED)
     key = bits.bitwise_left_shift_(INDEX_BITS).add_(scores.shape[-1] - block)

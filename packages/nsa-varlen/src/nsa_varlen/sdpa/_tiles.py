@@ -139,6 +139,7 @@ def plan(
     visible: Visible,
     rows: int,
     short_keys: int,
+    short_products: int,
     logits: int,
 ) -> list[Tile | Batch]:
     """Pieces that hold every query that sees a key, once each.
@@ -147,7 +148,8 @@ def plan(
         blocks: the keys are their compressed blocks, or the raw tokens for None.
         visible: keys that a position sees.
         rows: queries of a tile at most.
-        short_keys: sequences with at most as many, and with queries for one tile at most, may share a batch.
+        short_keys, short_products: sequences with at most as many keys, and products of queries and keys, and with
+            queries for one tile at most, may share a batch.
         logits: of one head, in one step.
     """
     host = layout.host
@@ -175,7 +177,8 @@ def plan(
     if sum(0 < length <= short_keys for length in lengths) > 1:  # otherwise nobody needs to make buckets
         for bucket in layout.buckets(blocks):
             queries, keys = bucket.max_seqlen_q, bucket.max_seqlen_k
-            if len(bucket.sequences) > 1 and queries <= rows and keys <= short_keys:
+            short = queries <= rows and keys <= short_keys and queries * keys <= short_products
+            if len(bucket.sequences) > 1 and short:
                 together = max(1, min(logits // (queries * keys), BATCH_KEYS // keys))
                 pieces.extend(Batch(part) for part in bucket.split(together))
                 alone.difference_update(bucket.sequences)
