@@ -180,22 +180,23 @@ def test_leaves_determinism_to_the_route(op: str, recorder: Recorder, arguments:
 def test_states_which_device_of_its_kind(
     op: str, recorder: Recorder, arguments: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fake tensors say that they are on a device which need not exist."""
+    """Fake tensors say that they are on a device, which need not exist where there are none at all."""
     mode = FakeTensorMode()
+    index = torch.cuda.device_count() - 1 if torch.cuda.is_available() else 3
 
     def fake(x: Tensor, device: object = None) -> Tensor:
-        return FakeTensor(mode, x.to("meta"), torch.device("cuda:3"))
+        return FakeTensor(mode, x.to("meta"), torch.device("cuda", index))
 
     monkeypatch.setattr(layout, "to_device", fake)
 
     def move(x: object) -> object:
         if isinstance(x, VarlenLayout):
-            return x.to("cuda:3")
+            return x.to(f"cuda:{index}")
         return fake(x) if isinstance(x, Tensor) else x
 
     getattr(ops, op)(*map(move, arguments[op]))
     problem = recorder.calls[0][1]
-    assert (problem.device, problem.device_index) == ("cuda", 3)
+    assert (problem.device, problem.device_index) == ("cuda", index)
 
 
 def paged(x: Tensor, lengths: list[int], page_size: int = 16) -> PagedKV:
