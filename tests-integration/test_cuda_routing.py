@@ -44,7 +44,7 @@ def _two_backends(triton: Adder, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     monkeypatch.setenv("NSA_PRESET", "perf")
     points = [SimpleNamespace(name=b.name, value=b.name, load=lambda b=b: b) for b in (triton, Adder("sdpa"))]
     monkeypatch.setattr(backends, "entry_points", lambda group: points)
-    monkeypatch.setattr(dispatching, "profile_of", lambda device, sm: ("sm90", None))
+    monkeypatch.setattr(dispatching, "profile_of", lambda *_: ("sm90", None))
     nsa_routing.reset()
     yield
     nsa_routing.reset()

@@ -348,7 +348,7 @@ def test_a_capture_is_flagged_whatever_was_asked(
     from nsa_routing import route
 
     made = faulty(spoiled("nan"))
-    monkeypatch.setattr(route, "_may_wait", lambda verdict: False)
+    monkeypatch.setattr(route, "capturing", lambda device: True)
     run = dispatch("window_attention", problem)
     assert run(x)[0].isnan().any()
     assert (ran(made), closed()) == (["fast"], frozenset())

@@ -8,6 +8,16 @@ import torch
 from torch import Tensor
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether a graph is being captured there: nothing may wait, and memory that is taken is the graph's.
+
+    Example:
+        >>> capturing(torch.device("cpu"))
+        False
+    """
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 @dataclass(eq=False)
 class Breaker:
     """Whether one backend may run one operation on one device.
@@ -26,7 +36,7 @@ class Breaker:
 
     def prepare(self, device: torch.device) -> None:
         """Make the flag, outside any graph capture: memory taken inside one is the graph's."""
-        if self.flag is not None or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        if self.flag is not None or capturing(device):
             return
         with torch.inference_mode(False):  # a tensor made in inference mode cannot be updated outside it
             self.flag = torch.zeros((), dtype=torch.bool, device=device)

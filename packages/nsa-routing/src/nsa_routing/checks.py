@@ -51,9 +51,7 @@ def run_checks(environment: Environment, workload: Workload, profile: str | None
     for reason in environment.unknown:
         yield Check("environment", "warn", reason)
     loaded = None
-    name, note = profile_of(environment.device, environment.sm)
-    if profile or policy.profile:
-        name, note = profile or policy.profile or "", None
+    name, note = profile_of(environment.device, environment.sm, profile or policy.profile)
     try:
         loaded = load_profile(name)
     except ValueError as error:

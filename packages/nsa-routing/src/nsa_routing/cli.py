@@ -250,9 +250,7 @@ def explain(
             raise typer.BadParameter(str(error).removeprefix("NSA_BACKEND: "), param_hint="'--backend'") from None
     environment = probe_machine(device, index) if sm is None else _made_up(sm)
     with _errors_on_one_line():
-        name, note = profile_of(environment.device, environment.sm)
-        if policy.profile:
-            name, note = policy.profile, None
+        name, note = profile_of(environment.device, environment.sm, policy.profile)
         loaded = load_profile(name)
     workload = typical(environment.device, index)
     workload = replace(

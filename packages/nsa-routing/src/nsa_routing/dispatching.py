@@ -47,9 +47,7 @@ class _Router:
     def machine(self, device: str, index: int) -> Machine:
         if (device, index) not in self.machines:
             environment = probe(device, index)
-            name, note = profile_of(environment.device, environment.sm)
-            if self.policy.profile is not None:
-                name, note = self.policy.profile, None
+            name, note = profile_of(environment.device, environment.sm, self.policy.profile)
             profile = load_profile(name)
             if note and device != "cpu":
                 events.tell(logging.WARNING, note, "profile", device, str(index))

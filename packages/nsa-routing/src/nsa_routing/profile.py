@@ -263,10 +263,11 @@ def load_profile(name_or_path: str | Path) -> Profile:
         raise ValueError(f"{path}: {_in_words(error)}") from error
 
 
-def profile_of(device: str, sm: int | None) -> tuple[str, str | None]:
+def profile_of(device: str, sm: int | None, named: str | None = None) -> tuple[str, str | None]:
     """(name, note): the shipped profile for a device, and what a person should know where it is not made for it.
 
-    An SM without a profile takes the nearest lower one of its major version.
+    An SM without a profile takes the nearest lower one of its major version. A profile that somebody `named` is taken
+    as it is.
 
     Example:
         >>> profile_of("cuda", 90)
@@ -274,6 +275,8 @@ def profile_of(device: str, sm: int | None) -> tuple[str, str | None]:
         >>> profile_of("cuda", 86)
         ('sm80', 'no profile for SM 8.6: the nearest lower one of its family is used')
     """
+    if named is not None:
+        return named, None
     if device == "cpu":
         return "cpu", None
     if sm is None:

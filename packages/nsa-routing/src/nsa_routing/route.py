@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa_routing.breaker import Breaker
+from nsa_routing.breaker import Breaker, capturing
 from nsa_routing.events import tell
 from nsa_routing.failures import OUT_OF_MEMORY, failure_kind
 from nsa_routing.finiteness import inputs_finite, result_finite
@@ -60,7 +60,7 @@ class GuardedRun:
         finite = result_finite(result)
         if finite is None:
             return result
-        if self.check == "flag" or not _may_wait(finite):
+        if self.check == "flag" or torch.compiler.is_compiling() or capturing(finite.device):
             inputs = inputs_finite((*args, *kwargs.values()))
             self.breaker.note(~finite if inputs is None else ~finite & inputs)
             return result
@@ -83,7 +83,7 @@ class GuardedRun:
         """Whether the flag of an earlier call came in, outside of any waiting, capture or compilation."""
         if torch.compiler.is_compiling() or not self.breaker.noted(wait=False):
             return False
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if capturing(torch.device(self.breaker.device)):
             return False
         self.breaker.closed = True
         self._report(f"{NOT_FINITE} in an earlier call", args, kwargs)
@@ -110,12 +110,6 @@ class GuardedRun:
         )
         tell(logging.WARNING, message, route.backend, route.op, route.device, what, traceback=traceback)
         return message
-
-
-def _may_wait(verdict: Tensor) -> bool:
-    if torch.compiler.is_compiling():
-        return False
-    return not (verdict.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def describe_call(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
