@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from nsa_varlen.arguments import KV, check_attention, check_block_indices, check_layout, heads_and_dim, scale_or_default
+from nsa_varlen.autograd import outside_autocast
 from nsa_varlen.buckets import Bucket
 from nsa_varlen.geometry import BlockGeometry
 from nsa_varlen.layout import VarlenLayout
-from nsa_varlen.sdpa._autograd import outside_autocast
 
 # Logits of one dense call with a mask at most: 256 MB of fp32, and a mask of 64 MB with a single head.
 CALL_LOGITS = 1 << 26

@@ -22,8 +22,8 @@ from nsa_varlen.sdpa._interval import Interval, interval_attention
 from nsa_varlen.sdpa._selected import selected
 from nsa_varlen.sdpa._selection import select
 from nsa_varlen.sdpa._tiles import Position
-from nsa_varlen.sdpa._untraced import untraced
 from nsa_varlen.unfold import unfold_blocks
+from nsa_varlen.untraced import untraced
 
 OPS = (
     "compress_mean",

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from nsa_varlen.arguments import KV, heads_and_dim
+from nsa_varlen.autograd import first_derivative_only, outside_autocast
 from nsa_varlen.geometry import BlockGeometry
 from nsa_varlen.layout import VarlenLayout
-from nsa_varlen.sdpa._autograd import first_derivative_only, outside_autocast
 from nsa_varlen.sdpa._tiles import Batch, Tile, Visible, plan
 
 # On a CPU one head's logits, (query rows x heads of the group) x keys, are 1 MB of fp32: in cache. Elsewhere a step

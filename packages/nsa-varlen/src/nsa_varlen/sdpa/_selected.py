@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from nsa_varlen.arguments import KV, heads_and_dim
+from nsa_varlen.autograd import first_derivative_only, outside_autocast
 from nsa_varlen.block_indices import distinct_blocks
 from nsa_varlen.geometry import BlockGeometry
+from nsa_varlen.kv_rows import all_rows, take_head_rows
 from nsa_varlen.layout import VarlenLayout
-from nsa_varlen.sdpa._autograd import first_derivative_only, outside_autocast
 from nsa_varlen.sdpa._interval import compute_dtype
-from nsa_varlen.sdpa._rows import all_rows, take_head_rows
 
 GATHER_ELEMENTS = 1 << 25  # keys and values gathered at a time: 128 MB of fp32
 CHOICES_AT_ONCE = 1024  # queries that meet a block in one matmul: more would leave a CPU core's cache

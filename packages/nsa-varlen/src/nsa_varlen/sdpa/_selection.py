@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from nsa_varlen.arguments import KV, heads_and_dim
+from nsa_varlen.autograd import outside_autocast
 from nsa_varlen.geometry import BlockGeometry
 from nsa_varlen.layout import VarlenLayout
-from nsa_varlen.sdpa._autograd import outside_autocast
 from nsa_varlen.sdpa._interval import Interval, compute_dtype, group_heads, head_major_keys, step_logits
 from nsa_varlen.sdpa._tiles import Batch, Tile
 

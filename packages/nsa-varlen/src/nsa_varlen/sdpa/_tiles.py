@@ -15,8 +15,8 @@ from torch import Tensor
 from nsa_varlen.arguments import KV
 from nsa_varlen.buckets import Bucket
 from nsa_varlen.geometry import BlockGeometry
+from nsa_varlen.kv_rows import sequence_rows
 from nsa_varlen.layout import VarlenLayout
-from nsa_varlen.sdpa._rows import sequence_rows
 
 # Keys of a batch at most: it copies them. With 8 heads of 128, 256 MB of fp32.
 BATCH_KEYS = 1 << 16

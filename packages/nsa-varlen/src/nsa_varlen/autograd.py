@@ -1,4 +1,4 @@
-"""What the backend's autograd functions have in common: autocast stays out, second derivatives are refused."""
+"""What autograd functions have in common: autocast stays out, second derivatives are refused."""
 
 from collections.abc import Callable
 from functools import wraps
