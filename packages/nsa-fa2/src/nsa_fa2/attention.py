@@ -1,0 +1,130 @@
+"""A branch run on a kernel, with its gradients: what its calls read and write, and how much at a time."""
+
+from typing import Any, NamedTuple
+
+import torch
+from nsa_varlen.autograd import first_derivative_only, outside_autocast
+from torch import Tensor
+
+from nsa_fa2.branches import Branch, Part
+from nsa_fa2.kernel import MAX_SEQUENCES, Kernel
+from nsa_fa2.rows import chunks
+
+WORKSPACE = 2 << 30  # bytes of copies and results that live for one call of a kernel
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, branch: Branch, *, scale: float, deterministic: bool
+) -> tuple[Tensor, Tensor]:
+    """(out [Tq, Hq, Dv], lse fp32 [Hq, Tq] without gradient) of a branch. Differentiable in q, k and v.
+
+    A call's copies and results, which live beside those of the branch, take at most WORKSPACE bytes or what one phase
+    of the fold takes. What a kernel allocates for itself comes on top: FlashAttention-2's backward an fp32 dq.
+    """
+    return _Attention.apply(q, k, v, kernel, branch, scale, deterministic)
+
+
+class _Call(NamedTuple):
+    """One call of a kernel: a part of the branch, and which of its phases."""
+
+    part: Part
+    chosen: slice
+
+    @property
+    def copies(self) -> int:
+        """Phases: as often does a call with folded queries need each key."""
+        return self.chosen.stop - self.chosen.start
+
+    def read(self, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The call's rows of tensors that lie as q, then of those that lie as k."""
+        rows = (self.part.queries.queries(x, self.chosen) for x in queries)
+        return *rows, *(self.part.keys.keys(x, self.copies) for x in keys)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Who sees what."""
+        return {"segments": self.part.segments, "causal": self.part.causal, "window": self.part.window}
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    @outside_autocast
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kernel: Kernel,
+        branch: Branch,
+        scale: float,
+        deterministic: bool,
+    ) -> tuple[Tensor, Tensor]:
+        calls = _calls(branch, q, k, v, backward=any(ctx.needs_input_grad))
+        shape = (*q.shape[:2], v.shape[-1])
+        out = q.new_empty(0 if branch.whole else shape)
+        lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+        raw = []
+        for call in calls:
+            q_rows, k_rows, v_rows = call.read((q,), (k, v))
+            part_out, part_lse = kernel.forward(q_rows, k_rows, v_rows, **call.options, scale=scale)
+            if branch.whole:
+                out = part_out.reshape(shape)
+            else:
+                call.part.queries.put(out, part_out, call.chosen)
+            call.part.queries.put(lse.T, part_lse.mT, call.chosen)
+            raw.append(part_lse)
+        if branch.blind is not None:
+            branch.blind.fill(lse.T, -torch.inf)
+            if not branch.whole:  # a kernel has 0 for rows that see no key
+                branch.blind.fill(out, 0.0)
+        # The kernel's own lse, by which it knows rows that see no key, is not the branch's.
+        ctx.save_for_backward(q, k, v, out, *raw)
+        ctx.kernel, ctx.branch, ctx.calls = kernel, branch, calls
+        ctx.options = {"scale": scale, "deterministic": deterministic}
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @first_derivative_only
+    @outside_autocast
+    def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, *raw = ctx.saved_tensors
+        grad_out = grad_out.contiguous()
+        if ctx.branch.whole:
+            ((call,), (lse,)) = ctx.calls, raw
+            grad, q_rows, out_rows, k_rows, v_rows = call.read((grad_out, q, out), (k, v))
+            grads = ctx.kernel.backward(grad, q_rows, k_rows, v_rows, out_rows, lse, **call.options, **ctx.options)
+            dq, dk, dv = (x.reshape(y.shape) for x, y in zip(grads, (q, k, v), strict=True))
+            return dq, dk, dv, None, None, None, None
+        dq = torch.empty_like(q)
+        if ctx.branch.blind is not None:
+            ctx.branch.blind.fill(dq, 0.0)
+        # Many calls' and phases' parts of a key's gradient meet here: they are added in fp32 and rounded once.
+        wide = torch.promote_types(q.dtype, torch.float32)
+        dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
+        for call, lse in zip(ctx.calls, raw, strict=True):
+            grad, q_rows, out_rows, k_rows, v_rows = call.read((grad_out, q, out), (k, v))
+            grads = ctx.kernel.backward(grad, q_rows, k_rows, v_rows, out_rows, lse, **call.options, **ctx.options)
+            call.part.queries.put(dq, grads[0], call.chosen)
+            call.part.keys.add(dk, grads[1], call.copies)
+            call.part.keys.add(dv, grads[2], call.copies)
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+
+
+def _calls(branch: Branch, q: Tensor, k: Tensor, v: Tensor, *, backward: bool) -> list[_Call]:
+    """The calls of a branch; of folded queries as many phases at a time as WORKSPACE and a CUDA grid allow.
+
+    Forward and backward take the same: what a call's backward needs of its forward, its lse, is in the call's form.
+    """
+    (num_heads, k_dim), (num_kv_heads, v_dim) = q.shape[1:], v.shape[1:]
+    calls = []
+    for part in branch.parts:
+        phases = part.queries.phases
+        per_row = num_heads * (k_dim if backward else v_dim)  # dq, out
+        if part.queries.copied:  # q; q, out and their gradient
+            per_row += num_heads * (k_dim + 2 * v_dim if backward else k_dim)
+        per_key = num_kv_heads * (k_dim + v_dim) * (2 if backward else 1)
+        size = phases * (len(part.queries) * per_row + len(part.keys) * per_key) * q.element_size()
+        count = max(-(-size // WORKSPACE), -(-phases * num_heads // MAX_SEQUENCES))
+        calls += [_Call(part, chosen) for chosen in chunks(phases, min(phases, count))]
+    return calls

@@ -1,0 +1,100 @@
+"""FlashAttention-2 by the package flash-attn, imported when it first runs."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa_fa2.kernel import Limits, Segments
+from nsa_fa2.providers.shapes import FittedKernel
+
+NO_WINDOW = -1
+
+
+class FlashAttn(FittedKernel):
+    """The kernels of flash-attn 2.8."""
+
+    limits = Limits(deterministic_gradients=True)
+
+    def _forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        segments: Segments | None,
+        scale: float,
+        causal: bool,
+        window: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        check_built(q.shape[-1], q.dtype, q.device)
+        return _forward(q, k, v, segments, scale, causal, window)
+
+    def _backward(
+        self,
+        tensors: tuple[Tensor, ...],
+        lse: Tensor,
+        segments: Segments | None,
+        scale: float,
+        causal: bool,
+        window: int | None,
+        deterministic: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        flash = _interface()
+        grad_out, q, k, v, out = tensors
+        # Of expanded keys one gradient for each time they are read: not `empty_like`, which keeps no such strides.
+        grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        left, right = (NO_WINDOW, NO_WINDOW) if window is None else (window - 1, 0)
+        # dropout, scale, causal, window, softcap, ALiBi slopes, deterministic
+        options = (0.0, scale, causal, left, right, 0.0, None, deterministic)
+        if segments is None:
+            flash._wrapped_flash_attn_backward(grad_out, q, k, v, out, lse, *grads, *options)
+        else:
+            flash._wrapped_flash_attn_varlen_backward(grad_out, q, k, v, out, lse, *grads, *segments, *options)
+        dq, dk, dv = grads
+        return dq, dk, dv
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, scale: float, causal: bool, window: int | None
+) -> tuple[Tensor, Tensor]:
+    flash = _interface()
+    left, right = (NO_WINDOW, NO_WINDOW) if window is None else (window - 1, 0)
+    options = (0.0, scale, causal, left, right, 0.0, None, False)  # ... softcap, ALiBi slopes, return the weights
+    if segments is None:
+        out, lse, *_ = flash._wrapped_flash_attn_forward(q, k, v, *options)
+    else:
+        out, lse, *_ = flash._wrapped_flash_attn_varlen_forward(q, k, v, *segments, *options)
+    return out, lse
+
+
+@cache
+def _interface() -> Any:
+    from flash_attn import flash_attn_interface
+
+    return flash_attn_interface
+
+
+def check_built(head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise unless the installed flash-attn has kernels for a head dim; one small call, the first time.
+
+    flash-attn can be built for some head dims only, and then computes nothing for the others without a word.
+
+    Raises:
+        RuntimeError: it has none, in words that routing takes for a kernel that does not compile.
+    """
+    kind = -(-head_dim // 32) * 32, dtype, device.index  # it has one kernel for head dims up to 32, 64, 96, ...
+    if kind in _built or torch.cuda.is_current_stream_capturing():
+        return
+    x = torch.ones(1, 1, 1, kind[0], dtype=dtype, device=device)
+    out, _ = _forward(x, x, x, None, 1.0, False, None)
+    if not torch.equal(out, x):  # the mean of one value is that value
+        import flash_attn
+
+        raise RuntimeError(
+            f"flash-attn {flash_attn.__version__} was built without a kernel for head_dim {head_dim} in {dtype}"
+        )
+    _built.add(kind)
+
+
+_built: set[tuple[int, torch.dtype, int | None]] = set()
