@@ -124,7 +124,7 @@ def _calls(branch: Branch, q: Tensor, k: Tensor, v: Tensor, *, backward: bool) -
         if part.queries.copied:  # q; q, out and their gradient
             per_row += num_heads * (k_dim + 2 * v_dim if backward else k_dim)
         per_key = num_kv_heads * (k_dim + v_dim) * (2 if backward else 1)
-        size = phases * (len(part.queries) * per_row + len(part.keys) * per_key) * q.element_size()
-        count = max(-(-size // WORKSPACE), -(-phases * num_heads // MAX_SEQUENCES))
-        calls += [_Call(part, chosen) for chosen in chunks(phases, min(phases, count))]
+        size = (len(part.queries) * per_row + len(part.keys) * per_key) * q.element_size()  # of a phase
+        most = max(1, min(WORKSPACE // max(1, size), MAX_SEQUENCES // num_heads))
+        calls += [_Call(part, chosen) for chosen in chunks(phases, -(-phases // most))]
     return calls
