@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from nsa_fa2 import CUDNN, FA2, FA2_TORCH, FlashBackend
+from nsa_fa2.contracts import unmet
 from nsa_fa2.providers import flash_attn
 from nsa_varlen import BlockGeometry, VarlenLayout, masks, reference
 from nsa_varlen.testing import (
@@ -28,6 +29,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 BACKENDS = {backend.name: backend for backend in (FA2, FA2_TORCH, CUDNN)}
 OPS = ("compressed_attention", "selected_attention", "window_attention")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+# Errors are compared by their largest: with few heads that is the luck of a few elements, so small groups get more.
+HEADS = {group: (max(32, 2 * group), max(32 // group, 2)) for group in (1, 4, 8, 16)}
 BLOCKS = BlockGeometry()
 SMALL = BlockGeometry(kernel_size=8, kernel_stride=4, block_size=16, topk=5, window_size=40)
 # Whole prefill of one length; after a prefix; ragged, with chunks, decode steps, empty ones, more queries than keys.
@@ -54,6 +57,15 @@ def machine() -> SimpleNamespace:
 def problem(lengths: str = "ragged", dtype: torch.dtype = torch.bfloat16, **more: object) -> SimpleNamespace:
     asked = {"device": "cuda", "dtype": dtype, "head_dim": 64, "v_head_dim": 64}
     return SimpleNamespace(**asked | {"uniform": lengths in ("one", "uniform")} | more)
+
+
+def taken() -> list[tuple[str, str, str]]:
+    """(backend, op, lengths) of all that the limits of a backend's kernel allow."""
+    return [
+        (name, op, lengths)
+        for name, op, lengths in product(BACKENDS, OPS, LENGTHS)
+        if unmet(op, problem(lengths), BACKENDS[name].kernel.limits) is None
+    ]
 
 
 def able(backend: FlashBackend, op: str, asked: SimpleNamespace) -> FlashBackend:
@@ -120,32 +132,25 @@ def assert_as_the_oracle(backend: FlashBackend, op: str, made: Case) -> None:
 
 
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("group", [1, 4, 8, 16])
+@pytest.mark.parametrize("group", HEADS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name, op, lengths", taken())
 def test_as_the_oracle(name: str, op: str, lengths: str, dtype: str, group: int, dim: int) -> None:
     backend = able(BACKENDS[name], op, problem(lengths, DTYPES[dtype], head_dim=dim, v_head_dim=dim))
-    assert_as_the_oracle(backend, op, case(op, lengths, DTYPES[dtype], heads=(2 * group, 2), dim=dim))
+    assert_as_the_oracle(backend, op, case(op, lengths, DTYPES[dtype], heads=HEADS[group], dim=dim))
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("name", BACKENDS)
-def test_other_block_sizes(name: str, op: str) -> None:
-    for lengths in LENGTHS:
-        if BACKENDS[name].refuse(op, problem(lengths), machine()) is None:
-            assert_as_the_oracle(BACKENDS[name], op, case(op, lengths, torch.float16, SMALL, heads=(4, 2), dim=64))
-            break
-    else:
-        able(BACKENDS[name], op, problem("uniform"))
+@pytest.mark.parametrize("name, op, lengths", taken())
+def test_other_block_sizes(name: str, op: str, lengths: str) -> None:
+    backend = able(BACKENDS[name], op, problem(lengths))
+    assert_as_the_oracle(backend, op, case(op, lengths, torch.float16, SMALL, heads=HEADS[4], dim=64))
 
 
 def test_many_phases_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not fit the workspace goes in several calls: the same bits of out, and gradients within the budget."""
     backend = able(FA2_TORCH, "compressed_attention", problem())
     for op, lengths in product(("compressed_attention", "selected_attention"), ("one", "ragged")):
-        made = case(op, lengths, torch.bfloat16, heads=(8, 2), dim=64)
+        made = case(op, lengths, torch.bfloat16, heads=HEADS[4], dim=64)
         rest = (*made.indices, made.layout, made.blocks)
         out, lse = getattr(backend, op)(*made.args, *rest)
         with monkeypatch.context() as patch:
@@ -168,12 +173,10 @@ def test_the_providers_agree(op: str) -> None:
         assert float((x - y).abs().max()) <= ulp, name
 
 
-@pytest.mark.parametrize("lengths", ["one", "ragged"])
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name, op, lengths", taken())
 def test_nothing_is_left_unwritten(name: str, op: str, lengths: str) -> None:
     backend = able(BACKENDS[name], op, problem(lengths))
-    made = case(op, lengths, torch.bfloat16, SMALL, heads=(4, 2), dim=64)
+    made = case(op, lengths, torch.bfloat16, SMALL, heads=HEADS[4], dim=64)
     with poisoned_empty():
         assert_as_the_oracle(backend, op, made)
 
@@ -192,25 +195,20 @@ def test_deterministic_gradients(op: str) -> None:
         assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_forwards_are_deterministic(name: str) -> None:
-    for op in OPS:
-        if BACKENDS[name].refuse(op, problem("uniform", deterministic=True), machine()) is None:
-            made = case(op, "uniform", torch.bfloat16, heads=(16, 2), dim=128)
-            rest = (*made.indices, made.layout, made.blocks)
-            runs = [getattr(BACKENDS[name], op)(*made.args, *rest, deterministic=True) for _ in range(3)]
-            assert all(torch.equal(x, y) for run in runs[1:] for x, y in zip(runs[0], run, strict=True))
-            break
-    else:
-        able(BACKENDS[name], "compressed_attention", problem("uniform"))
+@pytest.mark.parametrize("name, op, lengths", taken())
+def test_forwards_are_deterministic(name: str, op: str, lengths: str) -> None:
+    backend = able(BACKENDS[name], op, problem(lengths, deterministic=True))
+    made = case(op, lengths, torch.bfloat16, heads=(16, 2), dim=128)
+    rest = (*made.indices, made.layout, made.blocks)
+    first, *others = (getattr(backend, op)(*made.args, *rest, deterministic=True) for _ in range(3))
+    assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
 
 
 @pytest.mark.parametrize("dims", [(128, 64), (64, 128), (192, 128)], ids=str)
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("name", BACKENDS)
-def test_unequal_head_dims(name: str, op: str, dims: tuple[int, int]) -> None:
-    backend = able(BACKENDS[name], op, problem("uniform", head_dim=dims[0], v_head_dim=dims[1]))
-    made = case(op, "uniform", torch.bfloat16, SMALL, heads=(8, 2), dim=dims[0])
+@pytest.mark.parametrize("name, op, lengths", [taken for taken in taken() if taken[2] == "uniform"])
+def test_unequal_head_dims(name: str, op: str, lengths: str, dims: tuple[int, int]) -> None:
+    backend = able(BACKENDS[name], op, problem(lengths, head_dim=dims[0], v_head_dim=dims[1]))
+    made = case(op, lengths, torch.bfloat16, SMALL, heads=HEADS[4], dim=dims[0])
     generator = torch.Generator("cuda").manual_seed(1)
     v = torch.randn(*made.args[2].shape[:2], dims[1], generator=generator, device="cuda", dtype=torch.bfloat16)
     try:
@@ -234,18 +232,26 @@ def test_a_reduced_build_of_flash_attn_is_found_out(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("name", ["fa2", "fa2-torch"])
 def test_pages(name: str, op: str) -> None:
-    """Paged keys and values give the bits of packed ones; rows that no sequence owns are NaN."""
+    """Paged keys and values count as packed ones do; rows that no sequence owns are NaN.
+
+    Equal bits, but for the window: there keys that no query reaches are left out, and sums begin elsewhere.
+    """
     backend = able(BACKENDS[name], op, problem())
-    made = case(op, "ragged", torch.bfloat16, heads=(8, 2), dim=64)
+    made = case(op, "ragged", torch.bfloat16, heads=HEADS[4], dim=64)
     lengths = LENGTHS["ragged"][1]
     if op == "compressed_attention":
         lengths = [made.blocks.num_compressed(length) for length in lengths]
     paged = [to_pages(x, lengths, 64) for x in made.args[1:]]
     rest = (*made.indices, made.layout, made.blocks)
-    packed = getattr(backend, op)(*made.args, *rest)
-    assert all(
-        torch.equal(x, y) for x, y in zip(packed, getattr(backend, op)(made.args[0], *paged, *rest), strict=True)
-    )
+    out, lse = getattr(backend, op)(made.args[0], *paged, *rest)
+    expected = getattr(backend, op)(*made.args, *rest)
+    if op == "window_attention":
+        exact, _ = getattr(reference, op)(*(x.double() for x in made.args), *rest)
+        assert_within_budget(out, plain_attention(*made.args, made.mask), exact)
+        torch.testing.assert_close(lse, expected[1], rtol=0, atol=1e-4)
+    else:
+        assert torch.equal(out, expected[0])
+        assert torch.equal(lse, expected[1])
 
 
 @pytest.fixture
@@ -256,9 +262,7 @@ def no_synchronisation() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_synchronisation")
-@pytest.mark.parametrize("lengths", ["uniform", "ragged"])
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name, op, lengths", taken())
 def test_nobody_waits(name: str, op: str, lengths: str) -> None:
     """Forward and backward, on a layout that has its lengths on the host, from its first use on."""
     backend = able(BACKENDS[name], op, problem(lengths))
@@ -273,11 +277,9 @@ def test_nobody_waits(name: str, op: str, lengths: str) -> None:
     torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("name", BACKENDS)
-def test_captured_in_a_graph(name: str, op: str) -> None:
+@pytest.mark.parametrize("name, op, lengths", taken())
+def test_captured_in_a_graph(name: str, op: str, lengths: str) -> None:
     """After one call, which makes what the layout keeps: a replay on new values gives what a call gives."""
-    lengths = "uniform" if name == "cudnn" else "ragged"
     backend = able(BACKENDS[name], op, problem(lengths))
     made = case(op, lengths, torch.bfloat16, heads=(8, 2), dim=64)
     rest = (*made.indices, made.layout, made.blocks)
