@@ -321,6 +321,23 @@ def test_explain_takes_the_problem_from_its_options() -> None:
     assert [alone[name] for name in ("max_seqlen_q", "total_q", "v_head_dim", "deterministic")] == [70, 70, 64, False]
 
 
+@pytest.mark.parametrize(
+    "words, uniform",
+    [
+        ("", True),
+        ("--max-seqlen-k 70 --total-q 140", True),
+        ("--max-seqlen-k 70 --total-q 140 --ragged", False),
+        ("--max-seqlen-k 70 --total-q 100", False),
+        ("--max-seqlen-q 1", False),
+    ],
+    ids=["typical", "two", "ragged", "two by total", "decode"],
+)
+def test_explain_plans_for_uniform_and_ragged_batches(words: str, uniform: bool) -> None:
+    asked = {plan["op"]: plan["problem"]["uniform"] for plan in answer("explain", *words.split())["plans"]}
+    assert asked == {op: uniform and op not in ("compress_mean", "combine") for op in OPS}
+    assert ("keys, ragged" in squeezed(run("explain", *words.split()).stdout)) is ("--ragged" in words)
+
+
 def test_options_outrank_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NSA_PRESET", "perf")
     monkeypatch.setenv("NSA_PROFILE", "sm90")

@@ -90,7 +90,7 @@ def test_policy_reads_the_environment() -> None:
                 *("op", "device", "dtype", "head_dim", "v_head_dim", "group_size"),
                 *("needs_grad", "deterministic", "paged", "softcap", "sinks", "fp8_scales", "device_index"),
                 *("kernel_size", "kernel_stride", "block_size", "topk", "init_blocks", "local_blocks", "window_size"),
-                *("total_q", "max_seqlen_q", "max_seqlen_k"),
+                *("uniform", "total_q", "max_seqlen_q", "max_seqlen_k"),
             ],
         ),
     ],

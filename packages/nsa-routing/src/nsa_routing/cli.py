@@ -218,6 +218,7 @@ def explain(
     ] = None,
     max_seqlen_k: Annotated[int, _size("--max-seqlen-k", "Keys of the longest sequence.")] = 8192,
     total_q: Annotated[int | None, _size("--total-q", "Queries of all sequences.  [default: one sequence's]")] = None,
+    ragged: Annotated[bool, typer.Option("--ragged", help="Sequences differ in length.")] = False,
     grad: Annotated[bool, typer.Option("--grad/--no-grad", help="Gradients are recorded.")] = False,
     paged: Annotated[bool, typer.Option("--paged", help="Keys and values lie in pages.")] = False,
     deterministic: Annotated[
@@ -264,6 +265,7 @@ def explain(
         total_q=total_q or queries,
         needs_grad=grad,
         paged=paged,
+        ragged=ragged,
         deterministic=policy.deterministic if deterministic is None else deterministic,
     )
     plans = [plan(environment, loaded, workload.problem(one), policy) for one in op or OPS]
