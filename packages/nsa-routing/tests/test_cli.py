@@ -108,6 +108,13 @@ def test_probe() -> None:
     assert "unknown nothing" in text
 
 
+@pytest.mark.parametrize(("number", "words"), [(91900, "9.19.0"), (90100, "9.1.0"), (8902, "8.9.2"), (None, "-")])
+def test_probe_shows_cudnn_as_people_write_it(number: int | None, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_versions(monkeypatch, cudnn=number)
+    assert answer("probe")["environment"]["cudnn"] == number
+    assert f"cuDNN {words} driver" in squeezed(run("probe").stdout)
+
+
 def test_probe_says_what_is_unknown_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(**_: bool) -> dict[str, EntryPoint]:
         raise RuntimeError("the metadata are broken")
@@ -297,6 +304,14 @@ def test_explain_for_a_gpu_that_is_not_here() -> None:
     assert "a GPU, SM 8.6 (not this machine; backends and versions are those installed here)" in text
     assert "sm80 (no profile for SM 8.6: the nearest lower one of its family is used)" in text
     assert "sdpa accepted, but later in the order" in text
+
+
+def test_a_gpu_that_is_not_here_has_the_cudnn_that_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    found = answer("explain", "--sm", "90")["environment"]
+    assert (found["cudnn"], found["unknown"]) == (91900, [])
+    assert answer("explain")["environment"]["cudnn"] is None
 
 
 def test_explain_takes_the_problem_from_its_options() -> None:

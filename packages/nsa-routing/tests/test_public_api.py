@@ -81,7 +81,7 @@ def test_policy_reads_the_environment() -> None:
             Environment,
             [
                 *("device", "sm", "torch", "triton", "flash_attn", "backends"),
-                *("name", "memory", "cuda", "driver", "triton_pin", "unknown"),
+                *("name", "memory", "cuda", "driver", "triton_pin", "cudnn", "unknown"),
             ],
         ),
         (

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from nsa_routing.backends import installed_backends
 from nsa_routing.checks import distribution_of, run_checks
-from nsa_routing.environment import Environment
+from nsa_routing.environment import Environment, cudnn_words
 from nsa_routing.environment import probe as probe_machine
 from nsa_routing.pins import constraints
 from nsa_routing.planning import Plan, Rejected, plan, verdict
@@ -155,6 +155,7 @@ def probe(device: Device = None, index: Index = 0, as_json: Json = False) -> Non
             "memory": None if environment.memory is None else f"{environment.memory / GIB:.1f} GiB",
             "torch": environment.torch,
             "CUDA": environment.cuda,
+            "cuDNN": None if environment.cudnn is None else cudnn_words(environment.cudnn),
             "driver": environment.driver,
             "triton": f"{environment.triton or 'not installed'}{pinned}",
             "flash-attn": environment.flash_attn or "not installed",
@@ -438,8 +439,8 @@ def tune(
 
 def _made_up(sm: int) -> Environment:
     """A GPU that is not here, with what is installed here."""
-    here = probe_machine("cpu")
-    return replace(here, device="cuda", sm=sm, name="a GPU", memory=None)
+    here, cudnn = probe_machine("cpu"), probe_machine("cuda").cudnn  # which is torch's own, GPU or not
+    return replace(here, device="cuda", sm=sm, name="a GPU", memory=None, cudnn=cudnn)
 
 
 def _environment(environment: Environment) -> dict[str, Any]:
