@@ -101,7 +101,7 @@ def test_a_real_run(device: str, grad: bool, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_dense")
 def test_the_profile_of_a_real_run_where_dense_always_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real operations again; only the verdict is made up, so that every operation has a threshold."""
-    monkeypatch.setattr("nsa_routing.tuning.findings.wins", lambda timing, against: True)
+    monkeypatch.setattr("nsa_routing.tuning.findings.wins", lambda *_: True)
     sizes = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "repeat": 3, "device": "cpu"}
     tuned = tuning.tune(tmp_path / "mine.yaml", lengths=(64, 128), preset="perf", **sizes)
     profile = load_profile(tuned.profile)

@@ -417,6 +417,13 @@ def test_tune(tmp_path: Path) -> None:
     assert load_profile(out).name == "mine"
 
 
+def test_tune_takes_how_fast_a_backend_must_be(tmp_path: Path) -> None:
+    words = ("--ops", "combine", "--backends", "fa2", "--preset", "perf", "--speedup", "1e9")
+    (found,) = answer("tune", "--out", tmp_path / "mine.yaml", *TUNE, *words)["findings"]
+    assert found["words"] == "no threshold: at no length 1e+09 times as fast as sdpa, beyond the spread"
+    assert load_profile(tmp_path / "mine.yaml").source.endswith("at least 1e+09 times as fast as sdpa.")
+
+
 def test_tune_to_people(tmp_path: Path) -> None:
     out = tmp_path / "mine.yaml"
     result = run("tune", "--out", out, *TUNE, "--ops", "combine")
@@ -463,6 +470,7 @@ def test_tune_with_sdpa_alone(offer: Callable, tmp_path: Path) -> None:
         ("tune --out m.yaml --backends fa3", "--backends", "expected some of fa2, sdpa, triton, got 'fa3'"),
         ("tune --out m.yaml --num-heads 6", "--num-heads", "expected a multiple of --num-kv-heads=4, got 6"),
         ("tune --out m.yaml --repeat 2", "--repeat", ".+"),
+        ("tune --out m.yaml --speedup 0.9", "--speedup", ".+"),
     ],
 )
 def test_wrong_options_end_with_status_2_and_say_which(words: str, option: str, message: str) -> None:

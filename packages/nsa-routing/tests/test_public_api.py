@@ -105,7 +105,7 @@ def test_fields(made: type, names: list[str]) -> None:
     [
         (Profile, ["name", "source", "order", "presets", "thresholds", "denials", "pins"]),
         (Threshold, ["at_least", "at_most", "measured", "not_measured"]),
-        (Measurement, ["date", "gpu", "csv"]),
+        (Measurement, ["date", "gpu", "csv", "versions"]),
         (Denial, ["adr", "reason", "lifted_by"]),
         (Lengths, ["total_q", "max_seqlen_q", "max_seqlen_k"]),
     ],

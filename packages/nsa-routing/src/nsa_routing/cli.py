@@ -27,7 +27,7 @@ from nsa_routing.planning import Plan, Rejected, plan, verdict
 from nsa_routing.policy import PRESETS, Policy
 from nsa_routing.problem import OPS
 from nsa_routing.profile import load_profile, profile_of
-from nsa_routing.tuning import LEAST_REPEATS, LENGTHS, TuningError
+from nsa_routing.tuning import LEAST_REPEATS, LENGTHS, SPEEDUP, TuningError
 from nsa_routing.tuning import tune as tune_profile
 from nsa_routing.workload import typical
 
@@ -370,6 +370,10 @@ def tune(
     repeat: Annotated[
         int, typer.Option("--repeat", min=LEAST_REPEATS, metavar="N", help="Timed calls for each case.")
     ] = 20,
+    speedup: Annotated[
+        float,
+        typer.Option("--speedup", min=1.0, metavar="X", help="Times as fast as sdpa that a backend must be to pay."),
+    ] = SPEEDUP,
     preset: Annotated[
         str | None,
         typer.Option("--preset", parser=_choice(PRESETS), metavar="PRESET", help="Enter what pays in this preset too."),
@@ -381,8 +385,9 @@ def tune(
     """Measure when backends beat sdpa; write a profile.
 
     A case is one sequence, prefilled whole. A backend gets a threshold for an operation at the smallest tested length
-    from which it wins: there and at every longer one its third quartile lies below the first quartile of sdpa. Its
-    results must agree with those of sdpa. The profile extends the device's shipped one.
+    from which it wins: there and at every longer one it is --speedup times as fast as sdpa, by medians, and its third
+    quartile lies below the first quartile of sdpa. Its results must agree with those of sdpa. The profile extends the
+    device's shipped one.
     """
     if out.suffix != ".yaml" or not out.parent.is_dir():
         message = f"expected a path in an existing folder that ends in .yaml, got {str(out)!r}"
@@ -408,6 +413,7 @@ def tune(
             dtype=None if dtype is None else DTYPES[dtype],
             grad=grad,
             repeat=repeat,
+            speedup=speedup,
             preset=preset,
             device=device,
             index=index,
