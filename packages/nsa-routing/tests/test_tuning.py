@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -412,6 +412,48 @@ def test_warm_up_is_not_timed(clock: Clock) -> None:
     timings, _ = compare(run, {}, (torch.ones(2, 2, 2),), {}, repeat=5, watch=stopwatch("cpu"))
     assert timings["sdpa"].p75_ms == pytest.approx(1.0, abs=1e-9)  # doubles near 2.0, times 1e3
     assert left == []
+
+
+@pytest.mark.parametrize(
+    ("properties", "least"),
+    [(SimpleNamespace(L2_cache_size=50 << 20), 100 << 20), (SimpleNamespace(), 2 * measuring.LARGEST_L2)],
+    ids=["told", "not told"],
+)
+def test_on_cuda_each_call_finds_the_l2_cache_overwritten(
+    properties: SimpleNamespace, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By bytes that are written before the clock starts, every time."""
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            done.append("record")
+
+        def synchronize(self) -> None:
+            done.append("synchronize")
+
+        def elapsed_time(self, end: object) -> float:
+            return 2.5
+
+    class Bytes:
+        def zero_(self) -> None:
+            done.append("flush")
+
+    def empty(size: int, *, dtype: torch.dtype, device: str) -> Bytes:
+        assert size * dtype.itemsize >= least
+        assert device == "cuda"
+        return Bytes()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", {3: properties}.get)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "empty", empty)
+    watch = stopwatch("cuda")
+    assert [watch(lambda: done.append("run")) for _ in range(2)] == [2.5, 2.5]
+    assert done == 2 * ["flush", "record", "run", "record", "synchronize"]
 
 
 def test_the_raw_measurements(offer: Callable, clock: Clock, tmp_path: Path) -> None:
