@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from nsa_routing import OPS, Policy, Problem, Profile, backends, cli, load_profile, plan, probe, reset, tuning
-from nsa_routing.tuning import _tune
+from nsa_routing.tuning import _tune, measuring
 from nsa_routing.tuning.findings import crossover
 from nsa_routing.tuning.measuring import Timing
 from nsa_varlen import reference
@@ -76,6 +76,13 @@ def thresholds_of(path: Path) -> dict[str, int]:
 
 
 CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=CUDA)])
+def test_the_clock_of_a_gpu(device: str) -> None:
+    x = torch.ones(1 << 20, device=device)
+    assert measuring.stopwatch(device)(lambda: x + 1) > 0
+    assert measuring._l2_sized().nbytes >= 2 * torch.cuda.get_device_properties(0).L2_cache_size
 
 
 @pytest.mark.usefixtures("_dense")
