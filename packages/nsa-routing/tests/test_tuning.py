@@ -206,13 +206,17 @@ def test_what_does_not_pay_gets_no_threshold(
 
 
 def test_how_fast_is_fast_enough_is_said(offer: Callable, clock: Clock, tmp_path: Path) -> None:
-    offer(Made("dense", clock, lambda length: 8.5))
+    dense = Made("dense", clock, lambda length: 8.5)
+    offer(dense)
     tuned = tune(tmp_path / "mine.yaml", **WINDOW, preset="perf", speedup=1.1)
     assert tuned.findings[0].at_least == 128
     words = "A backend pays where it is at least 1.1 times as fast as sdpa."
     assert load_profile(tuned.profile).source.endswith(words)
     (found,) = tune(tmp_path / "mine.yaml", **WINDOW, preset="perf", speedup=1.5).findings
     assert found.words == "no threshold: at no length 1.5 times as fast as sdpa, beyond the spread"
+    dense.cost = lambda length: length / 80
+    (found,) = tune(tmp_path / "mine.yaml", **WINDOW, preset="perf", speedup=2).findings
+    assert found.words == "no threshold: at 128, 256 tokens only 2 times as fast as sdpa, beyond the spread"
 
 
 def test_a_backend_that_no_preset_takes_needs_the_option(offer: Callable, clock: Clock, tmp_path: Path) -> None:

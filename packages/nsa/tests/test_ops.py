@@ -142,6 +142,7 @@ UNIFORM = {
     "one ragged": ([4, 3, 4], [4, 3, 4], False),
     "queries ragged": ([2, 4], [4, 4], False),
     "keys ragged": ([4, 4], [3, 4], False),
+    "keys ragged, as many": ([4, 4], [3, 5], False),
     "an empty one": ([4, 0], [4, 0], False),
     "decode": ([1, 1], [9, 9], False),
     "prefix": ([4, 4], [9, 9], False),
