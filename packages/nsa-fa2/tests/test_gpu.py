@@ -3,6 +3,7 @@
 Shapes are small: what is asked here is whether the providers do what `PlainKernel` does in their place elsewhere.
 """
 
+import warnings
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
@@ -40,6 +41,15 @@ LENGTHS = {
     "prefix": ([61, 61], [250, 250]),
     "ragged": ([300, 77, 0, 1, 40, 9], [300, 650, 40, 500, 13, 0]),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _autograd_has_a_context() -> None:
+    """The first matrix product in autograd's thread warns that it makes its CUDA context; warnings are errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        x = torch.ones(2, 2, device="cuda", requires_grad=True)
+        (x @ x).sum().backward()
 
 
 def machine() -> SimpleNamespace:
