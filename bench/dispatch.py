@@ -47,6 +47,7 @@ def problem(length: int = 65_536) -> Problem:
         init_blocks=1,
         local_blocks=2,
         window_size=512,
+        uniform=False,
         total_q=1,
         max_seqlen_q=1,
         max_seqlen_k=length,

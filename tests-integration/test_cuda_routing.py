@@ -65,6 +65,7 @@ def test_the_probe_knows_the_gpu() -> None:
     assert found.name == torch.cuda.get_device_name()
     assert found.memory == torch.cuda.get_device_properties(0).total_memory
     assert found.cuda == torch.version.cuda
+    assert found.cudnn == torch.backends.cudnn.version()
     assert found.driver is not None
     assert int(found.driver.split(".")[0]) > 400
 

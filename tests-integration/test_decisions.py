@@ -47,6 +47,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "head_dim": (64, 128, 192),
     "group_size": (1, 4, 16),
     "grad": ("no", "yes"),
+    "batch": ("uniform", "ragged"),
 }
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STAND_INS = ("triton", "fa2", "fa2-torch", "cudnn")
@@ -92,7 +93,7 @@ def plans() -> dict[Case, Plan]:
         names = tuple(backends.installed_backends())
         made = {}
         for case in product(*AXES.values()):
-            name, op, preset, fa2, force, length, dtype, head_dim, group_size, grad = case
+            name, op, preset, fa2, force, length, dtype, head_dim, group_size, grad, batch = case
             device, sm = MACHINES[name]
             cuda = device == "cuda"
             environment = Environment(device, sm, "2.11.0+cu130" if cuda else "2.11.0+cpu", "3.6.0", None, names)
@@ -100,6 +101,7 @@ def plans() -> dict[Case, Plan]:
                 *(op, device, DTYPES[dtype], head_dim, head_dim, group_size),
                 needs_grad=grad == "yes",
                 deterministic=False,
+                uniform=batch == "uniform",
                 total_q=length,
                 max_seqlen_q=length,
                 max_seqlen_k=length,

@@ -1,20 +1,30 @@
 """Does the documentation say what the code says?"""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from nsa_routing.profile import Threshold
 
 ROOT = Path(__file__).parents[1]
+TABLES = ROOT / ".github" / "scripts" / "routing_tables.py"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("packages/*/README.md")])
 
 
 def test_the_tables_of_the_routing_page_are_those_of_the_code() -> None:
-    script = ROOT / ".github" / "scripts" / "routing_tables.py"
-    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, TABLES, "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("versions", [None, "torch 2.11.0, cuDNN 9.19.0"])
+def test_the_table_of_thresholds_says_where_a_number_comes_from(versions: str | None) -> None:
+    source = runpy.run_path(str(TABLES))["source"]
+    measured = {"date": "2026-11-22", "gpu": "H100", "csv": "sm90.csv", "versions": versions}
+    expected = ["2026-11-22, H100", *filter(None, [versions]), "sm90.csv"]
+    assert source(Threshold.model_validate({"measured": measured})) == ", ".join(expected)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from nsa_routing import OPS, Policy, Problem, Profile, backends, cli, load_profile, plan, probe, reset, tuning
-from nsa_routing.tuning import _tune
+from nsa_routing.tuning import _tune, measuring
 from nsa_routing.tuning.findings import crossover
 from nsa_routing.tuning.measuring import Timing
 from nsa_varlen import reference
@@ -78,6 +78,13 @@ def thresholds_of(path: Path) -> dict[str, int]:
 CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=CUDA)])
+def test_the_clock_of_a_gpu(device: str) -> None:
+    x = torch.ones(1 << 20, device=device)
+    assert measuring.stopwatch(device)(lambda: x + 1) > 0
+    assert measuring._l2_sized().nbytes >= 2 * torch.cuda.get_device_properties(0).L2_cache_size
+
+
 @pytest.mark.usefixtures("_dense")
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "grad"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
@@ -101,7 +108,7 @@ def test_a_real_run(device: str, grad: bool, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_dense")
 def test_the_profile_of_a_real_run_where_dense_always_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real operations again; only the verdict is made up, so that every operation has a threshold."""
-    monkeypatch.setattr("nsa_routing.tuning.findings.wins", lambda timing, against: True)
+    monkeypatch.setattr("nsa_routing.tuning.findings.wins", lambda *_: True)
     sizes = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "repeat": 3, "device": "cpu"}
     tuned = tuning.tune(tmp_path / "mine.yaml", lengths=(64, 128), preset="perf", **sizes)
     profile = load_profile(tuned.profile)

@@ -87,7 +87,8 @@ def source(threshold: Threshold) -> str:
     """Where the bounds come from."""
     if threshold.measured is None:
         return f"not measured: {threshold.not_measured}"
-    return f"{threshold.measured.date}, {threshold.measured.gpu}, {threshold.measured.csv}"
+    known = threshold.measured
+    return ", ".join(filter(None, (str(known.date), known.gpu, known.versions, known.csv)))
 
 
 def versions() -> str:

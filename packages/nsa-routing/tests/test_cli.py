@@ -108,6 +108,13 @@ def test_probe() -> None:
     assert "unknown nothing" in text
 
 
+@pytest.mark.parametrize(("number", "words"), [(91900, "9.19.0"), (90100, "9.1.0"), (8902, "8.9.2"), (None, "-")])
+def test_probe_shows_cudnn_as_people_write_it(number: int | None, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_versions(monkeypatch, cudnn=number)
+    assert answer("probe")["environment"]["cudnn"] == number
+    assert f"cuDNN {words} driver" in squeezed(run("probe").stdout)
+
+
 def test_probe_says_what_is_unknown_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(**_: bool) -> dict[str, EntryPoint]:
         raise RuntimeError("the metadata are broken")
@@ -299,6 +306,14 @@ def test_explain_for_a_gpu_that_is_not_here() -> None:
     assert "sdpa accepted, but later in the order" in text
 
 
+def test_a_gpu_that_is_not_here_has_the_cudnn_that_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    found = answer("explain", "--sm", "90")["environment"]
+    assert (found["cudnn"], found["unknown"]) == (91900, [])
+    assert answer("explain")["environment"]["cudnn"] is None
+
+
 def test_explain_takes_the_problem_from_its_options() -> None:
     words = "--dtype float16 --head-dim 64 --v-head-dim 32 --group-size 4"
     words += " --max-seqlen-q 3 --max-seqlen-k 70 --total-q 5"
@@ -319,6 +334,23 @@ def test_explain_takes_the_problem_from_its_options() -> None:
     assert {name: asked[name] for name in expected} == expected
     alone = answer("explain", "--max-seqlen-k", "70", "--head-dim", "64")["plans"][4]["problem"]
     assert [alone[name] for name in ("max_seqlen_q", "total_q", "v_head_dim", "deterministic")] == [70, 70, 64, False]
+
+
+@pytest.mark.parametrize(
+    "words, uniform",
+    [
+        ("", True),
+        ("--max-seqlen-k 70 --total-q 140", True),
+        ("--max-seqlen-k 70 --total-q 140 --ragged", False),
+        ("--max-seqlen-k 70 --total-q 100", False),
+        ("--max-seqlen-q 1", False),
+    ],
+    ids=["typical", "two", "ragged", "two by total", "decode"],
+)
+def test_explain_plans_for_uniform_and_ragged_batches(words: str, uniform: bool) -> None:
+    asked = {plan["op"]: plan["problem"]["uniform"] for plan in answer("explain", *words.split())["plans"]}
+    assert asked == {op: uniform and op not in ("compress_mean", "combine") for op in OPS}
+    assert ("keys, ragged" in squeezed(run("explain", *words.split()).stdout)) is ("--ragged" in words)
 
 
 def test_options_outrank_flags(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,6 +417,13 @@ def test_tune(tmp_path: Path) -> None:
     assert load_profile(out).name == "mine"
 
 
+def test_tune_takes_how_fast_a_backend_must_be(tmp_path: Path) -> None:
+    words = ("--ops", "combine", "--backends", "fa2", "--preset", "perf", "--speedup", "1e9")
+    (found,) = answer("tune", "--out", tmp_path / "mine.yaml", *TUNE, *words)["findings"]
+    assert found["words"] == "no threshold: at no length 1e+09 times as fast as sdpa, beyond the spread"
+    assert load_profile(tmp_path / "mine.yaml").source.endswith("at least 1e+09 times as fast as sdpa.")
+
+
 def test_tune_to_people(tmp_path: Path) -> None:
     out = tmp_path / "mine.yaml"
     result = run("tune", "--out", out, *TUNE, "--ops", "combine")
@@ -431,6 +470,7 @@ def test_tune_with_sdpa_alone(offer: Callable, tmp_path: Path) -> None:
         ("tune --out m.yaml --backends fa3", "--backends", "expected some of fa2, sdpa, triton, got 'fa3'"),
         ("tune --out m.yaml --num-heads 6", "--num-heads", "expected a multiple of --num-kv-heads=4, got 6"),
         ("tune --out m.yaml --repeat 2", "--repeat", ".+"),
+        ("tune --out m.yaml --speedup 0.9", "--speedup", ".+"),
     ],
 )
 def test_wrong_options_end_with_status_2_and_say_which(words: str, option: str, message: str) -> None:

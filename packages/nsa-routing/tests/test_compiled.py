@@ -91,6 +91,32 @@ def test_one_graph_per_interval_of_lengths() -> None:
     assert graphs == [1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3]
 
 
+def test_a_flag_may_compare_lengths(offer: Callable, fake_point: type) -> None:
+    """As `uniform` does: what is a comparison of symbolic lengths while tracing reaches the backend as a bool."""
+    stated: list[bool] = []
+
+    class Asked(Scaling):
+        def refuse(self, op: str, problem: Problem, environment: object) -> str | None:
+            stated.append(problem.uniform)
+            return None
+
+    offer(fake_point("sdpa", Asked("sdpa", 2.0), "sdpa:BACKEND"))
+
+    def both(x: Tensor, y: Tensor) -> Tensor:
+        sizes = {"total_q": x.shape[0], "max_seqlen_q": y.shape[0]}
+        problem = Problem("window_attention", "cpu", x.dtype, 4, 4, 1, **sizes, uniform=x.shape[0] == 2 * y.shape[0])
+        return dispatch("window_attention", problem)(x)[0]
+
+    counter = CompileCounter()
+    run = torch.compile(both, fullgraph=True, backend=counter, dynamic=True)
+    graphs = []
+    for x, y in ((6, 3), (8, 4), (8, 5), (9, 7), (14, 7)):
+        run(rows(x), rows(y))
+        graphs.append(counter.frame_count)
+    assert graphs == [1, 1, 2, 2, 2]
+    assert dict.fromkeys(stated) == {True: None, False: None}, "in this order"
+
+
 @pytest.mark.usefixtures("scaling")
 def test_a_named_backend_is_obeyed() -> None:
     run, counter = compiled(dynamic=True)

@@ -61,6 +61,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         )
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(torch.version, "cuda", None if hip else "13.0")
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)  # on ROCm, MIOpen's
         monkeypatch.setattr(ctypes, "CDLL", lambda name: Nvml() if nvml is None else nvml)
 
     return use
@@ -73,7 +74,7 @@ def test_without_a_gpu(install: Callable, versions: Callable, monkeypatch: pytes
     found = probe()
     assert (found.device, found.sm, found.torch, found.triton) == ("cpu", None, torch.__version__, None)
     assert (found.flash_attn, found.backends, found.name) == (None, ("fa2", "sdpa"), None)
-    assert (found.driver, found.triton_pin, found.unknown) == (None, None, ())
+    assert (found.driver, found.triton_pin, found.cudnn, found.unknown) == (None, None, None, ())
     assert found.memory > 1 << 20, "in bytes"
 
 
@@ -83,7 +84,7 @@ def test_with_a_gpu(capability: tuple[int, int], sm: int, install: Callable, ver
     versions({"triton": "3.7.1", "flash-attn": "2.8.3"}, ("filelock", "triton==3.7.1; platform_system == 'Linux'"))
     gpu(*capability)
     expected = ("cuda", sm, torch.__version__, "3.7.1", "2.8.3", ("sdpa",), "GPU 0", 24 << 30, "13.0", "580.65.06")
-    assert probe() == Environment(*expected, triton_pin="3.7.1" if sys.platform == "linux" else None)
+    assert probe() == Environment(*expected, triton_pin="3.7.1" if sys.platform == "linux" else None, cudnn=91900)
 
 
 def test_of_several_gpus_one_is_described(install: Callable, gpu: Callable) -> None:
@@ -95,16 +96,25 @@ def test_of_several_gpus_one_is_described(install: Callable, gpu: Callable) -> N
 def test_a_named_device_is_described_whatever_else_is_there(install: Callable, gpu: Callable) -> None:
     install("sdpa")
     gpu(9, 0)
-    assert (probe("cpu").device, probe("cpu").sm, probe("cpu").driver) == ("cpu", None, None)
+    found = probe("cpu")
+    assert (found.device, found.sm, found.driver, found.cudnn) == ("cpu", None, None, None)
     other = probe("meta")
     assert (other.device, other.sm, other.memory, other.name, other.unknown) == ("meta", None, None, None, ())
 
 
-def test_rocm_is_cuda_without_sm_or_driver(install: Callable, gpu: Callable) -> None:
+def test_a_torch_without_cudnn(install: Callable, gpu: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    install("sdpa")
+    gpu(9, 0)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: None)
+    assert (probe().cudnn, probe().unknown) == (None, ())
+
+
+def test_rocm_is_cuda_without_sm_driver_or_cudnn(install: Callable, gpu: Callable) -> None:
     install("sdpa")
     gpu(9, 4, hip="7.0")
     found = probe()
     assert (found.device, found.sm, found.driver, found.cuda, found.name) == ("cuda", None, None, None, "GPU 0")
+    assert found.cudnn is None
 
 
 @pytest.mark.parametrize("name", ["triton", "pytorch-triton", "triton-windows", "pytorch-triton-rocm"])
@@ -146,6 +156,7 @@ BREAKS = {
     "version": (importlib.metadata, "version", ("triton", "flash_attn")),
     "requires": (importlib.metadata, "requires", ("triton_pin",)),
     "nvml": (ctypes, "CDLL", ("driver",)),
+    "cudnn": (torch.backends.cudnn, "version", ("cudnn",)),
 }
 
 
@@ -184,7 +195,7 @@ def test_everything_broken_at_once(
     for owner, attribute, _ in BREAKS.values():
         monkeypatch.setattr(owner, attribute, broken)
     found = probe()
-    names = ["sm", "triton", "flash_attn", "backends", "name", "memory", "driver", "triton_pin"]
+    names = ["sm", "triton", "flash_attn", "backends", "name", "memory", "driver", "triton_pin", "cudnn"]
     assert found.unknown == tuple(f"{name}: ZeroDivisionError: broken" for name in names)
     assert (found.device, found.sm, found.backends) == ("cuda", None, ())
 

@@ -41,7 +41,7 @@ def test_every_field_tells_problems_apart(name: str, problem: Problem) -> None:
 
 
 def test_nothing_special_is_asked_for_by_default(problem: Problem) -> None:
-    for name in ("needs_grad", "paged", "softcap", "sinks", "fp8_scales"):
+    for name in ("needs_grad", "paged", "softcap", "sinks", "fp8_scales", "uniform"):
         assert getattr(problem, name) is False
     assert problem.deterministic is None, "left to the flag, or to torch"
     assert (problem.device_index, *(getattr(problem, name) for name in LENGTHS)) == (0, 0, 0, 0)
@@ -65,9 +65,9 @@ def test_devices_are_named_as_torch_names_them(device: str, index: int, name: st
 def test_a_problem_on_one_line(problem: Problem) -> None:
     assert describe(problem) == "window_attention on cpu, torch.float32, head_dim 64/32, group size 4"
     asked = replace(problem, device="cuda", device_index=1, total_q=7, max_seqlen_q=5, max_seqlen_k=9)
-    assert describe(replace(asked, needs_grad=True, deterministic=True, paged=True)) == (
+    assert describe(replace(asked, needs_grad=True, deterministic=True, paged=True, uniform=True)) == (
         "window_attention on cuda:1, torch.float32, head_dim 64/32, group size 4, total_q 7, max_seqlen_q 5, "
-        "max_seqlen_k 9, needs_grad, deterministic, paged"
+        "max_seqlen_k 9, needs_grad, deterministic, paged, uniform"
     )
 
 

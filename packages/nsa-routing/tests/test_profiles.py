@@ -102,6 +102,13 @@ def test_everything_a_profile_can_say(write: Callable, good: dict) -> None:
     assert profile.pins == {"nsa-fa2": "==0.1.*", "torch": ">=2.4,<3"}
 
 
+def test_versions_may_be_left_out(write: Callable, good: dict) -> None:
+    words = "torch 2.11.0, cuDNN 9.19.0"
+    measured = {"fa2": {"measured": MEASURED}, "triton": {"measured": MEASURED | {"versions": words}}}
+    loaded = load_profile(write(good | {"thresholds": {"combine": measured}})).thresholds["combine"]
+    assert (loaded["fa2"].measured.versions, loaded["triton"].measured.versions) == (None, words)
+
+
 def test_a_date_may_stand_without_quotes(write: Callable, good: dict) -> None:
     day = datetime.date(2026, 11, 22)
     measured = {"fa2": {"measured": MEASURED | {"date": day}}}
@@ -279,6 +286,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (
         {"thresholds": {"combine": {"fa2": {"measured": MEASURED | {"date": 86400}}}}},
         r"thresholds.combine.fa2.measured.date: Input should be a valid date.*, got 86400",
+    ),
+    (
+        {"thresholds": {"combine": {"fa2": {"measured": MEASURED | {"versions": ""}}}}},
+        r"thresholds.combine.fa2.measured.versions: String should have at least 1 character, got ''",
     ),
     (
         {"thresholds": {"combine": {"fa2": {"measured": MEASURED | {"gpu": ""}}}}},

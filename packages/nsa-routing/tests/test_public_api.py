@@ -81,7 +81,7 @@ def test_policy_reads_the_environment() -> None:
             Environment,
             [
                 *("device", "sm", "torch", "triton", "flash_attn", "backends"),
-                *("name", "memory", "cuda", "driver", "triton_pin", "unknown"),
+                *("name", "memory", "cuda", "driver", "triton_pin", "cudnn", "unknown"),
             ],
         ),
         (
@@ -90,7 +90,7 @@ def test_policy_reads_the_environment() -> None:
                 *("op", "device", "dtype", "head_dim", "v_head_dim", "group_size"),
                 *("needs_grad", "deterministic", "paged", "softcap", "sinks", "fp8_scales", "device_index"),
                 *("kernel_size", "kernel_stride", "block_size", "topk", "init_blocks", "local_blocks", "window_size"),
-                *("total_q", "max_seqlen_q", "max_seqlen_k"),
+                *("uniform", "total_q", "max_seqlen_q", "max_seqlen_k"),
             ],
         ),
     ],
@@ -105,7 +105,7 @@ def test_fields(made: type, names: list[str]) -> None:
     [
         (Profile, ["name", "source", "order", "presets", "thresholds", "denials", "pins"]),
         (Threshold, ["at_least", "at_most", "measured", "not_measured"]),
-        (Measurement, ["date", "gpu", "csv"]),
+        (Measurement, ["date", "gpu", "csv", "versions"]),
         (Denial, ["adr", "reason", "lifted_by"]),
         (Lengths, ["total_q", "max_seqlen_q", "max_seqlen_k"]),
     ],

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from nsa_routing import Policy, Problem, dispatch, dispatching, plan
+import yaml
+from nsa_routing import Policy, Problem, dispatch, dispatching, load_profile, plan
 from nsa_routing.problem import LENGTHS
 
 MEASURED = {"measured": {"date": "2026-11-22", "gpu": "H100", "csv": "sm90.csv"}}
@@ -86,6 +88,31 @@ def test_modes(mode: str, name: str, fa2: str, without: Any, measured: Any, beli
     assert reason(mode, bound | BELIEVED, policy, name, total_q=8) == believed
     if measured is None:
         assert reason(mode, bound | MEASURED, policy, name, total_q=7) == SHORT, "a bound holds in every mode"
+
+
+@pytest.mark.parametrize("fa2", ["auto", "0", "1"])
+@pytest.mark.parametrize("preset", ["safe", "perf"])
+def test_presets_take_cudnn_where_it_was_measured(
+    preset: str, fa2: str, install: Callable, environment: Callable, problem: Problem, tmp_path: Path
+) -> None:
+    """A profile on top of a shipped one, as `tune` writes it; NSA_FA2 does not speak of cudnn."""
+    install("cudnn", "sdpa")
+    modes = {"safe": {"cudnn": "measured"}, "perf": {"cudnn": "threshold"}}
+    bounds = {"cudnn": {"at_least": {"max_seqlen_q": 8, "max_seqlen_k": 8}, **MEASURED}}
+    thresholds = {"window_attention": bounds, "compressed_attention": bounds}
+    document = {"name": "mine", "source": "a test", "extends": "sm90", "presets": modes, "thresholds": thresholds}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
+    profile, policy = load_profile(tmp_path / "mine.yaml"), Policy(preset=preset, fa2=fa2)
+    machine = environment("cudnn", "sdpa", device="cuda", sm=90)
+
+    def taken(op: str, length: int, **facts: Any) -> str | None:
+        asked = replace(problem, op=op, device="cuda", max_seqlen_q=length, max_seqlen_k=length, **facts)
+        return plan(machine, profile, asked, policy).backend
+
+    for op in thresholds:
+        assert [taken(op, length) for length in (7, 8)] == ["sdpa", "cudnn"]
+        assert taken(op, 8, uniform=True) == "cudnn"
+    assert taken("selected_attention", 8) == "sdpa", "no shipped order tries it there"
 
 
 @pytest.mark.parametrize("mode", ["threshold", "measured", "opt-in"])

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -130,6 +130,15 @@ def test_a_win_is_one_by_more_than_the_spread() -> None:
     assert not wins(timing(5), timing(4))
 
 
+def test_a_win_is_one_by_a_fifth() -> None:
+    assert wins(timing(10), timing(12)), "exactly 1.2 times as fast"
+    assert not wins(timing(10), timing(11.999)), "beyond the spread is not enough"
+    assert wins(timing(10), timing(11.999), 1.1)
+    assert not wins(timing(10), timing(12), 1.3)
+    assert wins(timing(10), timing(10.001), 1)
+    assert not wins(timing(10), timing(10), 1), "the spread counts at every factor"
+
+
 def test_quartiles_of_the_calls() -> None:
     assert Timing.of([5.0, 1.0, 2.0, 4.0, 3.0]) == Timing(3, 2, 4, 1)
     assert Timing.of([1.0, 2.0, 4.0]) == Timing(2, 1.5, 3, 1)
@@ -175,15 +184,17 @@ def test_always_faster_pays_from_the_shortest_length(offer: Callable, clock: Clo
 @pytest.mark.parametrize(
     ("cost", "words"),
     [
-        (lambda length: 20.0, "no threshold: no faster than sdpa"),
-        (lambda length: 10.0, "no threshold: no faster than sdpa"),
-        (lambda length: length / 60, "no threshold: faster than sdpa at 128, 256, 512 tokens only"),
+        (lambda length: 20.0, "at no length"),
+        (lambda length: 10.0, "at no length"),
+        (lambda length: 8.5, "at no length"),
+        (lambda length: length / 80, "at 128, 256, 512 tokens only"),
     ],
-    ids=["slower", "equal", "only-short"],
+    ids=["slower", "equal", "little-faster", "only-short"],
 )
 def test_what_does_not_pay_gets_no_threshold(
     cost: Callable, words: str, offer: Callable, clock: Clock, tmp_path: Path
 ) -> None:
+    words = f"no threshold: {words} 1.2 times as fast as sdpa, beyond the spread"
     offer(Made("dense", clock, cost))
     tuned = tune(tmp_path / "mine.yaml", **WINDOW, preset="perf")
     (found,) = tuned.findings
@@ -192,6 +203,20 @@ def test_what_does_not_pay_gets_no_threshold(
     assert f"# window_attention, dense: {words}\n" in text
     assert yaml.safe_load(text).keys() == {"name", "extends", "source"}
     assert load_profile(tuned.profile).order == load_profile("cpu").order
+
+
+def test_how_fast_is_fast_enough_is_said(offer: Callable, clock: Clock, tmp_path: Path) -> None:
+    dense = Made("dense", clock, lambda length: 8.5)
+    offer(dense)
+    tuned = tune(tmp_path / "mine.yaml", **WINDOW, preset="perf", speedup=1.1)
+    assert tuned.findings[0].at_least == 128
+    words = "A backend pays where it is at least 1.1 times as fast as sdpa."
+    assert load_profile(tuned.profile).source.endswith(words)
+    (found,) = tune(tmp_path / "mine.yaml", **WINDOW, preset="perf", speedup=1.5).findings
+    assert found.words == "no threshold: at no length 1.5 times as fast as sdpa, beyond the spread"
+    dense.cost = lambda length: length / 80
+    (found,) = tune(tmp_path / "mine.yaml", **WINDOW, preset="perf", speedup=2).findings
+    assert found.words == "no threshold: at 128, 256 tokens only 2 times as fast as sdpa, beyond the spread"
 
 
 def test_a_backend_that_no_preset_takes_needs_the_option(offer: Callable, clock: Clock, tmp_path: Path) -> None:
@@ -393,6 +418,48 @@ def test_warm_up_is_not_timed(clock: Clock) -> None:
     assert left == []
 
 
+@pytest.mark.parametrize(
+    ("properties", "least"),
+    [(SimpleNamespace(L2_cache_size=50 << 20), 100 << 20), (SimpleNamespace(), 2 * measuring.LARGEST_L2)],
+    ids=["told", "not told"],
+)
+def test_on_cuda_each_call_finds_the_l2_cache_overwritten(
+    properties: SimpleNamespace, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By bytes that are written before the clock starts, every time."""
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            done.append("record")
+
+        def synchronize(self) -> None:
+            done.append("synchronize")
+
+        def elapsed_time(self, end: object) -> float:
+            return 2.5
+
+    class Bytes:
+        def zero_(self) -> None:
+            done.append("flush")
+
+    def empty(size: int, *, dtype: torch.dtype, device: str) -> Bytes:
+        assert size * dtype.itemsize >= least
+        assert device == "cuda"
+        return Bytes()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", {3: properties}.get)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "empty", empty)
+    watch = stopwatch("cuda")
+    assert [watch(lambda: done.append("run")) for _ in range(2)] == [2.5, 2.5]
+    assert done == 2 * ["flush", "record", "run", "record", "synchronize"]
+
+
 def test_the_raw_measurements(offer: Callable, clock: Clock, tmp_path: Path) -> None:
     offer(Made("dense", clock, lambda length: length / 100))
     tuned = tune(tmp_path / "mine.yaml", **WINDOW, num_heads=6, num_kv_heads=3, head_dim=8, v_head_dim=4)
@@ -408,6 +475,8 @@ def test_the_raw_measurements(offer: Callable, clock: Clock, tmp_path: Path) -> 
         "date": datetime.date.today().isoformat(),
         "torch": environment.torch,
         "triton": environment.triton or "",
+        "flash_attn": environment.flash_attn or "",
+        "cudnn": "",
         "num_heads": "6",
         "num_kv_heads": "3",
         "head_dim": "8",
@@ -418,6 +487,46 @@ def test_the_raw_measurements(offer: Callable, clock: Clock, tmp_path: Path) -> 
         **dict.fromkeys(("median_ms", "p25_ms", "p75_ms", "min_ms"), "10.240000"),
     }
     assert row["device"] == load_profile(tuned.profile).source.split(", ")[1].partition(":")[0]
+
+
+@pytest.mark.parametrize(
+    ("facts", "columns", "words"),
+    [
+        (
+            {"triton": "3.6.0", "flash_attn": "2.8.3", "cudnn": 91900},
+            ["2.11.0", "3.6.0", "2.8.3", "9.19.0"],
+            "torch 2.11.0, triton 3.6.0, flash-attn 2.8.3, cuDNN 9.19.0",
+        ),
+        ({"triton": None, "flash_attn": None, "cudnn": None}, ["2.11.0", "", "", ""], "torch 2.11.0"),
+    ],
+    ids=["all", "none"],
+)
+def test_the_versions_that_were_measured(
+    facts: dict[str, Any],
+    columns: list[str],
+    words: str,
+    offer: Callable,
+    clock: Clock,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    offer(Made("dense", clock, lambda length: 5.0))
+    monkeypatch.setattr(_tune, "probe", lambda *_: replace(probe("cpu"), torch="2.11.0", **facts))
+    tuned = tune(tmp_path / "mine.yaml", **WINDOW, preset="perf")
+    assert load_profile(tuned.profile).thresholds["window_attention"]["dense"].measured.versions == words
+    with tuned.csv.open() as file:
+        found = [[row[name] for name in ("torch", "triton", "flash_attn", "cudnn")] for row in csv.DictReader(file)]
+    assert found == [columns] * len(found)
+
+
+def test_what_is_measured_is_a_uniform_batch(offer: Callable, clock: Clock, tmp_path: Path) -> None:
+    class Uniform(Made):
+        def refuse(self, op: str, problem: Problem, environment: object) -> str | None:
+            return None if problem.uniform else "takes uniform batches only"
+
+    offer(Uniform("dense", clock, lambda length: 5.0))
+    (found,) = tune(tmp_path / "mine.yaml", **WINDOW, preset="perf").findings
+    assert found.outcome == "threshold"
 
 
 def test_a_backend_that_refuses_is_not_run(offer: Callable, clock: Clock, tmp_path: Path) -> None:
@@ -516,6 +625,9 @@ def test_each_case_is_told(offer: Callable, clock: Clock, tmp_path: Path) -> Non
         ({"lengths": (0, 5)}, r"^lengths: expected numbers from 1 to 2\^31 - 1, got \[0, 5\]$"),
         ({"lengths": (5, 2**31)}, r"^lengths: expected numbers from 1 to 2\^31 - 1, got \[5, 2147483648\]$"),
         ({"repeat": 2}, r"^repeat: expected at least 3, got 2$"),
+        ({"speedup": 0.9}, r"^speedup: expected a number of at least 1, got 0\.9$"),
+        ({"speedup": float("nan")}, r"^speedup: expected a number of at least 1, got nan$"),
+        ({"speedup": float("inf")}, r"^speedup: expected a number of at least 1, got inf$"),
         ({"preset": "fast"}, r"^preset: expected one of \['safe', 'perf'\], got 'fast'$"),
         ({"num_heads": 6}, r"^num_heads: expected a multiple of num_kv_heads=4, got 6$"),
         ({"dtype": torch.int8}, r"^dtype: expected one of \[.*\], got torch\.int8$"),

@@ -135,6 +135,45 @@ def test_states_the_problem(op: str, recorder: Recorder, arguments: dict) -> Non
     assert problem == Problem(op, "cpu", torch.float64, *dims, **sizes)
 
 
+UNIFORM = {
+    "one": ([7], [7], True),
+    "equal": ([4, 4, 4], [4, 4, 4], True),
+    "empty sequences": ([0, 0], [0, 0], True),
+    "one ragged": ([4, 3, 4], [4, 3, 4], False),
+    "queries ragged": ([2, 4], [4, 4], False),
+    "keys ragged": ([4, 4], [3, 4], False),
+    "keys ragged, as many": ([4, 4], [3, 5], False),
+    "an empty one": ([4, 0], [4, 0], False),
+    "decode": ([1, 1], [9, 9], False),
+    "prefix": ([4, 4], [9, 9], False),
+    "more queries": ([9, 9], [4, 4], False),
+    "no sequence": ([], [], False),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("lengths", UNIFORM)
+def test_states_whether_a_batch_is_uniform(op: str, lengths: str, recorder: Recorder, blocks: BlockGeometry) -> None:
+    """By host numbers alone: on the device meta there is nothing else to be read."""
+    q_lengths, k_lengths, uniform = UNIFORM[lengths]
+    layout = VarlenLayout.from_lengths(q_lengths, k_lengths)
+    compressed = layout.compressed(blocks).total
+    layout = layout.to("meta")
+    tokens = compressed if op in ("compressed_attention", "select_blocks") else layout.total_k
+    q, k = (torch.empty(count, 2, 8, device="meta") for count in (layout.total_q, tokens))
+    indices = torch.empty(layout.total_q, 2, 1, dtype=torch.int32, device="meta")
+    args = {
+        "compress_mean": (k, layout, blocks),
+        "compressed_attention": (q, k, k, layout, blocks),
+        "select_blocks": (q, k, torch.empty(2, layout.total_q, device="meta"), layout, blocks),
+        "selected_attention": (q, k, k, indices, layout, blocks),
+        "window_attention": (q, k, k, layout, blocks),
+        "combine": (q[..., :3], q, q, q),
+    }[op]
+    getattr(ops, op)(*args)
+    assert recorder.calls[0][1].uniform is (uniform and op not in ("compress_mean", "combine"))
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_states_the_device_and_dtype(op: str, recorder: Recorder, arguments: dict) -> None:
     def move(x: object) -> object:

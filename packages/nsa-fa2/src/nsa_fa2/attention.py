@@ -60,23 +60,8 @@ class _Attention(torch.autograd.Function):
         deterministic: bool,
     ) -> tuple[Tensor, Tensor]:
         calls = _calls(branch, q, k, v, backward=any(ctx.needs_input_grad))
-        shape = (*q.shape[:2], v.shape[-1])
-        out = q.new_empty(0 if branch.whole else shape)
-        lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-        raw = []
-        for call in calls:
-            q_rows, k_rows, v_rows = call.read((q,), (k, v))
-            part_out, part_lse = kernel.forward(q_rows, k_rows, v_rows, **call.options, scale=scale)
-            if branch.whole:
-                out = part_out.reshape(shape)
-            else:
-                call.part.queries.put(out, part_out, call.chosen)
-            call.part.queries.put(lse.T, part_lse.mT, call.chosen)
-            raw.append(part_lse)
-        if branch.blind is not None:
-            branch.blind.fill(lse.T, -torch.inf)
-            if not branch.whole:  # a kernel has 0 for rows that see no key
-                branch.blind.fill(out, 0.0)
+        run = _whole if branch.whole else _in_parts
+        out, lse, raw = run(q, k, v, kernel, branch, calls, scale)
         # The kernel's own lse, by which it knows rows that see no key, is not the branch's.
         ctx.save_for_backward(q, k, v, out, *raw)
         ctx.kernel, ctx.branch, ctx.calls = kernel, branch, calls
@@ -108,7 +93,42 @@ class _Attention(torch.autograd.Function):
             call.part.queries.put(dq, grads[0], call.chosen)
             call.part.keys.add(dk, grads[1], call.copies)
             call.part.keys.add(dv, grads[2], call.copies)
+            del grad, q_rows, out_rows, k_rows, v_rows, grads  # before the next ones are made
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+
+
+def _whole(
+    q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, branch: Branch, calls: list[_Call], scale: float
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """(out, lse, the kernel's lse): what the only call gives, as it lies."""
+    (call,) = calls
+    q_rows, k_rows, v_rows = call.read((q,), (k, v))
+    out, raw = kernel.forward(q_rows, k_rows, v_rows, **call.options, scale=scale)
+    lse = raw.mT.reshape(q.shape[:2]).T.contiguous().float()
+    if branch.blind is not None:
+        lse = lse.clone()
+        branch.blind.fill(lse.T, -torch.inf)
+    return out.reshape(*q.shape[:2], v.shape[-1]), lse, [raw]
+
+
+def _in_parts(
+    q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, branch: Branch, calls: list[_Call], scale: float
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """(out, lse, the kernel's lse of each call)."""
+    out = q.new_empty(*q.shape[:2], v.shape[-1])
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+    if branch.blind is not None:
+        branch.blind.fill(out, 0.0)
+        branch.blind.fill(lse.T, -torch.inf)
+    raw = []
+    for call in calls:
+        q_rows, k_rows, v_rows = call.read((q,), (k, v))
+        part_out, part_lse = kernel.forward(q_rows, k_rows, v_rows, **call.options, scale=scale)
+        call.part.queries.put(out, part_out, call.chosen)
+        call.part.queries.put(lse.T, part_lse.mT, call.chosen)
+        raw.append(part_lse)
+        del q_rows, k_rows, v_rows, part_out  # before the next ones are made
+    return out, lse, raw
 
 
 def _calls(branch: Branch, q: Tensor, k: Tensor, v: Tensor, *, backward: bool) -> list[_Call]:

@@ -93,7 +93,7 @@ class FlashBackend:
         deterministic = self._agreed("compressed_attention", q, k_cmp, v_cmp, layout, deterministic)
         k_cmp, v_cmp = (compressed_rows(x, layout, blocks) for x in (k_cmp, v_cmp))
         return attention(
-            *(q, k_cmp, v_cmp, self.kernel, compressed_branch(layout, blocks)),
+            *(q, k_cmp, v_cmp, self.kernel, compressed_branch(layout, blocks, apart=self.kernel.limits.interleaved)),
             scale=scale_or_default(scale, q.shape[-1]),
             deterministic=deterministic,
         )

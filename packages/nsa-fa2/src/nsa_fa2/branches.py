@@ -104,18 +104,19 @@ def _uniform_window(layout: VarlenLayout, window: int | None) -> Branch:
     return Branch(parts, blind, whole=len(parts) == 1)
 
 
-def compressed_branch(layout: VarlenLayout, blocks: BlockGeometry) -> Branch:
+def compressed_branch(layout: VarlenLayout, blocks: BlockGeometry, *, apart: bool = True) -> Branch:
     """The visible compressed blocks: whole rows of the fold, and the queries before and after them.
 
-    Reads a layout's offsets once if they live on a device only; see `VarlenLayout`.
+    Reads a layout's offsets once if they live on a device only; see `VarlenLayout`. `apart`: of a single sequence the
+    phases are a batch, see `Dense`.
     """
 
     def build() -> Branch:
         if layout.total_q == 0 or layout.compressed(blocks).total == 0:
             return Branch((), Packed(slice(0, layout.total_q)))
-        return _uniform_compressed(layout, blocks) if is_uniform(layout) else _ragged_compressed(layout, blocks)
+        return _uniform_compressed(layout, blocks, apart) if is_uniform(layout) else _ragged_compressed(layout, blocks)
 
-    return layout.derive(("nsa_fa2", "cmp", blocks.kernel_size, blocks.kernel_stride), build)
+    return layout.derive(("nsa_fa2", "cmp", blocks.kernel_size, blocks.kernel_stride, apart), build)
 
 
 class Spans(NamedTuple):
@@ -160,17 +161,18 @@ class Spans(NamedTuple):
         )
 
 
-def _uniform_compressed(layout: VarlenLayout, blocks: BlockGeometry) -> Branch:
+def _uniform_compressed(layout: VarlenLayout, blocks: BlockGeometry, apart: bool) -> Branch:
     q_len, k_len = (torch.tensor([size], device="cpu") for size in (layout.max_seqlen_q, layout.max_seqlen_k))
     blind, head, rows, _, *num_keys = (int(x) for x in Spans.of(q_len, k_len, blocks))
     num_cmp, d = blocks.num_compressed(layout.max_seqlen_k), blocks.kernel_stride
     ends = (blind, blind + head, blind + head + rows * d, layout.max_seqlen_q)
+    apart = apart and layout.batch_size == 1
     parts = []
     for batch in _batches(layout.batch_size):
         for (start, stop), seen, folded in zip(pairwise(ends), num_keys, (False, True, False), strict=True):
             if stop > start:
-                queries = Dense(*batch, layout.max_seqlen_q, start, stop, d if folded else 1)
-                parts.append(Part(queries, Dense(*batch, num_cmp, 0, seen), None, causal=folded))
+                queries = Dense(*batch, layout.max_seqlen_q, start, stop, d if folded else 1, apart)
+                parts.append(Part(queries, Dense(*batch, num_cmp, 0, seen, apart=apart), None, causal=folded))
     hidden = Dense(0, layout.batch_size, layout.max_seqlen_q, 0, blind) if blind else None
     return Branch(tuple(parts), hidden)
 

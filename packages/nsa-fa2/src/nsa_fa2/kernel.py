@@ -20,6 +20,7 @@ class Limits:
         max_head_dim: of Dk and Dv. head_dim_multiple: what both must be a multiple of.
         windows: sliding windows. ragged: packed sequences of different lengths.
         deterministic_gradients: a backward that gives equal bits in every run, on request.
+        interleaved: sequences whose rows alternate are taken as they lie; otherwise the kernel would copy them.
     """
 
     devices: tuple[str, ...] = ("cuda",)
@@ -29,6 +30,7 @@ class Limits:
     windows: bool = True
     ragged: bool = True
     deterministic_gradients: bool = False
+    interleaved: bool = True
 
 
 class Segments(NamedTuple):

@@ -28,8 +28,8 @@ ALL = slice(None)
 class Dense:
     """Rows [start, stop) of each of `batch` sequences of one length, the first of which is number `first`.
 
-    Views throughout. With phases, a single sequence has them as a batch of R over one and the same keys, which are
-    never copied; several have them as R times as many heads, over keys that are repeated.
+    Views throughout. Phases are R times as many heads over keys that are repeated, or, if `apart` (a single sequence
+    only), a batch of R that lie interleaved, over one and the same keys, which are not copied.
     """
 
     first: int
@@ -38,6 +38,7 @@ class Dense:
     start: int
     stop: int
     phases: int = 1
+    apart: bool = False
 
     @property
     def copied(self) -> bool:
@@ -49,19 +50,21 @@ class Dense:
 
     def _view(self, x: Tensor) -> Tensor:
         """[b, n * phases, ...]"""
-        sequences = x[self.first * self.seqlen : (self.first + self.batch) * self.seqlen]
-        return sequences.unflatten(0, (self.batch, self.seqlen))[:, self.start : self.stop]
+        if self.batch * self.seqlen < x.shape[0]:
+            x = x[self.first * self.seqlen : (self.first + self.batch) * self.seqlen]
+        rows = x.view(self.batch, self.seqlen, *x.shape[1:])
+        return rows if self.stop - self.start == self.seqlen else rows[:, self.start : self.stop]
 
     def _folded(self, x: Tensor, chosen: slice) -> Tensor:
         """[b, n, R, H, ...]"""
         return self._view(x).unflatten(1, (-1, self.phases))[:, :, chosen]
 
     def queries(self, x: Tensor, chosen: slice = ALL) -> Tensor:
-        """[b, n, H, ...]; with phases [R, n, H, ...] of one sequence, [b, n, R * H, ...] of several."""
+        """[b, n, H, ...]; with phases [b, n, R * H, ...], apart [R, n, H, ...]."""
         if self.phases == 1:
             return self._view(x)
         folded = self._folded(x, chosen)
-        return folded[0].transpose(0, 1) if self.batch == 1 else folded.flatten(2, 3)
+        return folded[0].transpose(0, 1) if self.apart else folded.flatten(2, 3)
 
     def put(self, x: Tensor, values: Tensor, chosen: slice = ALL) -> None:
         """Values as `queries` gives rows: into x."""
@@ -69,17 +72,17 @@ class Dense:
             self._view(x).copy_(values)
             return
         folded = self._folded(x, chosen)
-        if self.batch == 1:
+        if self.apart:
             folded[0].copy_(values.transpose(0, 1))
         else:
             folded.copy_(values.unflatten(2, folded.shape[2:4]))
 
     def keys(self, x: Tensor, copies: int = 1) -> Tensor:
-        """[b, n, h, D]; with copies [R, n, h, D] of one sequence, [b, n, R * h, D] of several."""
+        """[b, n, h, D]; with copies [b, n, R * h, D], apart [R, n, h, D]."""
         rows = self._view(x)
         if copies == 1:
             return rows
-        if self.batch == 1:
+        if self.apart:
             return rows.expand(copies, -1, -1, -1)
         return rows[:, :, None].expand(-1, -1, copies, -1, -1).flatten(2, 3)
 
@@ -88,7 +91,7 @@ class Dense:
         rows = self._view(x)
         if copies == 1:
             rows += grads
-        elif self.batch == 1:
+        elif self.apart:
             rows[0] += grads.sum(0, dtype=x.dtype)
         else:
             rows += grads.unflatten(2, (copies, -1)).sum(2, dtype=x.dtype)

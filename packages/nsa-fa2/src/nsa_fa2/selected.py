@@ -126,6 +126,7 @@ class _Selected(torch.autograd.Function):
             blind = (chunk.num_keys == 0)[..., None].expand(-1, -1, num_heads // num_kv_heads).flatten(1)
             lse.T[rows] = part_lse.view(-1, num_heads).float().masked_fill(blind, -torch.inf)
             raw.append(part_lse)
+            del chunk, k_rows, v_rows, part  # before the next ones are made
         if isinstance(k, Tensor) and isinstance(v, Tensor):
             ctx.save_for_backward(q, k, v, block_indices, out, *raw)
         ctx.layout, ctx.blocks, ctx.kernel, ctx.scale, ctx.size = layout, blocks, kernel, scale, size
@@ -154,6 +155,7 @@ class _Selected(torch.autograd.Function):
             dq[rows] = grads[0].view(-1, *q.shape[1:])
             chunk.scatter(grads[1], dk, ctx.layout)
             chunk.scatter(grads[2], dv, ctx.layout)
+            del chunk, grads  # before the next ones are made
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
 
 

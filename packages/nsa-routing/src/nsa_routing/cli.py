@@ -20,14 +20,14 @@ from rich.text import Text
 
 from nsa_routing.backends import installed_backends
 from nsa_routing.checks import distribution_of, run_checks
-from nsa_routing.environment import Environment
+from nsa_routing.environment import Environment, cudnn_words
 from nsa_routing.environment import probe as probe_machine
 from nsa_routing.pins import constraints
 from nsa_routing.planning import Plan, Rejected, plan, verdict
 from nsa_routing.policy import PRESETS, Policy
 from nsa_routing.problem import OPS
 from nsa_routing.profile import load_profile, profile_of
-from nsa_routing.tuning import LEAST_REPEATS, LENGTHS, TuningError
+from nsa_routing.tuning import LEAST_REPEATS, LENGTHS, SPEEDUP, TuningError
 from nsa_routing.tuning import tune as tune_profile
 from nsa_routing.workload import typical
 
@@ -155,6 +155,7 @@ def probe(device: Device = None, index: Index = 0, as_json: Json = False) -> Non
             "memory": None if environment.memory is None else f"{environment.memory / GIB:.1f} GiB",
             "torch": environment.torch,
             "CUDA": environment.cuda,
+            "cuDNN": None if environment.cudnn is None else cudnn_words(environment.cudnn),
             "driver": environment.driver,
             "triton": f"{environment.triton or 'not installed'}{pinned}",
             "flash-attn": environment.flash_attn or "not installed",
@@ -218,6 +219,7 @@ def explain(
     ] = None,
     max_seqlen_k: Annotated[int, _size("--max-seqlen-k", "Keys of the longest sequence.")] = 8192,
     total_q: Annotated[int | None, _size("--total-q", "Queries of all sequences.  [default: one sequence's]")] = None,
+    ragged: Annotated[bool, typer.Option("--ragged", help="Sequences differ in length.")] = False,
     grad: Annotated[bool, typer.Option("--grad/--no-grad", help="Gradients are recorded.")] = False,
     paged: Annotated[bool, typer.Option("--paged", help="Keys and values lie in pages.")] = False,
     deterministic: Annotated[
@@ -264,6 +266,7 @@ def explain(
         total_q=total_q or queries,
         needs_grad=grad,
         paged=paged,
+        ragged=ragged,
         deterministic=policy.deterministic if deterministic is None else deterministic,
     )
     plans = [plan(environment, loaded, workload.problem(one), policy) for one in op or OPS]
@@ -367,6 +370,10 @@ def tune(
     repeat: Annotated[
         int, typer.Option("--repeat", min=LEAST_REPEATS, metavar="N", help="Timed calls for each case.")
     ] = 20,
+    speedup: Annotated[
+        float,
+        typer.Option("--speedup", min=1.0, metavar="X", help="Times as fast as sdpa that a backend must be to pay."),
+    ] = SPEEDUP,
     preset: Annotated[
         str | None,
         typer.Option("--preset", parser=_choice(PRESETS), metavar="PRESET", help="Enter what pays in this preset too."),
@@ -378,8 +385,9 @@ def tune(
     """Measure when backends beat sdpa; write a profile.
 
     A case is one sequence, prefilled whole. A backend gets a threshold for an operation at the smallest tested length
-    from which it wins: there and at every longer one its third quartile lies below the first quartile of sdpa. Its
-    results must agree with those of sdpa. The profile extends the device's shipped one.
+    from which it wins: there and at every longer one it is --speedup times as fast as sdpa, by medians, and its third
+    quartile lies below the first quartile of sdpa. Its results must agree with those of sdpa. The profile extends the
+    device's shipped one.
     """
     if out.suffix != ".yaml" or not out.parent.is_dir():
         message = f"expected a path in an existing folder that ends in .yaml, got {str(out)!r}"
@@ -405,6 +413,7 @@ def tune(
             dtype=None if dtype is None else DTYPES[dtype],
             grad=grad,
             repeat=repeat,
+            speedup=speedup,
             preset=preset,
             device=device,
             index=index,
@@ -436,8 +445,8 @@ def tune(
 
 def _made_up(sm: int) -> Environment:
     """A GPU that is not here, with what is installed here."""
-    here = probe_machine("cpu")
-    return replace(here, device="cuda", sm=sm, name="a GPU", memory=None)
+    here, cudnn = probe_machine("cpu"), probe_machine("cuda").cudnn  # which is torch's own, GPU or not
+    return replace(here, device="cuda", sm=sm, name="a GPU", memory=None, cudnn=cudnn)
 
 
 def _environment(environment: Environment) -> dict[str, Any]:

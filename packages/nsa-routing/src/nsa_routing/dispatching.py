@@ -260,6 +260,8 @@ class _Traced:
 
 _TRACED = _Traced()
 _SIZES = tuple(field.name for field in fields(Problem) if field.type in (int, "int") and field.name in STATIC)
+_FLAGS = tuple(field.name for field in fields(Problem) if field.type in (bool, "bool"))
+_OTHERS = tuple(name for name in STATIC if name not in (*_SIZES, *_FLAGS))
 
 
 def _dispatch_traced(problem: Problem, backend: str | None) -> Run:
@@ -272,8 +274,10 @@ def _dispatch_traced(problem: Problem, backend: str | None) -> Run:
                 reached = bound
         at_least.append(reached)
     sizes = [index(getattr(problem, name)) for name in _SIZES]
-    others = [getattr(problem, name) for name in STATIC if name not in _SIZES]
-    run: Run = getattr(_TRACED, _traced_route(backend, *at_least, *sizes, *others))
+    stated = [name for name in _FLAGS if getattr(problem, name)]  # a branch: what compares lengths is symbolic too
+    flags = [name in stated for name in _FLAGS]
+    others = [getattr(problem, name) for name in _OTHERS]
+    run: Run = getattr(_TRACED, _traced_route(backend, *at_least, *sizes, *flags, *others))
     return run
 
 
@@ -282,7 +286,7 @@ def _traced_cuts(op: str, device: str, device_index: int) -> tuple[tuple[int, ..
 
 
 def _traced_route(backend: str | None, *values: Any) -> str:
-    names = (*LENGTHS, *_SIZES, *(name for name in STATIC if name not in _SIZES))
+    names = (*LENGTHS, *_SIZES, *_FLAGS, *_OTHERS)
     problem = Problem(**dict(zip(names, values, strict=True)))
     name = f"route_{len(vars(_TRACED))}"
     setattr(_TRACED, name, _the_router().route(problem, backend))

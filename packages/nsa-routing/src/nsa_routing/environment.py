@@ -29,6 +29,7 @@ class Environment:
         cuda: the CUDA version that torch was built for.
         driver: the NVIDIA driver's version.
         triton_pin: the Triton version that torch's metadata requires, None where it requires none.
+        cudnn: the cuDNN that torch has loaded, as cuDNN counts its versions (91900 is 9.19.0); None off NVIDIA devices.
         unknown: facts that could not be found out, each with its reason.
 
     Example:
@@ -47,6 +48,7 @@ class Environment:
     cuda: str | None = None
     driver: str | None = None
     triton_pin: str | None = None
+    cudnn: int | None = None
     unknown: tuple[str, ...] = ()
 
 
@@ -87,8 +89,20 @@ def probe(device: str | None = None, index: int = 0) -> Environment:
         cuda=torch.version.cuda,
         driver=fact("driver", _driver, None) if nvidia else None,
         triton_pin=fact("triton_pin", _triton_pin, None),
+        cudnn=fact("cudnn", torch.backends.cudnn.version, None) if nvidia else None,
         unknown=tuple(dict.fromkeys(unknown)),
     )
+
+
+def cudnn_words(number: int) -> str:
+    """A version of cuDNN as people write it.
+
+    Example:
+        >>> cudnn_words(91900), cudnn_words(8902)
+        ('9.19.0', '8.9.2')
+    """
+    major = 10_000 if number >= 90_000 else 1_000  # cuDNN 9 made room for more minor versions
+    return f"{number // major}.{number % major // 100}.{number % 100}"
 
 
 def _sm(index: int) -> int:

@@ -13,7 +13,12 @@ NO_MEMORY = (
     "Triton Error [CUDA]: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
-NO_COMPILER = ("Failed to find C compiler", "PassManager::run failed", "Internal Triton PTX codegen error")
+NO_COMPILER = (
+    "Failed to find C compiler",
+    "PassManager::run failed",
+    "Internal Triton PTX codegen error",
+    "was built without a kernel",  # a library that leaves some out, found by the backend over it
+)
 
 
 def failure_kind(error: BaseException) -> str | None:

@@ -36,6 +36,9 @@ class Problem:
         device_index: which of the devices of that kind.
         kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks, window_size: the block sizes, in
             tokens (topk, init_blocks, local_blocks: in blocks).
+        uniform: every sequence has max_seqlen_q queries and exactly as many keys, so that the packed batch is a
+            rectangular one. False says nothing: of `combine` and `compress_mean`, which have no queries over keys, and
+            of a batch whose lengths nobody compared, too.
         total_q: packed queries, Tq.
         max_seqlen_q, max_seqlen_k: the longest sequence's queries and keys.
 
@@ -68,6 +71,7 @@ class Problem:
     init_blocks: int = 1
     local_blocks: int = 2
     window_size: int = 512
+    uniform: bool = False
     total_q: int = 0
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0

@@ -45,11 +45,13 @@ class Measurement(_Frozen):
         date: of the measurement.
         gpu: what ran it.
         csv: the raw measurements, a path beside the profile.
+        versions: of the libraries that were measured, in words: "torch 2.11.0+cu130, cuDNN 9.19.0".
     """
 
     date: Annotated[datetime.date, BeforeValidator(_as_date)]
     gpu: str = Field(min_length=1)
     csv: str = Field(min_length=1)
+    versions: str | None = Field(default=None, min_length=1)
 
 
 class Threshold(_Frozen):

@@ -15,6 +15,7 @@ class Workload:
         device, device_index, dtype, head_dim, v_head_dim, group_size, needs_grad, deterministic, paged: as `Problem`
             has them.
         total_q, max_seqlen_q, max_seqlen_k: likewise.
+        ragged: lengths differ. Otherwise a batch whose numbers allow it is uniform.
 
     Raises:
         ValueError: a size or length below 1, or fewer queries in all than in the longest sequence.
@@ -23,6 +24,8 @@ class Workload:
         >>> layer = Workload("cpu", torch.float32, group_size=4, max_seqlen_q=1, total_q=8)
         >>> layer.problem("window_attention").group_size, layer.problem("combine").group_size
         (4, 1)
+        >>> Workload("cpu", torch.float32, total_q=2 * 8192).problem("window_attention").uniform
+        True
     """
 
     device: str
@@ -36,6 +39,7 @@ class Workload:
     needs_grad: bool = False
     deterministic: bool = False
     paged: bool = False
+    ragged: bool = False
     device_index: int = 0
 
     def __post_init__(self) -> None:
@@ -48,12 +52,13 @@ class Workload:
     def problem(self, op: str) -> Problem:
         """The problem that the layer's call of `op` is: what `nsa.ops` plans by.
 
-        `compress_mean` and `combine` know no groups, and `combine` no keys; neither takes pages. `select_blocks` has no
-        values and no gradient.
+        `compress_mean` and `combine` know no groups, and `combine` no keys; neither takes pages or is said to be
+        uniform. `select_blocks` has no values and no gradient.
         """
         v_head_dim = self.head_dim if op in ("compress_mean", "select_blocks") else self.v_head_dim
         bare = op in ("compress_mean", "combine")
         combine = op == "combine"
+        rectangular = self.max_seqlen_q == self.max_seqlen_k and self.total_q % self.max_seqlen_q == 0
         return Problem(
             op,
             self.device,
@@ -65,6 +70,7 @@ class Workload:
             deterministic=self.deterministic,
             paged=self.paged and not bare,
             device_index=self.device_index,
+            uniform=rectangular and not (self.ragged or bare),
             total_q=self.total_q,
             max_seqlen_q=0 if combine else self.max_seqlen_q,
             max_seqlen_k=0 if combine else self.max_seqlen_k,
@@ -85,7 +91,7 @@ class Workload:
             f"head_dim {self.head_dim}/{self.v_head_dim}",
             f"group size {self.group_size}",
             f"{queries} over {self.max_seqlen_k} keys",
-            *(name for name in ("needs_grad", "deterministic", "paged") if getattr(self, name)),
+            *(name for name in ("needs_grad", "deterministic", "paged", "ragged") if getattr(self, name)),
         ]
         return ", ".join(words)
 

@@ -209,10 +209,17 @@ def _problem(
         init_blocks=blocks.init_blocks,
         local_blocks=blocks.local_blocks,
         window_size=blocks.window_size,
+        uniform=op != "compress_mean" and _is_uniform(layout),
         total_q=layout.total_q,
         max_seqlen_q=layout.max_seqlen_q,
         max_seqlen_k=layout.max_seqlen_k,
     )
+
+
+def _is_uniform(layout: VarlenLayout) -> bool:
+    """Whether every sequence has max_seqlen_q queries and as many keys: no length is longer, so the totals tell."""
+    count, length = layout.batch_size, layout.max_seqlen_q
+    return count >= 1 and layout.max_seqlen_k == length and layout.total_q == layout.total_k == count * length
 
 
 def _said(deterministic: bool | None) -> dict[str, bool]:

@@ -11,10 +11,10 @@ class TorchFlash(FittedKernel):
     """torch's aten operations, which `torch.nn.attention.varlen` calls too.
 
     Their backward is deterministic under `torch.use_deterministic_algorithms` only: a switch of the whole process,
-    which a single call must not turn.
+    which a single call must not turn. It also copies out and its gradient unless they are contiguous.
     """
 
-    limits = Limits()
+    limits = Limits(interleaved=False)
 
     def _forward(
         self,

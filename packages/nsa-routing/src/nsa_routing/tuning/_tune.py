@@ -3,6 +3,7 @@
 import csv
 import datetime
 import io
+import math
 import os
 import platform
 import tempfile
@@ -17,26 +18,27 @@ import yaml
 
 from nsa_routing.backends import load_backend
 from nsa_routing.dispatching import DETERMINISTIC_OPS
-from nsa_routing.environment import Environment, probe
+from nsa_routing.environment import Environment, cudnn_words, probe
 from nsa_routing.failures import OUT_OF_MEMORY, failure_kind
 from nsa_routing.planning import Rejected, plan
 from nsa_routing.policy import PRESETS, Policy
 from nsa_routing.problem import OPS, Problem, device_name
 from nsa_routing.profile import LAST_RESORT, Profile, load_profile, profile_of
-from nsa_routing.tuning.findings import Finding, Row, entries, judge
+from nsa_routing.tuning.findings import SPEEDUP, Finding, Row, entries, judge
 from nsa_routing.tuning.measuring import TOLERANCE, compare, on_device, stopwatch
 from nsa_routing.workload import Workload
 
 GROUP = "nsa.op_inputs"
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 LEAST_REPEATS = 3
+# Whose versions the numbers depend on: columns, and what people call them.
+LIBRARIES = {"torch": "torch", "triton": "triton", "flash_attn": "flash-attn", "cudnn": "cuDNN"}
 
 # Of the raw measurements: one row for each operation, backend and length; times are of one call, in milliseconds.
 COLUMNS = (
     "date",  # ISO
     "device",  # the GPU's name, or the CPU's
-    "torch",
-    "triton",  # empty where there is none
+    *LIBRARIES,  # their versions; empty where there is none
     "op",
     "backend",
     "length",  # tokens of the one sequence: as many queries as keys
@@ -83,6 +85,7 @@ def tune(
     dtype: torch.dtype | None = None,
     grad: bool = False,
     repeat: int = 20,
+    speedup: float = SPEEDUP,
     preset: str | None = None,
     device: str | None = None,
     index: int = 0,
@@ -91,10 +94,11 @@ def tune(
 ) -> Tuned:
     """Measure backends against `sdpa` and write a profile of the lengths from which they pay.
 
-    A case is one sequence, prefilled whole. Measured is what a plan would accept but for presets and thresholds; a
-    backend whose results differ from those of `sdpa` gets no threshold. A threshold bounds the longest sequence's
-    queries and keys alike (`combine`: the queries in all), so that it speaks of nothing that was not measured: decode
-    steps are left to other routes. It is taken to hold beyond the longest tested length.
+    A case is one sequence, prefilled whole: a uniform batch. Measured is what a plan would accept but for presets and
+    thresholds; a backend whose results differ from those of `sdpa` gets no threshold, nor does one that is not
+    `speedup` times as fast. A threshold bounds the longest sequence's queries and keys alike (`combine`: the queries in
+    all), so that it speaks of nothing that was not measured: decode steps are left to other routes. It is taken to hold
+    beyond the longest tested length.
 
     The profile extends the device's shipped one. Beside it, under the same name, lie the raw measurements as CSV with
     the columns COLUMNS. Neither is left half-written, and the profile is loaded before it is put in its place.
@@ -107,6 +111,7 @@ def tune(
         dtype: None is bfloat16, float32 on a CPU.
         grad: time the operation together with its gradients.
         repeat: timed calls for each case, at least 3.
+        speedup: how many times as fast as `sdpa` a backend must be to pay, at least 1.
         preset: where a backend is entered that the profile does not try for the operation, or in no preset; None
             enters none. One that uses Triton is never entered in `safe`.
         device, index: as `probe` has them.
@@ -117,7 +122,7 @@ def tune(
         ValueError: an argument that does not fit.
         TuningError: no inputs, nothing to measure, or `sdpa` runs out of memory.
     """
-    _check(out, ops, lengths, repeat, preset)
+    _check(out, ops, lengths, repeat, speedup, preset)
     backends = None if backends is None else tuple(dict.fromkeys(backends))
     policy = Policy.from_env() if policy is None else policy
     environment = probe(device, index)
@@ -159,29 +164,40 @@ def tune(
                     wrong |= {(op, name): f"{what}, at {length} tokens" for name, what in bad.items()}
                     tell(_progress(op, length, new, bad))
     for op, names in measurable.items():
-        findings += (judge(op, name, rows, wrong.get((op, name)), profile, preset) for name in names)
+        findings += (judge(op, name, rows, wrong.get((op, name)), profile, preset, speedup) for name in names)
     findings.sort(key=lambda found: OPS.index(found.op))
 
     csv_path = out.with_suffix(".csv")
     date, gpu, dtype_name = datetime.date.today(), environment.name or _cpu_name(), str(dtype).removeprefix("torch.")
     gradients = ", with gradients" if grad else ""
+    versions = {name: getattr(environment, name) for name in LIBRARIES}
+    versions["cudnn"] = versions["cudnn"] and cudnn_words(versions["cudnn"])
+    known = {
+        "date": date,
+        "gpu": gpu,
+        "csv": csv_path.name,
+        "versions": ", ".join(f"{LIBRARIES[name]} {version}" for name, version in versions.items() if version),
+    }
     document = {
         "name": out.stem,
         "extends": extends,
         "source": f"Measured by nsa-routing tune on {date}, {gpu}: {num_heads}/{num_kv_heads} heads, head_dim "
-        f"{head_dim}/{v_head_dim}, {dtype_name}{gradients}.",
-        **entries(findings, profile, preset, {"date": date, "gpu": gpu, "csv": csv_path.name}),
+        f"{head_dim}/{v_head_dim}, {dtype_name}{gradients}. A backend pays where it is at least {speedup:g} times as "
+        f"fast as {LAST_RESORT}.",
+        **entries(findings, profile, preset, known),
     }
     comments = [f"Written by nsa-routing tune; the raw measurements are in {csv_path.name}.", *map(str, findings)]
     text = "".join(f"# {line}\n" for line in comments)
     text += yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
-    common = {"date": date, "device": gpu, "torch": environment.torch, "triton": environment.triton, **sizes}
+    common = {"date": date, "device": gpu, **versions, **sizes}
     raw = _csv([common | {"dtype": dtype_name, "repeats": repeat} | _cells(row) for row in rows])
     _write(out, text, csv_path, raw)
     return Tuned(out, csv_path, extends, note, tuple(findings), tuple(rows))
 
 
-def _check(out: Path, ops: Sequence[str], lengths: Sequence[int], repeat: int, preset: str | None) -> None:
+def _check(
+    out: Path, ops: Sequence[str], lengths: Sequence[int], repeat: int, speedup: float, preset: str | None
+) -> None:
     if out.suffix != ".yaml":
         raise ValueError(f"out: expected a path that ends in .yaml, got {str(out)!r}")
     if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
@@ -195,6 +211,8 @@ def _check(out: Path, ops: Sequence[str], lengths: Sequence[int], repeat: int, p
         raise ValueError(f"out: expected a path that is no folder, as {out.with_suffix('.csv').name}, got {str(out)!r}")
     if repeat < LEAST_REPEATS:
         raise ValueError(f"repeat: expected at least {LEAST_REPEATS}, got {repeat}")
+    if not 1 <= speedup < math.inf:
+        raise ValueError(f"speedup: expected a number of at least 1, got {speedup}")
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset: expected one of {list(PRESETS)}, got {preset!r}")
 

@@ -8,6 +8,10 @@ from nsa_routing.backends import load_backend
 from nsa_routing.profile import LAST_RESORT, Profile
 from nsa_routing.tuning.measuring import Timing
 
+# How many times as fast as sdpa a backend must be. A route that gains less is not worth another dependency in the path:
+# one more library whose version, memory and failures somebody has to answer for.
+SPEEDUP = 1.2
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -41,17 +45,17 @@ class Row:
     timing: Timing
 
 
-def wins(timing: Timing, against: Timing) -> bool:
-    """Faster by more than the spread: its third quartile lies below the other's first.
+def wins(timing: Timing, against: Timing, speedup: float = SPEEDUP) -> bool:
+    """At least `speedup` times as fast by medians, and beyond the spread: third quartile below the other's first.
 
     Example:
         >>> wins(Timing(2.0, 1.9, 2.1, 1.8), Timing(3.0, 2.2, 3.1, 1.0))
         True
     """
-    return timing.p75_ms < against.p25_ms
+    return against.median_ms >= speedup * timing.median_ms and timing.p75_ms < against.p25_ms
 
 
-def crossover(timings: Mapping[int, Timing], against: Mapping[int, Timing]) -> int | None:
+def crossover(timings: Mapping[int, Timing], against: Mapping[int, Timing], speedup: float = SPEEDUP) -> int | None:
     """The smallest tested length from which a backend wins: there and at every longer length, as `wins` has it.
 
     Args:
@@ -68,13 +72,15 @@ def crossover(timings: Mapping[int, Timing], against: Mapping[int, Timing]) -> i
     """
     found = None
     for length in sorted(against, reverse=True):
-        if length not in timings or not wins(timings[length], against[length]):
+        if length not in timings or not wins(timings[length], against[length], speedup):
             break
         found = length
     return found
 
 
-def judge(op: str, name: str, rows: list[Row], wrong: str | None, profile: Profile, preset: str | None) -> Finding:
+def judge(
+    op: str, name: str, rows: list[Row], wrong: str | None, profile: Profile, preset: str | None, speedup: float
+) -> Finding:
     """What the measurements of one backend on one operation say.
 
     Args:
@@ -82,16 +88,18 @@ def judge(op: str, name: str, rows: list[Row], wrong: str | None, profile: Profi
         wrong: what is wrong with the backend's results, if anything.
         profile: the one to extend.
         preset: where what pays may be entered.
+        speedup: what it takes to pay, as `wins` has it.
     """
     own, sdpa = (
         {row.length: row.timing for row in rows if (row.op, row.backend) == (op, x)} for x in (name, LAST_RESORT)
     )
     if wrong:
         return Finding(op, name, "wrong", None, f"no threshold: {wrong}{_advice(op, name, profile)}")
-    length = crossover(own, sdpa)
+    length = crossover(own, sdpa, speedup)
     if length is None:
-        won = [str(length) for length in sorted(own) if wins(own[length], sdpa[length])]
-        words = f"faster than {LAST_RESORT} at {', '.join(won)} tokens only" if won else f"no faster than {LAST_RESORT}"
+        won = [str(length) for length in sorted(own) if wins(own[length], sdpa[length], speedup)]
+        where = f"at {', '.join(won)} tokens only" if won else "at no length"
+        words = f"{where} {speedup:g} times as fast as {LAST_RESORT}, beyond the spread"
         return Finding(op, name, "never", None, f"no threshold: {words}{_advice(op, name, profile)}")
     words = f"pays from {length} tokens"
     if _is_taken(op, name, profile, preset):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from statistics import median, quantiles
 from time import perf_counter
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 Run = Callable[..., Any]
 Stopwatch = Callable[[Callable[[], object]], float]
 
+LARGEST_L2 = 128 << 20  # bytes, a B200's: where a torch does not tell the device's own
 WARM_UP = 3  # calls that are not timed: compilation, autotuning, the allocator's first blocks
 
 # How far a row may be from sdpa's, relative to its length. Sound results differ by rounding alone. In half precision
@@ -54,12 +56,15 @@ class Timing:
 def stopwatch(device: str) -> Stopwatch:
     """What runs its argument and returns the milliseconds that took: by events on CUDA, else by the host's clock.
 
+    On CUDA each call finds the L2 cache filled with other data, as it would in a model: what the call before left there
+    would make short cases look quicker than they are, and the backends unequally so.
+
     Example:
         >>> stopwatch("cpu")(lambda: None) >= 0
         True
     """
     if device == "cuda":
-        return _cuda_ms
+        return partial(_cuda_ms, _l2_sized().zero_)
     synchronize = getattr(torch, device).synchronize
 
     def watch(run: Callable[[], object]) -> float:
@@ -72,8 +77,15 @@ def stopwatch(device: str) -> Stopwatch:
     return watch
 
 
-def _cuda_ms(run: Callable[[], object]) -> float:
+def _l2_sized() -> Tensor:
+    """Bytes on the current device, twice as many as its L2 holds: once they are written, nothing else is left in it."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return torch.empty(2 * getattr(properties, "L2_cache_size", LARGEST_L2), dtype=torch.uint8, device="cuda")
+
+
+def _cuda_ms(flush: Callable[[], object], run: Callable[[], object]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush()  # in the same stream, and before the clock starts
     start.record()
     run()
     end.record()

@@ -1,0 +1,256 @@
+"""nsa-fa2 on a GPU beside the bare calls of the libraries behind it, in one run: `python bench/fa2.py --out FILE`.
+
+Bare means: the tensors lie as the library wants them, and nothing comes before or after. For the window that is
+`flash_attn_varlen_func` on q, k, v as they are; for the compressed branch the causal call on queries that were folded
+beforehand (d phases inside each group of heads, over all kv heads), through cuDNN and through both FlashAttention-2.
+The selected branch has nothing to stand beside: its time and its memory are stated.
+
+What is timed is checked first, against the oracle at a length it can hold. Variants of a row take turns, each going
+first in one round after another. Before each call 2 GB are written over, which empties the L2 cache and keeps the GPU
+busy while the call is being launched, as other work does in a model: `median_ms` and its quartiles are the GPU's time,
+`host_us` is what launching took. Memory is the peak beyond the arguments.
+"""
+
+import argparse
+import csv
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from nsa_fa2 import CUDNN, FA2, FA2_TORCH, FlashBackend
+from nsa_varlen import BlockGeometry, VarlenLayout, masks, reference
+from nsa_varlen.sdpa import BACKEND
+from nsa_varlen.testing import assert_within_budget, plain_attention
+from torch import Tensor
+
+BLOCKS = BlockGeometry()
+SHAPES = {"g16": (64, 4), "g4": (32, 8), "g1": (16, 16)}  # query heads, kv heads
+DIM, DTYPE = 128, torch.bfloat16
+FIELDS = (
+    *("op", "direction", "shape", "tokens", "variant", "median_ms", "p25_ms", "p75_ms", "min_ms", "repeats"),
+    *("ratio_to_bare", "host_us", "peak_mib"),
+)
+WARM_UP = 3
+
+Run = Callable[[], object]
+
+
+class Variant(NamedTuple):
+    """Forward, and the backward of what it gave; `bare`: what ratios are taken to, None for itself."""
+
+    forward: Run
+    backward: Run
+    bare: str | None
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device="cuda", dtype=DTYPE)
+
+
+def arguments(op: str, tokens: int, heads: tuple[int, int]) -> tuple[tuple[Tensor, ...], VarlenLayout]:
+    layout = VarlenLayout.from_lengths([tokens], device="cuda")
+    q, k, v = (normal(tokens, h, DIM, seed=seed) for seed, h in enumerate((heads[0], heads[1], heads[1])))
+    if op == "window_attention":
+        return (q, k, v), layout
+    k_cmp, v_cmp = (BACKEND.compress_mean(x, layout, BLOCKS) for x in (k, v))
+    if op == "compressed_attention":
+        return (q, k_cmp, v_cmp), layout
+    return (q, k, v, random_indices(layout, heads[1])), layout
+
+
+def random_indices(layout: VarlenLayout, kv_heads: int) -> Tensor:
+    """For each query and kv head the forced blocks and others at random: neighbours share nothing but by chance."""
+    candidate, forced = masks.candidate_blocks(layout, BLOCKS)
+    chosen = []
+    for rows in torch.arange(layout.total_q, device="cuda").split(4096):
+        generator = torch.Generator("cuda").manual_seed(int(rows[0]))
+        score = torch.rand(len(rows), kv_heads, candidate.shape[1], generator=generator, device="cuda")
+        score = score.masked_fill(forced[rows][:, None], 2.0).masked_fill(~candidate[rows][:, None], -1.0)
+        best, index = score.topk(min(BLOCKS.topk, candidate.shape[1]), -1)
+        chosen.append(index.masked_fill(best < 0, -1).int())
+    return torch.cat(chosen)
+
+
+def check(op: str, backend: FlashBackend, heads: tuple[int, int]) -> None:
+    """Within the budget of the dtype at 1,024 tokens, forward, or no timing."""
+    args, layout = arguments(op, 1024, heads)
+    if op == "compressed_attention":
+        mask = masks.compressed_mask(layout, BLOCKS)[:, None]
+    elif op == "window_attention":
+        mask = masks.window_mask(layout, BLOCKS)[:, None]
+    else:
+        mask = masks.selected_mask(args[3], layout, BLOCKS)
+    out, _ = getattr(backend, op)(*args, layout, BLOCKS)
+    exact, _ = getattr(reference, op)(*(x.double() if x.is_floating_point() else x for x in args), layout, BLOCKS)
+    assert_within_budget(out, plain_attention(*args[:3], mask), exact, f"{op} of {backend.name}")
+
+
+def through_backend(backend: FlashBackend, op: str, args: tuple[Tensor, ...], layout: VarlenLayout, bare: str | None):
+    def forward() -> object:
+        with torch.no_grad():
+            return getattr(backend, op)(*args, layout, BLOCKS)
+
+    return Variant(forward, gradients(lambda *x: getattr(backend, op)(*x, layout, BLOCKS)[0], args), bare)
+
+
+def gradients(run: Callable[..., Tensor], args: tuple[Tensor, ...]) -> Run:
+    """The backward alone, of a forward that ran once, when the backward was first asked for."""
+    kept: list = []
+
+    def backward() -> object:
+        if not kept:
+            leaves = [x.detach().clone().requires_grad_() if x.is_floating_point() else x for x in args]
+            out = run(*leaves)
+            kept.extend((out, [x for x in leaves if x.requires_grad], normal(*out.shape, seed=9)))
+        return torch.autograd.grad(*kept, retain_graph=True)
+
+    return backward
+
+
+def bare_window(args: tuple[Tensor, ...], tokens: int) -> Variant:
+    from flash_attn import flash_attn_varlen_func
+
+    offsets = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        window = (BLOCKS.window_size - 1, 0)
+        return flash_attn_varlen_func(q, k, v, offsets, offsets, tokens, tokens, causal=True, window_size=window)
+
+    def forward() -> object:
+        with torch.no_grad():
+            return call(*args)
+
+    return Variant(forward, gradients(call, args), None)
+
+
+def bare_compressed(backend: FlashBackend, args: tuple[Tensor, ...], tokens: int, heads: tuple[int, int]) -> Variant:
+    """The causal call over whole rows of the fold, everything laid out beforehand."""
+    rows, d = (tokens - BLOCKS.kernel_size + 1) // BLOCKS.kernel_stride, BLOCKS.kernel_stride
+
+    def folded(x: Tensor) -> Tensor:
+        seen = x[BLOCKS.kernel_size - 1 :][: rows * d].view(rows, d, heads[1], -1, DIM)
+        return seen.permute(0, 2, 3, 1, 4).reshape(1, rows, heads[0] * d, DIM)
+
+    q, k, v = folded(args[0]), *(x[None, :rows] for x in args[1:])
+    mask = {"segments": None, "scale": DIM**-0.5, "causal": True, "window": None}
+    kept: list = []
+
+    def backward() -> object:
+        if not kept:
+            kept.extend((folded(normal(*args[0].shape, seed=9)), q, k, v, *backend.kernel.forward(q, k, v, **mask)))
+        return backend.kernel.backward(*kept, **mask, deterministic=False)
+
+    return Variant(lambda: backend.kernel.forward(q, k, v, **mask), backward, None)
+
+
+def variants(op: str, tokens: int, heads: tuple[int, int]) -> dict[str, Variant]:
+    args, layout = arguments(op, tokens, heads)
+    if op == "selected_attention":
+        return {b.name: through_backend(b, op, args, layout, None) for b in (FA2, FA2_TORCH)}
+    if op == "window_attention":
+        through = {b.name: through_backend(b, op, args, layout, "bare flash-attn") for b in (FA2, FA2_TORCH)}
+        return {"bare flash-attn": bare_window(args, tokens)} | through
+    made = {}
+    for backend in (CUDNN, FA2, FA2_TORCH):
+        made[f"bare {backend.name}"] = bare_compressed(backend, args, tokens, heads)
+        made[backend.name] = through_backend(backend, op, args, layout, f"bare {backend.name}")
+    return made
+
+
+def measure(runs: dict[str, Run], repeats: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Milliseconds of each, by events, taking turns, and microseconds to launch it."""
+    flush = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    host: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(-WARM_UP, repeats):
+        names = list(runs)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
+            start.record()
+            begin = time.perf_counter()
+            runs[name]()
+            launched = time.perf_counter()
+            end.record()
+            end.synchronize()
+            if turn >= 0:
+                times[name].append(start.elapsed_time(end))
+                host[name].append(1e6 * (launched - begin))
+    return times, host
+
+
+def peak(run: Run) -> int:
+    """MiB that a call takes beyond what lives before it, its results included."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) >> 20
+
+
+def rows_of(op: str, shape: str, tokens: int, repeats: int) -> list[dict[str, object]]:
+    made = variants(op, tokens, SHAPES[shape])
+    rows = []
+    for direction in ("forward", "backward"):
+        runs = {name: getattr(variant, direction) for name, variant in made.items()}
+        for run in runs.values():
+            run()
+        torch.cuda.synchronize()
+        memory = {name: peak(run) for name, run in runs.items()}
+        # The gathered selection takes half a second: a few turns say what there is to say.
+        times, host = measure(runs, repeats if op != "selected_attention" else min(repeats, 5))
+        for name, found in times.items():
+            low, median, high = statistics.quantiles(found, n=4, method="inclusive")
+            bare = made[name].bare
+            ratio = f"{median / statistics.median(times[bare]):.3f}" if bare else ""
+            row = dict(
+                zip(
+                    FIELDS,
+                    (op, direction, shape, tokens, name, *(f"{x:.4f}" for x in (median, low, high, min(found)))),
+                    strict=False,
+                )
+            )
+            more = {"ratio_to_bare": ratio, "host_us": round(statistics.median(host[name])), "peak_mib": memory[name]}
+            rows.append(row | {"repeats": len(found)} | more)
+            print(",".join(str(rows[-1][field]) for field in FIELDS), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="nsa-fa2 beside the bare calls")
+    parser.add_argument("--out", type=Path, help="CSV file to write")
+    parser.add_argument("--shapes", nargs="+", default=["g16"], choices=SHAPES)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[16_384, 65_536])
+    parser.add_argument("--ops", nargs="+", default=["window_attention", "compressed_attention", "selected_attention"])
+    parser.add_argument("--repeats", type=int, default=21)
+    given = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("needs a CUDA device")
+    import flash_attn
+
+    versions = f"torch {torch.__version__}, flash-attn {flash_attn.__version__}, cuDNN {torch.backends.cudnn.version()}"
+    header = f"# {torch.cuda.get_device_name()}, {versions}; bench/fa2.py {' '.join(sys.argv[1:])}"
+    print(header)
+    rows = []
+    for op in given.ops:
+        for shape in given.shapes:
+            backends = (FA2, FA2_TORCH, *((CUDNN,) if op == "compressed_attention" else ()))
+            for backend in backends:
+                check(op, backend, SHAPES[shape])
+            for tokens in given.tokens:
+                rows += rows_of(op, shape, tokens, given.repeats)
+                torch.cuda.empty_cache()
+    if given.out:
+        with given.out.open("w", newline="", encoding="utf-8") as file:
+            file.write(f"{header}\n")
+            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
