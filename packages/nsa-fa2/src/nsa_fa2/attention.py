@@ -117,9 +117,6 @@ def _in_parts(
     """(out, lse, the kernel's lse of each call)."""
     out = q.new_empty(*q.shape[:2], v.shape[-1])
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-    if branch.blind is not None:
-        branch.blind.fill(out, 0.0)
-        branch.blind.fill(lse.T, -torch.inf)
     raw = []
     for call in calls:
         q_rows, k_rows, v_rows = call.read((q,), (k, v))
@@ -128,6 +125,9 @@ def _in_parts(
         call.part.queries.put(lse.T, part_lse.mT, call.chosen)
         raw.append(part_lse)
         del q_rows, k_rows, v_rows, part_out  # before the next ones are made
+    if branch.blind is not None:  # calls of a window have such rows too, and give them an lse of their own
+        branch.blind.fill(out, 0.0)
+        branch.blind.fill(lse.T, -torch.inf)
     return out, lse, raw
 
 
