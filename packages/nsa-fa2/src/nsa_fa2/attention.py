@@ -117,9 +117,6 @@ def _in_parts(
     """(out, lse, the kernel's lse of each call)."""
     out = q.new_empty(*q.shape[:2], v.shape[-1])
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-    if branch.blind is not None:
-        branch.blind.fill(out, 0.0)
-        branch.blind.fill(lse.T, -torch.inf)
     raw = []
     for call in calls:
         q_rows, k_rows, v_rows = call.read((q,), (k, v))
@@ -128,6 +125,9 @@ def _in_parts(
         call.part.queries.put(lse.T, part_lse.mT, call.chosen)
         raw.append(part_lse)
         del q_rows, k_rows, v_rows, part_out  # before the next ones are made
+    if branch.blind is not None:  # calls of a window have such rows too, and give them an lse of their own
+        branch.blind.fill(out, 0.0)
+        branch.blind.fill(lse.T, -torch.inf)
     return out, lse, raw
 
 
@@ -144,7 +144,7 @@ def _calls(branch: Branch, q: Tensor, k: Tensor, v: Tensor, *, backward: bool) -
         if part.queries.copied:  # q; q, out and their gradient
             per_row += num_heads * (k_dim + 2 * v_dim if backward else k_dim)
         per_key = num_kv_heads * (k_dim + v_dim) * (2 if backward else 1)
-        size = phases * (len(part.queries) * per_row + len(part.keys) * per_key) * q.element_size()
-        count = max(-(-size // WORKSPACE), -(-phases * num_heads // MAX_SEQUENCES))
-        calls += [_Call(part, chosen) for chosen in chunks(phases, min(phases, count))]
+        size = (len(part.queries) * per_row + len(part.keys) * per_key) * q.element_size()  # of a phase
+        most = max(1, min(WORKSPACE // max(1, size), MAX_SEQUENCES // num_heads))
+        calls += [_Call(part, chosen) for chosen in chunks(phases, -(-phases // most))]
     return calls

@@ -1,9 +1,14 @@
-"""A kernel in plain torch, in the place of a provider's: what is left to go wrong is what this package does itself."""
+"""A kernel in plain torch, in the place of a provider's: what is left to go wrong is what this package does itself.
+
+`Case` asks an operation of a backend and holds the answer against the oracle's.
+"""
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
+from nsa_varlen import BlockGeometry, VarlenLayout, reference
+from nsa_varlen.testing import Inputs, poisoned_empty, random_inputs, rounding_bounds
 from torch import Tensor
 
 from nsa_fa2.backend import FlashBackend
@@ -115,6 +120,79 @@ class PlainKernel:
             assert offsets.dtype == torch.int32
             assert (int(offsets[0]), int(offsets[-1])) == (0, rows)
             assert bool((lengths >= 0).all() & (lengths <= longest).all())
+
+
+class Case(NamedTuple):
+    """Arguments of an attention operation, and a gradient of its output.
+
+    Fields:
+        k, v: of the compressed branch, its blocks.
+        rest: what comes between them and the options: block_indices where the operation takes them, layout, blocks.
+    """
+
+    op: str
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rest: tuple[Any, ...]
+    grad_out: Tensor
+
+    @classmethod
+    def random(
+        cls,
+        op: str,
+        layout: VarlenLayout,
+        blocks: BlockGeometry,
+        *,
+        block_indices: Tensor | None = None,
+        entries: int = 5,
+        seed: int = 0,
+        **sizes: Any,
+    ) -> Self:
+        """Unit normal in fp64; `entries` blocks of any number, -1 and some too large among them, unless given.
+
+        `seed` and `sizes` as `nsa_varlen.testing.random_inputs`.
+        """
+        q, k, v, gates = random_inputs(layout, seed=seed, **sizes)
+        generator = torch.Generator().manual_seed(seed)
+        rest: tuple[Any, ...] = layout, blocks
+        if op == "compressed_attention":  # there are no more blocks than keys
+            k, v = (x[: layout.compressed(blocks).total] for x in (k, v))
+        if op == "selected_attention":
+            if block_indices is None:
+                size, end = (layout.total_q, k.shape[1], entries), blocks.num_blocks(layout.max_seqlen_k) + 2
+                block_indices = torch.randint(-1, end, size, generator=generator, dtype=torch.int32)
+            rest = block_indices, *rest
+        shape = *gates.shape[:2], v.shape[-1]
+        return cls(op, q, k, v, rest, torch.randn(shape, generator=generator, dtype=q.dtype))
+
+    def run(self, backend: Any, **options: Any) -> dict[str, Tensor]:
+        """out, lse, dq, dk, dv."""
+        leaves = [x.detach().clone().requires_grad_() for x in (self.q, self.k, self.v)]
+        out, lse = getattr(backend, self.op)(*leaves, *self.rest, **options)
+        assert not lse.requires_grad
+        out.backward(self.grad_out)
+        return {"out": out.detach(), "lse": lse, **{f"d{n}": x.grad for n, x in zip("qkv", leaves, strict=True)}}
+
+    def assert_oracles(self, backend: Any, note: object = "", **options: Any) -> None:
+        """Fail unless all that `run` gives is the oracle's, with memory poisoned; `scale` at most the default."""
+        with poisoned_empty():
+            got = self.run(backend, **options)
+        self.assert_close(got, self.run(reference, **options), note)
+        assert got["lse"].dtype == torch.float32
+
+    def assert_close(self, got: dict[str, Tensor], expected: dict[str, Tensor], note: object = "") -> None:
+        """Fail unless two results in fp64 differ by rounding at most. See `rounding_bounds`, which is of all branches.
+
+        It takes k and v for raw keys, whose averages the compressed ones are: here they are those averages themselves.
+        """
+        layout, blocks = self.rest[-2:]
+        bounds = rounding_bounds(Inputs(self.q, self.k, self.v, self.q), self.grad_out, layout, blocks)
+        allowed = {"out": bounds.values, "lse": bounds.lse}
+        for name, x in got.items():
+            atol = allowed.get(name, bounds.gradients)
+            if not torch.allclose(x.double(), expected[name].double(), rtol=0, atol=atol):
+                raise AssertionError(f"{name} of {self.op} {note}: got {x}, expected {expected[name]} within {atol}")
 
 
 def plain_backend(name: str = "plain", limits: Limits = ANYTHING) -> FlashBackend:
