@@ -3,7 +3,8 @@
 Bare means: the tensors lie as the library wants them, and nothing comes before or after. For the window that is
 `flash_attn_varlen_func` on q, k, v as they are; for the compressed branch the causal call on queries that were folded
 beforehand (d phases inside each group of heads, over all kv heads), through cuDNN and through both FlashAttention-2.
-The selected branch has nothing to stand beside: its time and its memory are stated.
+The selected branch has nothing to stand beside: its time and memory are stated, for blocks chosen at random. Batches
+are one sequence of 16,384 or 65,536 tokens, or (`ragged`) 65,536 tokens in seven sequences.
 
 What is timed is checked first, against the oracle at a length it can hold. Variants of a row take turns, each going
 first in one round after another. Before each call 2 GB are written over, which empties the L2 cache and keeps the GPU
@@ -29,9 +30,14 @@ from torch import Tensor
 
 BLOCKS = BlockGeometry()
 SHAPES = {"g16": (64, 4), "g4": (32, 8), "g1": (16, 16)}  # query heads, kv heads
+BATCHES = {
+    "16384": [16_384],
+    "65536": [65_536],
+    "ragged": [1_000, 3_000, 7_000, 9_000, 11_536, 15_000, 19_000],  # 65,536 in all
+}
 DIM, DTYPE = 128, torch.bfloat16
 FIELDS = (
-    *("op", "direction", "shape", "tokens", "variant", "median_ms", "p25_ms", "p75_ms", "min_ms", "repeats"),
+    *("op", "direction", "shape", "batch", "variant", "median_ms", "p25_ms", "p75_ms", "min_ms", "repeats"),
     *("ratio_to_bare", "host_us", "peak_mib"),
 )
 WARM_UP = 3
@@ -52,9 +58,9 @@ def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=generator, device="cuda", dtype=DTYPE)
 
 
-def arguments(op: str, tokens: int, heads: tuple[int, int]) -> tuple[tuple[Tensor, ...], VarlenLayout]:
-    layout = VarlenLayout.from_lengths([tokens], device="cuda")
-    q, k, v = (normal(tokens, h, DIM, seed=seed) for seed, h in enumerate((heads[0], heads[1], heads[1])))
+def arguments(op: str, lengths: list[int], heads: tuple[int, int]) -> tuple[tuple[Tensor, ...], VarlenLayout]:
+    layout = VarlenLayout.from_lengths(lengths, device="cuda")
+    q, k, v = (normal(layout.total_q, h, DIM, seed=seed) for seed, h in enumerate((heads[0], heads[1], heads[1])))
     if op == "window_attention":
         return (q, k, v), layout
     k_cmp, v_cmp = (BACKEND.compress_mean(x, layout, BLOCKS) for x in (k, v))
@@ -78,7 +84,7 @@ def random_indices(layout: VarlenLayout, kv_heads: int) -> Tensor:
 
 def check(op: str, backend: FlashBackend, heads: tuple[int, int]) -> None:
     """Within the budget of the dtype at 1,024 tokens, forward, or no timing."""
-    args, layout = arguments(op, 1024, heads)
+    args, layout = arguments(op, [1024], heads)
     if op == "compressed_attention":
         mask = masks.compressed_mask(layout, BLOCKS)[:, None]
     elif op == "window_attention":
@@ -112,14 +118,13 @@ def gradients(run: Callable[..., Tensor], args: tuple[Tensor, ...]) -> Run:
     return backward
 
 
-def bare_window(args: tuple[Tensor, ...], tokens: int) -> Variant:
+def bare_window(args: tuple[Tensor, ...], layout: VarlenLayout) -> Variant:
     from flash_attn import flash_attn_varlen_func
 
-    offsets = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
+    offsets, longest, window = layout.cu_seqlens_q, layout.max_seqlen_q, (BLOCKS.window_size - 1, 0)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        window = (BLOCKS.window_size - 1, 0)
-        return flash_attn_varlen_func(q, k, v, offsets, offsets, tokens, tokens, causal=True, window_size=window)
+        return flash_attn_varlen_func(q, k, v, offsets, offsets, longest, longest, causal=True, window_size=window)
 
     def forward() -> object:
         with torch.no_grad():
@@ -148,16 +153,18 @@ def bare_compressed(backend: FlashBackend, args: tuple[Tensor, ...], tokens: int
     return Variant(lambda: backend.kernel.forward(q, k, v, **mask), backward, None)
 
 
-def variants(op: str, tokens: int, heads: tuple[int, int]) -> dict[str, Variant]:
-    args, layout = arguments(op, tokens, heads)
+def variants(op: str, lengths: list[int], heads: tuple[int, int]) -> dict[str, Variant]:
+    args, layout = arguments(op, lengths, heads)
     if op == "selected_attention":
         return {b.name: through_backend(b, op, args, layout, None) for b in (FA2, FA2_TORCH)}
     if op == "window_attention":
         through = {b.name: through_backend(b, op, args, layout, "bare flash-attn") for b in (FA2, FA2_TORCH)}
-        return {"bare flash-attn": bare_window(args, tokens)} | through
+        return {"bare flash-attn": bare_window(args, layout)} | through
+    if len(lengths) > 1:  # no bare call, and nothing for cuDNN
+        return {b.name: through_backend(b, op, args, layout, None) for b in (FA2, FA2_TORCH)}
     made = {}
     for backend in (CUDNN, FA2, FA2_TORCH):
-        made[f"bare {backend.name}"] = bare_compressed(backend, args, tokens, heads)
+        made[f"bare {backend.name}"] = bare_compressed(backend, args, lengths[0], heads)
         made[backend.name] = through_backend(backend, op, args, layout, f"bare {backend.name}")
     return made
 
@@ -192,8 +199,8 @@ def peak(run: Run) -> int:
     return (torch.cuda.max_memory_allocated() - before) >> 20
 
 
-def rows_of(op: str, shape: str, tokens: int, repeats: int) -> list[dict[str, object]]:
-    made = variants(op, tokens, SHAPES[shape])
+def rows_of(op: str, shape: str, batch: str, repeats: int) -> list[dict[str, object]]:
+    made = variants(op, BATCHES[batch], SHAPES[shape])
     rows = []
     for direction in ("forward", "backward"):
         runs = {name: getattr(variant, direction) for name, variant in made.items()}
@@ -201,7 +208,7 @@ def rows_of(op: str, shape: str, tokens: int, repeats: int) -> list[dict[str, ob
             run()
         torch.cuda.synchronize()
         memory = {name: peak(run) for name, run in runs.items()}
-        # The gathered selection takes half a second: a few turns say what there is to say.
+        # The gathered selection is slow: a few turns say what there is to say.
         times, host = measure(runs, repeats if op != "selected_attention" else min(repeats, 5))
         for name, found in times.items():
             low, median, high = statistics.quantiles(found, n=4, method="inclusive")
@@ -210,7 +217,7 @@ def rows_of(op: str, shape: str, tokens: int, repeats: int) -> list[dict[str, ob
             row = dict(
                 zip(
                     FIELDS,
-                    (op, direction, shape, tokens, name, *(f"{x:.4f}" for x in (median, low, high, min(found)))),
+                    (op, direction, shape, batch, name, *(f"{x:.4f}" for x in (median, low, high, min(found)))),
                     strict=False,
                 )
             )
@@ -224,7 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="nsa-fa2 beside the bare calls")
     parser.add_argument("--out", type=Path, help="CSV file to write")
     parser.add_argument("--shapes", nargs="+", default=["g16"], choices=SHAPES)
-    parser.add_argument("--tokens", nargs="+", type=int, default=[16_384, 65_536])
+    parser.add_argument("--batches", nargs="+", default=list(BATCHES), choices=BATCHES)
     parser.add_argument("--ops", nargs="+", default=["window_attention", "compressed_attention", "selected_attention"])
     parser.add_argument("--repeats", type=int, default=21)
     given = parser.parse_args()
@@ -241,8 +248,8 @@ def main() -> None:
             backends = (FA2, FA2_TORCH, *((CUDNN,) if op == "compressed_attention" else ()))
             for backend in backends:
                 check(op, backend, SHAPES[shape])
-            for tokens in given.tokens:
-                rows += rows_of(op, shape, tokens, given.repeats)
+            for batch in given.batches:
+                rows += rows_of(op, shape, batch, given.repeats)
                 torch.cuda.empty_cache()
     if given.out:
         with given.out.open("w", newline="", encoding="utf-8") as file:

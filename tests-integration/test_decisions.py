@@ -96,7 +96,8 @@ def plans() -> dict[Case, Plan]:
             name, op, preset, fa2, force, length, dtype, head_dim, group_size, grad, batch = case
             device, sm = MACHINES[name]
             cuda = device == "cuda"
-            environment = Environment(device, sm, "2.11.0+cu130" if cuda else "2.11.0+cpu", "3.6.0", None, names)
+            versions = ("2.11.0+cu130", "3.6.0", "2.8.3") if cuda else ("2.11.0+cpu", "3.6.0", None)
+            environment = Environment(device, sm, *versions, names, cudnn=91_900 if sm else None)
             problem = Problem(
                 *(op, device, DTYPES[dtype], head_dim, head_dim, group_size),
                 needs_grad=grad == "yes",
@@ -187,10 +188,16 @@ def test_what_the_design_promises_holds_in_every_case() -> None:
         assert made.accepted[-1] == "sdpa", "there is always a last resort"
         if case["preset"] == "safe":
             assert "triton" not in taken, "Triton never without perf or a request"
-            if case["NSA_FA2"] == "auto":
-                assert not taken & set(FA2_BACKENDS), "no FA-2 threshold is measured"
+            if case["NSA_FA2"] == "auto" and case["machine"] != "H100":
+                assert not taken & set(FA2_BACKENDS), "no FA-2 threshold is measured there"
         if case["machine"] in ("cpu", "SM 12.0", "ROCm"):
             assert taken == {"sdpa"}, "devices that nobody vouches for"
+        if case["dtype"] == "fp32" or case["machine"] != "H100":
+            assert "cudnn" not in taken, "measured on H100 alone, and for half precision"
+        if case["dtype"] == "fp32":
+            assert not taken & set(FA2_BACKENDS), "FA-2 is for half precision"
+        if case["batch"] == "ragged" or case["head_dim"] > 128:
+            assert "cudnn" not in taken, "rectangular batches, head_dim up to 128"
         if case["machine"] == "RTX 4090":
             if case["op"] in SELECTION:
                 assert not taken & set(FA2_BACKENDS), "no FA-2 for selection"
@@ -209,7 +216,22 @@ def test_what_perf_takes() -> None:
 def test_where_fa2_is_opted_in_its_thresholds_hold(op: str, least: int) -> None:
     for preset in ("safe", "perf"):
         for case, made in cases(machine="RTX 4090", op=op, preset=preset, NSA_FA2="1"):
-            assert ("fa2" in made.accepted) == (case["length"] >= least), case
+            assert ("fa2" in made.accepted) == (case["length"] >= least and case["dtype"] != "fp32"), case
+
+
+@pytest.mark.parametrize(
+    "op, least, order",
+    [
+        ("window_attention", 128, ("fa2", "fa2-torch", "sdpa")),
+        ("selected_attention", 128, ("fa2", "fa2-torch", "sdpa")),
+        ("compressed_attention", 8192, ("cudnn", "fa2", "fa2-torch", "sdpa")),
+    ],
+)
+def test_what_safe_takes_on_an_h100(op: str, least: int, order: tuple[str, ...]) -> None:
+    """Every backend that was measured to pay there, the fastest first."""
+    where = {"machine": "H100", "op": op, "preset": "safe", "dtype": "bf16", "head_dim": 128, "batch": "uniform"}
+    for case, made in cases(**where):
+        assert made.accepted == (order if case["length"] >= least else ("sdpa",)), case
 
 
 if __name__ == "__main__":

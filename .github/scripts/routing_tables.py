@@ -41,11 +41,17 @@ def presets() -> str:
 
 
 def order() -> str:
-    """Which backends are tried for each operation; the shipped profiles share one order."""
-    orders = {tuple(profile.order.items()) for profile in shipped()}
-    if len(orders) != 1:
-        raise SystemExit("the shipped profiles no longer share one order: this table needs a column per profile")
-    return table(("operation", "tried in this order"), *((op, ", ".join(load_profile("base").order[op])) for op in OPS))
+    """Which backends are tried for each operation; profiles with an order of their own have a row of their own."""
+    rows = []
+    for op in OPS:
+        profiles: dict[tuple[str, ...], list[str]] = {}
+        for profile in shipped():
+            profiles.setdefault(tuple(profile.order[op]), []).append(profile.name)
+        rows += [
+            (op, "all" if len(profiles) == 1 else "others" if "base" in names else ", ".join(names), ", ".join(order))
+            for order, names in profiles.items()
+        ]
+    return table(("operation", "profile", "tried in this order"), *rows)
 
 
 def denials() -> str:
