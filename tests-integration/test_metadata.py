@@ -27,6 +27,11 @@ ENTRY_POINTS = {  # the others have none
         ("nsa.op_inputs", "varlen", "nsa_varlen.op_inputs:op_inputs"),
     },
     "nsa-routing": {("console_scripts", "nsa-routing", "nsa_routing.cli:app")},
+    "nsa-fa2": {
+        ("nsa.backends", "fa2", "nsa_fa2:FA2"),
+        ("nsa.backends", "fa2-torch", "nsa_fa2:FA2_TORCH"),
+        ("nsa.backends", "cudnn", "nsa_fa2:CUDNN"),
+    },
 }
 EXTRAS = {
     "nsa": {"triton", "fa2", "bench", "hf", "all"},

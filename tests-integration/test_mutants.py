@@ -17,6 +17,11 @@ import pytest
 import torch
 from nsa.cache import CacheStep
 from nsa.rope import RotaryEmbedding
+from nsa_fa2 import attention, branches, gathering
+from nsa_fa2 import backend as fa2_backend
+from nsa_fa2.branches import Spans
+from nsa_fa2.gathering import ByBlock, Chunk
+from nsa_fa2.rows import Dense, Masked, Packed
 from nsa_routing import Policy, Problem, dispatching, finiteness, planning, profile, route
 from nsa_routing.breaker import Breaker
 from nsa_varlen import BlockGeometry, VarlenLayout, masks, reference
@@ -24,7 +29,7 @@ from nsa_varlen.sdpa import SdpaBackend, _backend, _selected, _selection
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
-VARLEN, ROUTING, NSA = (f"packages/{name}/tests" for name in ("nsa-varlen", "nsa-routing", "nsa"))
+VARLEN, ROUTING, NSA, FA2 = (f"packages/{name}/tests" for name in ("nsa-varlen", "nsa-routing", "nsa", "nsa-fa2"))
 NOT_AN_ASSERTION = 70
 MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], list[str]]] = {}
 
@@ -427,20 +432,173 @@ def safe_takes_what_is_not_measured(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(planning, "_held_back", held_back)
 
 
-# The first tier plants one mistake of each kind; the second, its twin in the other implementation.
+FOLD, SELECTED = f"{FA2}/test_branches.py", f"{FA2}/test_selected.py"
+
+
+@mutant(FOLD, "test_uniform_batches and 4-2-w1 and compressed and not every_size")
+def fold_one_position_late(patch: pytest.MonkeyPatch) -> None:
+    right = Spans.of
+    patch.setattr(Spans, "of", lambda q_len, k_len, blocks: right(q_len, k_len - 1, blocks))
+
+
+@mutant(f"{FA2}/test_plans.py", "every_two and l6-d3")
+def head_of_the_fold_sees_one_block_more(patch: pytest.MonkeyPatch) -> None:
+    right = Spans.of
+
+    def of(q_len: Tensor, k_len: Tensor, blocks: BlockGeometry) -> Spans:
+        spans = right(q_len, k_len, blocks)
+        return spans._replace(head_keys=torch.minimum(spans.head_keys + 1, blocks.num_compressed(k_len)))
+
+    patch.setattr(Spans, "of", of)
+
+
+@mutant(FOLD, "tail_of_two")
+def ends_of_the_fold_run_causally(patch: pytest.MonkeyPatch) -> None:
+    right = branches.Part
+
+    patch.setattr(branches, "Part", lambda *args, **kwargs: replace(right(*args, **kwargs), causal=True))
+
+
+@mutant(FOLD, "test_uniform_batches and 4-2-w1 and compressed and not every_size")
+def keys_of_phases_ordered_as_keys_of_heads(patch: pytest.MonkeyPatch) -> None:
+    right = Dense.keys
+
+    def keys(self: Dense, x: Tensor, copies: int = 1) -> Tensor:
+        if copies == 1 or self.apart:
+            return right(self, x, copies)
+        return self._view(x).repeat_interleave(copies, 2)
+
+    patch.setattr(Dense, "keys", keys)
+
+
+@mutant(FOLD, "test_uniform_batches and 4-2-w1 and compressed and not every_size")
+def one_phases_gradient_for_all(patch: pytest.MonkeyPatch) -> None:
+    right = Dense.add
+
+    def add(self: Dense, x: Tensor, grads: Tensor, copies: int = 1) -> None:
+        right(self, x, grads[:1].expand_as(grads) if self.apart else grads, copies)
+
+    patch.setattr(Dense, "add", add)
+
+
+@mutant(FOLD, "test_ragged_batches and 4-2-w1 and compressed and not every_few")
+def gradients_of_packed_keys_in_the_next_row(patch: pytest.MonkeyPatch) -> None:
+    right = Packed.add
+
+    def add(self: Packed, x: Tensor, grads: Tensor, copies: int = 1) -> None:
+        right(self, x, grads.roll(1, 0), copies)
+
+    patch.setattr(Packed, "add", add)
+
+
+@mutant(f"{FA2}/test_isolation.py", "without_anything and not selected")
+def rows_that_see_nothing_left_unwritten(patch: pytest.MonkeyPatch) -> None:
+    for rows in (Dense, Packed, Masked):
+        patch.setattr(rows, "fill", lambda self, x, value: None)
+
+
+@mutant(f"{FA2}/test_calls.py", "few_sequences and ragged and window")
+def rows_that_see_nothing_written_over(patch: pytest.MonkeyPatch) -> None:
+    """In a window of several calls, by what a kernel has for an lse of such rows."""
+    right = attention._in_parts
+
+    def in_parts(q: Tensor, k: Tensor, v: Tensor, kernel: Any, branch: Any, *rest: Any) -> Any:
+        out, lse, raw = right(q, k, v, kernel, branch, *rest)
+        return out, torch.where(lse == -torch.inf, torch.inf, lse) if branch.parts[0].causal else lse, raw
+
+    patch.setattr(attention, "_in_parts", in_parts)
+
+
+@mutant(f"{FA2}/test_calls.py", "workspace_changes and compressed")
+def last_phases_left_out_of_a_small_workspace(patch: pytest.MonkeyPatch) -> None:
+    right = attention.chunks
+    patch.setattr(attention, "chunks", lambda phases, count: right(phases, count)[: max(1, count - 1)])
+
+
+@mutant(f"{FA2}/test_calls.py", "added_up_in_fp32")
+def gradients_of_calls_added_up_in_half_precision(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(torch, "promote_types", lambda dtype, _: dtype)
+
+
+@mutant(FOLD, "test_ragged_batches and 6-3-w7 and window and not every_few")
+def window_one_too_wide_in_fa2(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(fa2_backend, "window_branch", one_more(fa2_backend.window_branch))
+
+
+@mutant(f"{FA2}/test_pages.py", "pages_of_a_window and ragged")
+def first_key_of_a_window_left_in_its_page(patch: pytest.MonkeyPatch) -> None:
+    right = fa2_backend.window_rows
+
+    def window_rows(k: Any, v: Any, layout: VarlenLayout, blocks: BlockGeometry) -> Any:
+        return right(k, v, layout, replace(blocks, window_size=blocks.window_size - 1))
+
+    patch.setattr(fa2_backend, "window_rows", window_rows)
+
+
+@mutant(FOLD, "the_default_geometry")
+def lse_with_the_other_sign(patch: pytest.MonkeyPatch) -> None:
+    for name in ("_whole", "_in_parts"):
+        right = getattr(attention, name)
+
+        def attend(*args: Any, right: Callable = right) -> Any:
+            out, lse, raw = right(*args)
+            return out, -lse, raw
+
+        patch.setattr(attention, name, attend)
+
+
+@mutant(SELECTED, "test_any_lists and prefill and not at_all")
+def later_keys_of_the_own_block_not_hidden(patch: pytest.MonkeyPatch) -> None:
+    right = Chunk._segments
+
+    def segments(self: Chunk, group: int, places: int) -> Any:
+        size = places // self.block.shape[-1]
+        self.num_keys = (self.num_keys + size - 1) // size * size
+        return right(self, group, places)
+
+    patch.setattr(Chunk, "_segments", segments)
+
+
+@mutant(SELECTED, "list_is_a_set")
+def duplicates_counted_twice_in_fa2(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(gathering, "distinct_blocks", lambda block_indices: block_indices.long().sort(-1).values)
+
+
+@mutant(SELECTED, "test_any_lists and ragged and by-block and not at_all")
+def gradients_of_gathered_keys_to_the_other_head(patch: pytest.MonkeyPatch) -> None:
+    right = ByBlock.scatter
+
+    def scatter(self: ByBlock, chunk: Chunk, grads: Tensor, out: Tensor) -> None:
+        own = torch.zeros_like(out)
+        right(self, chunk, grads, own)
+        out += own.unflatten(0, (chunk.block.shape[1], -1)).flip(0).flatten(0, 1)
+
+    patch.setattr(ByBlock, "scatter", scatter)
+
+
+# The first tier plants one mistake of each kind; the second, its like in the same or another implementation.
 SLOW = {
+    "duplicates_counted_twice_in_fa2",
     "eq_9_off_by_one_in_sdpa",
+    "first_key_of_a_window_left_in_its_page",
     "first_value_returned_by_sdpa",
     "forced_local_block_dropped_in_the_oracle",
+    "gradients_of_calls_added_up_in_half_precision",
+    "head_of_the_fold_sees_one_block_more",
+    "keys_of_phases_ordered_as_keys_of_heads",
+    "last_phases_left_out_of_a_small_workspace",
     "lse_in_bits",
+    "lse_with_the_other_sign",
     "one_head_for_its_group_in_the_oracle",
     "partial_block_dropped_in_the_oracle",
     "routes_remembered_across_a_threshold",
+    "rows_that_see_nothing_left_unwritten",
+    "safe_takes_what_is_not_measured",
     "ties_to_the_higher_block_in_the_oracle",
     "top_left_mask_in_the_oracle",
     "top_left_positions",
-    "safe_takes_what_is_not_measured",
     "unmasked_compressed_softmax_in_the_oracle",
+    "window_one_too_wide_in_fa2",
     "window_one_too_wide_in_the_oracle",
 }
 

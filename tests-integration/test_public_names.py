@@ -4,6 +4,7 @@ import inspect
 import re
 from dataclasses import fields
 
+import nsa_fa2
 import nsa_varlen
 import pytest
 from nsa import NSAConfig, ops
@@ -31,7 +32,7 @@ def test_the_backend_that_is_always_there_takes_what_the_operations_take(op: str
 def test_every_installed_backend_takes_what_the_operations_take() -> None:
     """For the operations that it implements."""
     names = backends.installed_backends()
-    assert "sdpa" in names
+    assert {"sdpa", "fa2", "fa2-torch", "cudnn"} <= set(names)
     for name in names:
         backend = backends.load_backend(name)
         for op in OPS:
@@ -72,6 +73,10 @@ def test_names_of_nsa_varlen() -> None:
         "unfold_blocks",
         "unpack",
     ]
+
+
+def test_names_of_nsa_fa2() -> None:
+    assert sorted(nsa_fa2.__all__) == ["CUDNN", "FA2", "FA2_TORCH", "FlashBackend", "__version__"]
 
 
 @pytest.mark.parametrize(

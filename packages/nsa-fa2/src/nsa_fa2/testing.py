@@ -128,6 +128,12 @@ class Case(NamedTuple):
     Fields:
         k, v: of the compressed branch, its blocks.
         rest: what comes between them and the options: block_indices where the operation takes them, layout, blocks.
+
+    Example:
+        >>> case = Case.random("window_attention", VarlenLayout.from_lengths([3, 5]), BlockGeometry())
+        >>> case.assert_oracles(plain_backend())
+        >>> list(case.run(reference))
+        ['out', 'lse', 'dq', 'dk', 'dv']
     """
 
     op: str
