@@ -111,7 +111,7 @@ class ByBlock:
 
     def scatter(self, chunk: Chunk, grads: Tensor, out: Tensor) -> None:
         """Add gradients of what `gather` gave, [P * S, 1, D], to out, which lies as the copy."""
-        out.index_add_(0, self._index(chunk), grads.view(-1, out.shape[1]).to(out.dtype))
+        out.index_add_(0, self._index(chunk), grads.reshape(-1, out.shape[1]).to(out.dtype))
 
     def packed(self, x: Tensor, like: Tensor) -> Tensor:
         """What lies as the copy of `like` [Tk, Hk, D], in its shape and dtype."""
