@@ -3,11 +3,13 @@
 `test_plans` goes through every batch without computing; here attention runs, over the plain kernel.
 """
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
-from nsa_fa2.testing import DENSE_ONLY, Case, plain_backend
+from nsa_fa2.kernel import Limits
+from nsa_fa2.testing import ANYTHING, DENSE_ONLY, Case, plain_backend
 from nsa_varlen import BlockGeometry, VarlenLayout, reference
 from nsa_varlen.testing import random_inputs
 from torch import Tensor
@@ -24,10 +26,11 @@ GEOMETRIES = {
 HEADS = {"heads": 4, "kv_heads": 2, "head_dim": 4, "v_head_dim": 3}
 
 
-def check(op: str, kinds: list[Kind], blocks: BlockGeometry, **sizes: int) -> None:
+def check(op: str, kinds: list[Kind], blocks: BlockGeometry, limits: Limits = ANYTHING, **sizes: int) -> None:
     layout = VarlenLayout.from_lengths(*(list(side) for side in zip(*kinds, strict=True)))
     seed = sum(q_len + 100 * k_len for q_len, k_len in kinds)
-    Case.random(op, layout, blocks, seed=seed, **(HEADS | sizes)).assert_oracles(plain_backend(), f"of {kinds}")
+    case = Case.random(op, layout, blocks, seed=seed, **(HEADS | sizes))
+    case.assert_oracles(plain_backend(limits=limits), f"of {kinds}")
 
 
 def kinds_of(blocks: BlockGeometry, longest: int | None = None) -> list[Kind]:
@@ -42,6 +45,13 @@ def test_uniform_batches(name: str, op: str) -> None:
     """Every (q_len, k_len), of batches of 1, 2 and 3 in turn."""
     for number, kind in enumerate(kinds_of(GEOMETRIES[name])):
         check(op, [kind] * (1 + number % 3), GEOMETRIES[name])
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_one_sequence_whose_phases_are_no_batch(name: str) -> None:
+    """For kernels that would copy interleaved sequences."""
+    for kind in kinds_of(GEOMETRIES[name]):
+        check(CMP, [kind], GEOMETRIES[name], replace(ANYTHING, interleaved=False))
 
 
 @pytest.mark.slow

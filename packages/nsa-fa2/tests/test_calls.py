@@ -1,12 +1,13 @@
 """What is a kernel asked for: how many calls, dense or packed, over views or copies, and how much at a time?"""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from nsa_fa2 import FlashBackend, attention, branches, selected
-from nsa_fa2.kernel import Segments
-from nsa_fa2.testing import Called, Case, PlainKernel, plain_backend
+from nsa_fa2.kernel import Limits, Segments
+from nsa_fa2.testing import ANYTHING, Called, Case, PlainKernel, plain_backend
 from nsa_varlen import BlockGeometry, VarlenLayout
 from nsa_varlen.testing import to_pages
 from torch import Tensor
@@ -26,8 +27,8 @@ BATCHES = {
 class Watched(PlainKernel):
     """Notes what storage the tensors of each call lie in, and how many sequences and rows it has."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, limits: Limits) -> None:
+        super().__init__(limits)
         self.forward_tensors: list[tuple[Tensor, ...]] = []
         self.backward_tensors: list[tuple[Tensor, ...]] = []
         self.sequences: list[int] = []
@@ -42,8 +43,8 @@ class Watched(PlainKernel):
         return super().backward(*tensors, **options)
 
 
-def watched() -> tuple[FlashBackend, Watched]:
-    kernel = Watched()
+def watched(**limits: bool) -> tuple[FlashBackend, Watched]:
+    kernel = Watched(replace(ANYTHING, **limits))
     return FlashBackend("watched", kernel, lambda environment: None), kernel
 
 
@@ -98,7 +99,10 @@ def test_uniform_batches_get_dense_calls_ragged_ones_packed_calls(batch: str, op
 
 
 def test_the_fold_is_one_causal_call_and_its_ends_have_none() -> None:
-    """17 queries from position 9 on, places 4 to 20 of rows of 3: two, five rows, none; from 23 on 22: one, seven."""
+    """17 queries from position 9 on, places 4 to 20 of rows of 3: two, five rows, none; 22 from 23 on: seven, one.
+
+    Phases of one sequence are a batch, unless the kernel would copy what is interleaved.
+    """
     for batch, expected in (
         ("uniform", [((3, 2, 4, 8), False), ((3, 5, 12, 8), True)]),
         ("one-after-a-prefix", [((3, 7, 4, 8), True), ((1, 1, 4, 8), False)]),
@@ -106,6 +110,9 @@ def test_the_fold_is_one_causal_call_and_its_ends_have_none() -> None:
         backend, kernel = watched()
         case_of(CMP, batch).run(backend)
         assert [(call.shape, call.causal) for call in kernel.calls] == expected
+    backend, kernel = watched(interleaved=False)
+    case_of(CMP, "one-after-a-prefix").run(backend)
+    assert [call.shape for call in kernel.calls] == [(1, 7, 12, 8), (1, 1, 4, 8)]
 
 
 @pytest.mark.parametrize("op", [CMP, WIN])

@@ -4,6 +4,8 @@ from itertools import product
 
 import pytest
 import torch
+from nsa_fa2 import selected
+from nsa_fa2.gathering import ByBlock, ByRow
 from nsa_fa2.testing import Case, plain_backend
 from nsa_varlen import BlockGeometry, PagedKV, VarlenLayout
 from nsa_varlen.sdpa import BACKEND
@@ -21,6 +23,12 @@ BATCHES = {
     "no-keys": ([2, 1], [0, 0]),
     "no-sequence": ([], []),
 }
+
+
+@pytest.fixture(params=[ByRow, ByBlock], ids=["by-row", "by-block"])
+def _gathered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of selected blocks there are two ways to gather them."""
+    monkeypatch.setattr(selected, "gatherer", lambda k, v, block_indices, *rest: request.param(k, v, *rest))
 
 
 def case_of(op: str, batch: str) -> Case:
@@ -43,6 +51,7 @@ def assert_equal(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) ->
         assert torch.equal(x, y)
 
 
+@pytest.mark.usefixtures("_gathered")
 @pytest.mark.parametrize("op", [CMP, SLC])
 @pytest.mark.parametrize("batch", BATCHES)
 def test_pages_give_the_bits_of_packed_rows(batch: str, op: str) -> None:
@@ -103,6 +112,7 @@ def test_a_window_reads_the_pages_that_it_reaches_and_no_others(batch: str) -> N
         assert_equal(ask(case, k, v), expected)
 
 
+@pytest.mark.usefixtures("_gathered")
 @pytest.mark.parametrize("op", OPS)
 def test_a_missing_page_is_zeros(op: str) -> None:
     layout = VarlenLayout.from_lengths([3, 2], [24, 24])
@@ -123,6 +133,7 @@ def test_a_missing_page_is_zeros(op: str) -> None:
     assert not torch.equal(expected[0], ask(case, k, v)[0])
 
 
+@pytest.mark.usefixtures("_gathered")
 @pytest.mark.parametrize("op", OPS)
 def test_pages_may_be_views_of_a_larger_pool(op: str) -> None:
     case = case_of(op, "ragged")
@@ -135,6 +146,7 @@ def test_pages_may_be_views_of_a_larger_pool(op: str) -> None:
     assert_equal(ask(case, *views), ask(case, k, v))
 
 
+@pytest.mark.usefixtures("_gathered")
 @pytest.mark.parametrize("op", OPS)
 def test_pages_agree_with_sdpa(op: str) -> None:
     """Which takes pages, as the oracle does not."""

@@ -115,12 +115,13 @@ def check(branch: Branch, layout: VarlenLayout, mask: Tensor, note: object) -> N
         assert torch.equal(rows, torch.arange(layout.total_q)), note
 
 
-def check_compressed(kinds: list[Kind], blocks: BlockGeometry) -> Branch:
+def check_compressed(kinds: list[Kind], blocks: BlockGeometry) -> None:
+    """Phases of a single sequence as a batch, and as heads; of others there is one way."""
     layout = layout_of(kinds)
-    branch = compressed_branch(layout, blocks)
-    check(branch, layout, masks.compressed_mask(layout, blocks), kinds)
-    assert all((part.segments is None) == is_uniform(layout) for part in branch.parts), kinds
-    return branch
+    for apart in (True, False) if len(kinds) == 1 else (True,):
+        branch = compressed_branch(layout, blocks, apart=apart)
+        check(branch, layout, masks.compressed_mask(layout, blocks), kinds)
+        assert all((part.segments is None) == is_uniform(layout) for part in branch.parts), kinds
 
 
 def check_window(kinds: list[Kind], blocks: BlockGeometry) -> None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nsa_fa2 import attention
+from nsa_fa2 import attention, selected
+from nsa_fa2.gathering import ByBlock, ByRow, gatherer
 from nsa_fa2.testing import Case, plain_backend
 from nsa_varlen import BlockGeometry, VarlenLayout, reference
 from torch import Tensor
@@ -28,26 +29,42 @@ BATCHES = {
 }
 
 
-@pytest.fixture(params=[1, 4_000, attention.WORKSPACE], ids=["a-query-a-chunk", "small-chunks", "one-chunk"])
-def _workspace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "WORKSPACE", request.param)
+# Bytes of workspace, and how keys are gathered: as the backend would have it, or in one of its ways.
+WAYS = {
+    "a-query-a-chunk-by-row": (1, ByRow),
+    "small-chunks-by-block": (4_000, ByBlock),
+    "one-chunk-by-row": (attention.WORKSPACE, ByRow),
+    "as-it-comes": (attention.WORKSPACE, None),
+}
+
+
+@pytest.fixture(params=WAYS)
+def _every_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    go(WAYS[request.param], monkeypatch)
+
+
+def go(way: tuple[int, type | None], patch: pytest.MonkeyPatch) -> None:
+    workspace, gather = way
+    patch.setattr(attention, "WORKSPACE", workspace)
+    if gather is not None:
+        patch.setattr(selected, "gatherer", lambda k, v, block_indices, *rest: gather(k, v, *rest))
 
 
 def layout_of(batch: str) -> VarlenLayout:
     return VarlenLayout.from_lengths(*BATCHES[batch])
 
 
-@pytest.mark.usefixtures("_workspace")
+@pytest.mark.usefixtures("_every_way")
 @pytest.mark.parametrize("entries", [0, 1, 3, 9])
 @pytest.mark.parametrize("batch", BATCHES)
 def test_any_lists(batch: str, entries: int) -> None:
     """In any order, with duplicates, -1, blocks in the future and beyond the sequence; more entries than blocks."""
-    for seed in range(3):
+    for seed in range(2):
         case = Case.random(OP, layout_of(batch), BLOCKS, entries=entries, seed=seed, **HEADS)
         case.assert_oracles(plain_backend(), f"seed {seed}")
 
 
-@pytest.mark.usefixtures("_workspace")
+@pytest.mark.usefixtures("_every_way")
 @pytest.mark.parametrize("batch", BATCHES)
 def test_the_lists_that_the_oracle_chooses(batch: str) -> None:
     layout = layout_of(batch)
@@ -104,7 +121,7 @@ def test_heads_choose_for_themselves() -> None:
     torch.testing.assert_close(lse.flatten().exp(), torch.tensor([4.0, 4.0, 8.0, 8.0]))
 
 
-@pytest.mark.usefixtures("_workspace")
+@pytest.mark.usefixtures("_every_way")
 @pytest.mark.parametrize("group", range(1, 9))
 def test_groups_of_heads(group: int) -> None:
     for kv_heads in (1, 3):
@@ -129,17 +146,26 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @settings(deadline=None, derandomize=True, database=None, max_examples=150)
-@given(case=cases(), workspace=st.sampled_from([1, 3_000, 1 << 30]))
-def test_any_lists_at_all(case: Case, workspace: int) -> None:
+@given(case=cases(), way=st.sampled_from(list(WAYS)))
+def test_any_lists_at_all(case: Case, way: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "WORKSPACE", workspace)
+        go(WAYS[way], patch)
         case.assert_oracles(plain_backend())
 
 
-@pytest.mark.usefixtures("_workspace")
-def test_gradients_by_finite_differences() -> None:
-    layout = VarlenLayout.from_lengths([4, 1, 1, 2], [4, 5, 0, 1])
-    case = Case.random(OP, layout, BLOCKS, heads=4, kv_heads=2, head_dim=2, v_head_dim=1)
+def test_many_queries_are_gathered_by_block_few_by_row() -> None:
+    """Lists as long as there are blocks are the turning point: here 2 heads of 3 blocks, and one for the division."""
+    layout = VarlenLayout.from_lengths([2], [12])
+    k, v = torch.zeros(12, 2, 4), torch.zeros(12, 2, 4)
+    for entries, way in ((1, ByRow), (2, ByBlock)):
+        indices = torch.zeros(2, 2, entries, dtype=torch.int32)
+        assert type(gatherer(k, v, indices, layout, BLOCKS)) is way
+
+
+def test_gradients_by_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+    go(WAYS["small-chunks-by-block"], monkeypatch)
+    layout = VarlenLayout.from_lengths([2, 1, 1, 2], [2, 5, 0, 1])
+    case = Case.random(OP, layout, BLOCKS, entries=3, heads=4, kv_heads=2, head_dim=2, v_head_dim=1)
 
     def out(*qkv: Tensor) -> Any:
         return getattr(plain_backend(), OP)(*qkv, *case.rest, scale=0.7)[0]

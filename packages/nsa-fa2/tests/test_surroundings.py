@@ -14,9 +14,9 @@ from torch import Tensor
 CMP, SLC, WIN = OPS = ["compressed_attention", "selected_attention", "window_attention"]
 BLOCKS = BlockGeometry(6, 3, 6, 3, window_size=8)
 BATCHES = {
-    "one": ([22], [45]),
-    "uniform": ([17] * 3, [26] * 3),
-    "ragged": ([9, 0, 20, 1, 4, 11, 5], [9, 6, 20, 30, 0, 31, 2]),
+    "one": ([10], [21]),
+    "uniform": ([8] * 2, [15] * 2),
+    "ragged": ([5, 0, 9, 1, 2, 4, 3], [5, 6, 9, 21, 0, 17, 1]),
 }
 
 

@@ -1,5 +1,6 @@
 """Why a provider cannot run on a machine, in words: judged from what routing knows of it."""
 
+import re
 from typing import Any
 
 from nsa_fa2.providers.torch_flash import has_windows
@@ -21,8 +22,8 @@ def no_flash_attn(environment: Any) -> str | None:
         return reason
     if environment.flash_attn is None:
         return 'needs flash-attn >=2.8,<3: pip install "nsa-fa2[flash-attn]"'
-    major, minor = (int(part) for part in environment.flash_attn.split(".")[:2])
-    if major != 2 or minor < 8:
+    version = re.match(r"2\.(\d+)", environment.flash_attn)  # such as 2.8.3.post2
+    if version is None or int(version[1]) < 8:
         return f"needs flash-attn >=2.8,<3, got {environment.flash_attn}"
     return None
 
