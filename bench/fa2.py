@@ -240,7 +240,7 @@ def main() -> None:
     import flash_attn
 
     versions = f"torch {torch.__version__}, flash-attn {flash_attn.__version__}, cuDNN {torch.backends.cudnn.version()}"
-    header = f"# {torch.cuda.get_device_name()}, {versions}; bench/fa2.py {' '.join(sys.argv[1:])}"
+    header = f"# {torch.cuda.get_device_name()}, {versions}; bench/fa2.py"
     print(header)
     rows = []
     for op in given.ops:

@@ -45,7 +45,8 @@ def test_shipped_profiles_load(name: str) -> None:
     assert profile.name == name
     assert set(profile.order) == set(OPS)
     assert all(names[-1] == "sdpa" for names in profile.order.values()), "the backend that is always there comes last"
-    assert profile.order == load_profile("base").order, "one order, that of the design"
+    for op, names in load_profile("base").order.items():
+        assert sorted(profile.order[op]) == sorted(names), "a device ranks backends, it does not add or drop any"
     assert set(profile.presets) == {"safe", "perf"}
     assert "triton" not in profile.presets["safe"]
     assert all(mode != "always" for mode in profile.presets["safe"].values()), "safe takes what was measured"

@@ -99,8 +99,8 @@ def test_presets_take_cudnn_where_it_was_measured(
     install("cudnn", "sdpa")
     modes = {"safe": {"cudnn": "measured"}, "perf": {"cudnn": "threshold"}}
     bounds = {"cudnn": {"at_least": {"max_seqlen_q": 8, "max_seqlen_k": 8}, **MEASURED}}
-    thresholds = {"window_attention": bounds, "compressed_attention": bounds}
-    document = {"name": "mine", "source": "a test", "extends": "sm90", "presets": modes, "thresholds": thresholds}
+    thresholds = {"compressed_attention": bounds}
+    document = {"name": "mine", "source": "a test", "extends": "sm80", "presets": modes, "thresholds": thresholds}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
     profile, policy = load_profile(tmp_path / "mine.yaml"), Policy(preset=preset, fa2=fa2)
     machine = environment("cudnn", "sdpa", device="cuda", sm=90)
@@ -109,9 +109,8 @@ def test_presets_take_cudnn_where_it_was_measured(
         asked = replace(problem, op=op, device="cuda", max_seqlen_q=length, max_seqlen_k=length, **facts)
         return plan(machine, profile, asked, policy).backend
 
-    for op in thresholds:
-        assert [taken(op, length) for length in (7, 8)] == ["sdpa", "cudnn"]
-        assert taken(op, 8, uniform=True) == "cudnn"
+    assert [taken("compressed_attention", length) for length in (7, 8)] == ["sdpa", "cudnn"]
+    assert taken("compressed_attention", 8, uniform=True) == "cudnn"
     assert taken("selected_attention", 8) == "sdpa", "no shipped order tries it there"
 
 

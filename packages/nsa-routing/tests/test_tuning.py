@@ -234,19 +234,19 @@ def test_triton_is_never_entered_in_safe(offer: Callable, clock: Clock, tmp_path
     assert load_profile(tuned.profile).presets == {"safe": {}, "perf": {"quick": "measured"}}
 
 
-def sm90(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tune as if the CPU's shipped profile were that of SM 9.0."""
-    monkeypatch.setattr(_tune, "profile_of", lambda device, sm: ("sm90", None))
+def sm80(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tune as if the CPU's shipped profile were that of SM 8.0, where nothing is measured."""
+    monkeypatch.setattr(_tune, "profile_of", lambda device, sm: ("sm80", None))
 
 
 def test_a_measured_threshold_replaces_a_believed_one(
     offer: Callable, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sm90(monkeypatch)
+    sm80(monkeypatch)
     offer(Made("fa2", clock, lambda length: 5.0))
     tuned = tune(tmp_path / "mine.yaml", **WINDOW)
     assert yaml.safe_load(tuned.profile.read_text()).keys() == {"name", "extends", "source", "thresholds"}
-    profile, before = load_profile(tuned.profile), load_profile("sm90")
+    profile, before = load_profile(tuned.profile), load_profile("sm80")
     assert profile.thresholds["window_attention"]["fa2"].at_least.max_seqlen_k == 128
     others = ("window_attention", "fa2-torch"), ("compressed_attention", "fa2")
     assert all(profile.thresholds[op][name] == before.thresholds[op][name] for op, name in others)
@@ -258,14 +258,14 @@ def test_a_measured_threshold_replaces_a_believed_one(
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
-        ("fa2", "the unmeasured threshold of profile sm90 holds on: thresholds: {window_attention: {fa2: null}} remov"),
+        ("fa2", "the unmeasured threshold of profile sm80 holds on: thresholds: {window_attention: {fa2: null}} remov"),
         ("triton", "preset perf takes it at every length that no threshold excludes: order: {window_attention: [fa2, "),
     ],
 )
 def test_what_the_extended_profile_goes_on_believing_is_said(
     name: str, advice: str, offer: Callable, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sm90(monkeypatch)
+    sm80(monkeypatch)
     offer(Made(name, clock, lambda length: 20.0))
     tuned = tune(tmp_path / "mine.yaml", **WINDOW)
     assert advice in tuned.findings[0].words
