@@ -121,7 +121,6 @@ def test_heads_choose_for_themselves() -> None:
     torch.testing.assert_close(lse.flatten().exp(), torch.tensor([4.0, 4.0, 8.0, 8.0]))
 
 
-@pytest.mark.usefixtures("_every_way")
 @pytest.mark.parametrize("group", range(1, 9))
 def test_groups_of_heads(group: int) -> None:
     for kv_heads in (1, 3):
