@@ -3,7 +3,7 @@
 Compressed attention is causal attention in disguise. Row i of the fold is the d queries from position l-1 + d*i on; all
 of them see blocks 0..i. They become d times the heads, and the rows an ordinary causal batch over the blocks. Queries
 of a row that is not whole (the first of a sequence that goes on from a prefix, the last of most) have calls of their
-own, without a mask: less than d queries, which all see the same blocks. A decode step has no whole row.
+own, without a mask: less than d queries, which all see the same blocks. A decode step has no whole row (unless d = 1).
 
 ```
 l=4, d=2, one sequence     blocks 0 1 2 3

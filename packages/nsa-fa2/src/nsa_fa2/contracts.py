@@ -37,7 +37,7 @@ def unmet(op: str, problem: Any, limits: Limits) -> str | None:
     if problem.dtype not in limits.dtypes:
         return f"takes {' and '.join(map(_name, limits.dtypes))}, not {_name(problem.dtype)}"
     dims = problem.head_dim, problem.v_head_dim
-    if any(dim % limits.head_dim_multiple for dim in dims):
+    if any(dim == 0 or dim % limits.head_dim_multiple for dim in dims):
         multiple = limits.head_dim_multiple
         return f"needs head_dim and v_head_dim that are multiples of {multiple}, got {dims[0]} and {dims[1]}"
     if max(dims) > limits.max_head_dim:
