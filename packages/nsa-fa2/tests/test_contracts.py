@@ -190,11 +190,14 @@ def test_cudnn_that_is_old_or_not_there() -> None:
     assert refusal("cudnn", CMP, Older) == "needs cuDNN 9, got none"
 
 
-def test_a_torch_whose_flash_attention_has_no_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_with_other_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal("fa2-torch", WIN) is None
-    monkeypatch.setattr(machines, "has_windows", lambda: False)
-    expected = "needs a torch whose FlashAttention takes windows, got 2.4.0"
+    monkeypatch.setattr(machines.torch_flash, "is_known", lambda: False)
+    expected = "needs torch 2.7 or newer, got 2.4.0"
     assert refusal("fa2-torch", WIN, Machine(torch="2.4.0")) == expected
+    assert refusal("cudnn", CMP) is None
+    monkeypatch.setattr(machines.cudnn, "is_known", lambda: False)
+    assert refusal("cudnn", CMP, Machine(torch="2.4.0")) == "needs torch 2.5 or newer, got 2.4.0"
     assert refusal("fa2", WIN, Machine(torch="2.4.0")) is None
 
 

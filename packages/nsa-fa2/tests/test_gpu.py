@@ -264,6 +264,26 @@ def test_pages(name: str, op: str) -> None:
         assert torch.equal(lse, expected[1])
 
 
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("name", ["fa2", "fa2-torch"])
+def test_a_decode_step_with_an_idle_sequence(name: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention-2 takes packed queries for dense ones where the longest sequence is said to have one query."""
+    backend = able(BACKENDS[name], op, problem())
+    monkeypatch.setitem(LENGTHS, "idle", ([1, 0, 1], [300, 200, 100]))
+    assert_as_the_oracle(backend, op, case(op, "idle", torch.bfloat16, heads=HEADS[16], dim=128))
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+@pytest.mark.parametrize("length", [32, 33, 40, 47, 48, 64])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_one_or_two_compressed_blocks(name: str, length: int, sequences: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shortest sequences that see a block: calls of one key, of one row, or both."""
+    op = "compressed_attention"
+    backend = able(BACKENDS[name], op, problem("uniform"))
+    monkeypatch.setitem(LENGTHS, "short", ([length] * sequences, None))
+    assert_as_the_oracle(backend, op, case(op, "short", torch.bfloat16, heads=HEADS[4], dim=128))
+
+
 @pytest.fixture
 def no_synchronisation() -> Iterator[None]:
     mode = torch.cuda.get_sync_debug_mode()

@@ -76,7 +76,8 @@ def pairs_of(part: Part, total_q: int, total_k: int) -> Iterator[tuple[Tensor, T
         yield rows.mT, keys.mT
         return
     sizes = [x.diff().tolist() for x in part.segments[:2]]
-    assert [max(x) for x in sizes] == list(part.segments[2:])
+    assert max(sizes[0]) <= part.segments.longest_q <= max(2, *sizes[0])
+    assert max(sizes[1]) == part.segments.longest_k
     for q, k in zip(rows.split(sizes[0]), keys.split(sizes[1]), strict=True):
         yield q.mT, k.mT
 

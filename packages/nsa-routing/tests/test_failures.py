@@ -32,6 +32,7 @@ FAILED_MALLOC = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocat
         (RuntimeError("PassManager::run failed"), COMPILE_ERROR),
         (RuntimeError("Internal Triton PTX codegen error\n`ptxas` stderr: ..."), COMPILE_ERROR),
         (RuntimeError("Failed to find C compiler. Please specify via CC environment variable"), COMPILE_ERROR),
+        (RuntimeError("flash-attn does not load: undefined symbol: _ZN3c105Error"), COMPILE_ERROR),
         (RuntimeError("flash-attn 2.8.3 was built without a kernel for head_dim 192 in torch.bfloat16"), COMPILE_ERROR),
         (CalledProcessError(1, ["gcc", "main.c"]), COMPILE_ERROR),
         (RuntimeError("Triton Error [CUDA]: out of memory"), OUT_OF_MEMORY),

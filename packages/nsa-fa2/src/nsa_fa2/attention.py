@@ -19,7 +19,8 @@ def attention(
     """(out [Tq, Hq, Dv], lse fp32 [Hq, Tq] without gradient) of a branch. Differentiable in q, k and v.
 
     A call's copies and results, which live beside those of the branch, take at most WORKSPACE bytes or what one phase
-    of the fold takes. What a kernel allocates for itself comes on top: FlashAttention-2's backward an fp32 dq.
+    of the fold takes. Not counted: a window's, which has one call and copies only what is padded or not aligned, and
+    what a kernel allocates for itself, such as FlashAttention-2's backward an fp32 dq.
     """
     return _Attention.apply(q, k, v, kernel, branch, scale, deterministic)
 
@@ -104,11 +105,12 @@ def _whole(
     (call,) = calls
     q_rows, k_rows, v_rows = call.read((q,), (k, v))
     out, raw = kernel.forward(q_rows, k_rows, v_rows, **call.options, scale=scale)
-    lse = raw.mT.reshape(q.shape[:2]).T.contiguous().float()
+    # Tensors of their own, neither views nor the kernel's lse, so that callers may write into them.
+    lse = raw.mT.reshape(q.shape[:2]).T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if branch.blind is not None:
-        lse = lse.clone()
         branch.blind.fill(lse.T, -torch.inf)
-    return out.reshape(*q.shape[:2], v.shape[-1]), lse, [raw]
+    out = torch.ops.aten._unsafe_view(out.contiguous(), (*q.shape[:2], v.shape[-1]))
+    return out, lse, [raw]
 
 
 def _in_parts(
@@ -136,14 +138,15 @@ def _calls(branch: Branch, q: Tensor, k: Tensor, v: Tensor, *, backward: bool) -
 
     Forward and backward take the same: what a call's backward needs of its forward, its lse, is in the call's form.
     """
-    (num_heads, k_dim), (num_kv_heads, v_dim) = q.shape[1:], v.shape[1:]
+    num_heads, num_kv_heads, dim = q.shape[1], k.shape[1], max(q.shape[2], v.shape[2])
+    pads = q.shape[2] != v.shape[2]  # then kernels copy what they pad
     calls = []
     for part in branch.parts:
         phases = part.queries.phases
-        per_row = num_heads * (k_dim if backward else v_dim)  # dq, out
-        if part.queries.copied:  # q; q, out and their gradient
-            per_row += num_heads * (k_dim + 2 * v_dim if backward else k_dim)
-        per_key = num_kv_heads * (k_dim + v_dim) * (2 if backward else 1)
+        per_row = num_heads * dim  # out, or dq
+        if part.queries.copied or pads:  # q; or q, out and its gradient
+            per_row += num_heads * dim * (3 if backward else 1)
+        per_key = num_kv_heads * dim * (4 if backward else 2)  # k and v, or they and their gradients
         size = (len(part.queries) * per_row + len(part.keys) * per_key) * q.element_size()  # of a phase
         most = max(1, min(WORKSPACE // max(1, size), MAX_SEQUENCES // num_heads))
         calls += [_Call(part, chosen) for chosen in chunks(phases, -(-phases // most))]

@@ -72,7 +72,7 @@ def is_uniform(layout: VarlenLayout) -> bool:
 
 
 def window_branch(layout: VarlenLayout, blocks: BlockGeometry) -> Branch:
-    """Positions (t - w, t]: one call, and one more for every MAX_SEQUENCES sequences."""
+    """Positions (t - w, t]: one call, and one more for every MAX_SEQUENCES sequences, whose lengths are then read."""
 
     def build() -> Branch:
         if layout.total_q == 0 or layout.total_k == 0:

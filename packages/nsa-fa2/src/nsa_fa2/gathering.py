@@ -55,7 +55,7 @@ class Chunk:
         boundary = torch.arange(2 * pairs + 1, dtype=torch.int32, device=self.block.device)
         ends = torch.stack((pair * places, pair * places + self.num_keys.flatten().int()), -1).flatten()
         offsets_k = torch.nn.functional.pad(ends, (0, 1), value=pairs * places)
-        return Segments((boundary + 1) // 2 * group, offsets_k, group, places)
+        return Segments((boundary + 1) // 2 * group, offsets_k, max(2, group), places)
 
     def queries(self, x: Tensor) -> Tensor:
         """[T, Hq, D] -> [P * G, 1, D]."""
@@ -87,10 +87,19 @@ class ByBlock:
 
     def __init__(self, k: KV, v: KV, layout: VarlenLayout, blocks: BlockGeometry) -> None:
         self.block_size = blocks.block_size
-        self.first = layout.block_offsets(blocks)
         self.count = layout.total_k // blocks.block_size + layout.batch_size  # at least as many as there are
-        self.place = self.first[layout.sequence_of_keys()] * blocks.block_size + layout.key_positions()  # of each key
+        self.first, self.place = self.derive(layout, blocks)
         self.k, self.v = (self._copied(all_rows(x, layout)) for x in (k, v))
+
+    @staticmethod
+    def derive(layout: VarlenLayout, blocks: BlockGeometry) -> tuple[Tensor, Tensor]:
+        """Number of each sequence's first block, int64 [B], and place of each key among the blocks, int64 [Tk]."""
+        first = layout.block_offsets(blocks)
+
+        def build() -> Tensor:
+            return first[layout.sequence_of_keys()] * blocks.block_size + layout.key_positions()
+
+        return first, layout.derive(("nsa_fa2", "places", blocks.block_size), build)
 
     def _copied(self, x: Tensor) -> Tensor:
         """[Tk, Hk, D] -> [Hk * count, l' * D]."""

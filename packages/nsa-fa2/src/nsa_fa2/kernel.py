@@ -37,8 +37,9 @@ class Segments(NamedTuple):
     """The sequences of a packed call.
 
     Fields:
-        offsets_q, offsets_k: int32 [n + 1] on the device, as a layout's cu_seqlens.
-        longest_q, longest_k: host ints; the longest sequence, or a bound on it.
+        offsets_q, offsets_k: int32 [n + 1] on the device, contiguous, as a layout's cu_seqlens.
+        longest_q, longest_k: host ints; the longest sequence, or a bound on it. longest_q = 1 says that every sequence
+            has one query: FlashAttention-2 then takes queries for a dense batch of them.
     """
 
     offsets_q: Tensor
@@ -48,8 +49,12 @@ class Segments(NamedTuple):
 
     @classmethod
     def of(cls, layout: VarlenLayout) -> Self:
-        """All sequences of a layout."""
-        return cls(layout.cu_seqlens_q, layout.cu_seqlens_k, layout.max_seqlen_q, layout.max_seqlen_k)
+        """All sequences of a layout, in tensors of their own: whoever built it may write the next batch into his."""
+        offsets_q = layout.cu_seqlens_q.clone(memory_format=torch.contiguous_format)
+        same = layout.cu_seqlens_k is layout.cu_seqlens_q
+        offsets_k = offsets_q if same else layout.cu_seqlens_k.clone(memory_format=torch.contiguous_format)
+        idle = layout.max_seqlen_q == 1 and layout.total_q < layout.batch_size
+        return cls(offsets_q, offsets_k, 2 if idle else layout.max_seqlen_q, layout.max_seqlen_k)
 
 
 class Kernel(Protocol):

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from nsa_fa2.providers.torch_flash import has_windows
+from nsa_fa2.providers import cudnn, torch_flash
 
 OLDEST_SM = 80
 OLDEST_CUDNN = 90_000  # as cuDNN writes 9.0.0
@@ -31,8 +31,8 @@ def no_flash_attn(environment: Any) -> str | None:
 def no_torch_flash(environment: Any) -> str | None:
     """Why torch's own FlashAttention-2 cannot run; None if it can."""
     reason = _no_gpu(environment)
-    if reason is None and not has_windows():
-        return f"needs a torch whose FlashAttention takes windows, got {environment.torch}"
+    if reason is None and not torch_flash.is_known():
+        return f"needs torch 2.7 or newer, got {environment.torch}"
     return reason
 
 
@@ -41,6 +41,8 @@ def no_cudnn(environment: Any) -> str | None:
     reason = _no_gpu(environment)
     if reason is not None:
         return reason
+    if not cudnn.is_known():
+        return f"needs torch 2.5 or newer, got {environment.torch}"
     version = getattr(environment, "cudnn", None)
     if version is None:
         return "needs cuDNN 9, got none"

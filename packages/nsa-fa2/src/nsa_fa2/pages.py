@@ -25,7 +25,7 @@ def window_rows(k: KV, v: KV, layout: VarlenLayout, blocks: BlockGeometry) -> tu
 
     def build() -> tuple[VarlenLayout, Tensor]:
         q_len, k_len = (x.long().diff() for x in (layout.host.cu_seqlens_q, layout.host.cu_seqlens_k))
-        kept = torch.minimum(k_len, q_len + blocks.window_size - 1)
+        kept = torch.minimum(k_len, q_len + blocks.window_size - 1).masked_fill_(q_len == 0, 0)
         reached = VarlenLayout.from_lengths(q_len.tolist(), kept.tolist(), layout.device)
         return reached, to_device(k_len - kept, layout.device)[reached.sequence_of_keys()] + reached.key_positions()
 

@@ -71,6 +71,8 @@ class _Selected(torch.autograd.Function):
             del chunk, k_rows, v_rows, part  # before the next ones are made
         if isinstance(k, Tensor) and isinstance(v, Tensor):
             ctx.save_for_backward(q, k, v, block_indices, out, *raw)
+        if any(ctx.needs_input_grad):
+            ByBlock.derive(layout, blocks)  # now: the offsets may be another batch's when the backward comes
         ctx.layout, ctx.blocks, ctx.kernel, ctx.scale, ctx.slices = layout, blocks, kernel, scale, slices
         ctx.mark_non_differentiable(lse)
         return out, lse

@@ -120,6 +120,7 @@ class PlainKernel:
             assert offsets.dtype == torch.int32
             assert (int(offsets[0]), int(offsets[-1])) == (0, rows)
             assert bool((lengths >= 0).all() & (lengths <= longest).all())
+        assert segments.longest_q > 1 or bool((segments.offsets_q.diff() == 1).all())
 
 
 class Case(NamedTuple):

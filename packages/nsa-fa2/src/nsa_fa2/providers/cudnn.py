@@ -55,6 +55,12 @@ class Cudnn(FittedKernel):
         return dq, dk, dv
 
 
+def is_known() -> bool:
+    """Whether this torch's operation is the one that this module calls: torch 2.4 has another."""
+    schema = torch.ops.aten._scaled_dot_product_cudnn_attention.default._schema
+    return any(argument.name == "compute_log_sumexp" for argument in schema.arguments)
+
+
 def _check(q: Tensor, k: Tensor, segments: Segments | None, causal: bool, window: int | None) -> None:
     assert segments is None, "a packed call"
     assert window is None, "a window"

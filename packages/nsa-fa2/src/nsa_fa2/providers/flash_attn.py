@@ -70,13 +70,20 @@ def _forward(
 
 @cache
 def _interface() -> Any:
-    from flash_attn import flash_attn_interface
+    """The package's functions.
 
+    Raises:
+        RuntimeError: it is installed and does not load, in words that routing takes for a kernel that does not compile.
+    """
+    try:
+        from flash_attn import flash_attn_interface
+    except (ImportError, OSError) as error:  # built for another torch, above all
+        raise RuntimeError(f"flash-attn does not load: {error}") from error
     return flash_attn_interface
 
 
 def check_built(head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise unless the installed flash-attn has kernels for a head dim; one small call, the first time.
+    """Raise unless the installed flash-attn has kernels for a head dim; one small call that waits, the first time.
 
     flash-attn can be built for some head dims only, and then computes nothing for the others without a word.
 

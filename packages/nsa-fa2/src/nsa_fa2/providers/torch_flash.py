@@ -1,5 +1,7 @@
 """The FlashAttention-2 that torch ships."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,7 @@ class TorchFlash(FittedKernel):
         causal: bool,
         window: int | None,
     ) -> tuple[Tensor, Tensor]:
+        check_built()
         left, right = (None, None) if window is None else (window - 1, 0)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             *(q, k, v, *_shape(q, k, segments)),
@@ -62,7 +65,22 @@ def _shape(q: Tensor, k: Tensor, segments: Segments | None) -> Segments | tuple[
     return (None, None, q.shape[1], k.shape[1]) if segments is None else segments
 
 
-def has_windows() -> bool:
-    """Whether this torch's FlashAttention takes windows at all."""
+def is_known() -> bool:
+    """Whether this torch's operations are those that this module calls: windows, and an lse of packed calls [H, Tq].
+
+    Until torch 2.6 the latter is padded; the name of another result tells.
+    """
     schema = torch.ops.aten._flash_attention_forward.default._schema
-    return any(argument.name == "window_size_left" for argument in schema.arguments)
+    windows = any(argument.name == "window_size_left" for argument in schema.arguments)
+    return windows and schema.returns[2].name == "rng_state"
+
+
+@cache
+def check_built() -> None:
+    """Raise unless this torch was built with FlashAttention.
+
+    Raises:
+        RuntimeError: it was not, in words that routing takes for a kernel that does not compile.
+    """
+    if not torch.backends.cuda.is_flash_attention_available():
+        raise RuntimeError(f"torch {torch.__version__} was built without a kernel of FlashAttention")

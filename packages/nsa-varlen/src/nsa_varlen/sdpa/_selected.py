@@ -53,6 +53,8 @@ class _SelectedAttention(torch.autograd.Function):
             out, lse = _by_query(q, k, v, indices, layout, blocks, scale)
         if isinstance(k, Tensor) and isinstance(v, Tensor):
             ctx.save_for_backward(q, k, v, indices, out, lse)
+        if any(ctx.needs_input_grad):  # derived now: the offsets may be another batch's when the backward comes
+            layout.last_keys(), layout.block_offsets(blocks), layout.block_spans(blocks)
         ctx.layout, ctx.blocks, ctx.scale = layout, blocks, scale
         lse = lse.float()
         ctx.mark_non_differentiable(lse)
