@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from nsa_fa2 import FlashBackend
+from nsa_fa2.providers.cudnn import Cudnn
 from nsa_fa2.providers.shapes import ALIGNMENT, FittedKernel, aligned, fitted
 from nsa_fa2.testing import ANYTHING, Case, PlainKernel
 from nsa_varlen import BlockGeometry, VarlenLayout
@@ -144,3 +145,18 @@ def test_the_smaller_dim_is_padded_with_zeros() -> None:
     assert same is x
     assert wider.tolist() == [[[1.0] * 4 + [0.0] * 4] * 2] * 3
     assert is_aligned(wider)
+
+
+def test_cudnn_is_not_asked_about_a_single_key() -> None:
+    """Its frontend refuses such a call; what stands in is plain torch, so it runs here."""
+    generator = torch.Generator().manual_seed(0)
+    q, grad_out = torch.randn(2, 2, 3, 6, 8, generator=generator).unbind()  # each [b, Sq, H, D]
+    k, v = torch.randn(2, 2, 1, 2, 8, generator=generator).unbind()
+    mask = {"segments": None, "scale": 0.3, "causal": False, "window": None}
+    got, expected = Cudnn().forward(q, k, v, **mask), PlainKernel().forward(q, k, v, **mask)
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y)
+    kernels = Cudnn(), PlainKernel()
+    grads = (x.backward(grad_out, q, k, v, *expected, **mask, deterministic=False) for x in kernels)
+    for x, y in zip(*grads, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-5)

@@ -197,7 +197,7 @@ def _problem(
         q.shape[2],
         v_head_dim,
         q.shape[1] // num_kv_heads,
-        needs_grad=op != "select_blocks" and _needs_grad(q, *(x for x in kv if isinstance(x, Tensor))),
+        needs_grad=op != "select_blocks" and _needs_grad(q, *(x.pages if isinstance(x, PagedKV) else x for x in kv)),
         deterministic=deterministic,
         paged=bool(paged),
         fp8_scales=any(scale is not None for x in paged for scale in (x.k_scale, x.v_scale)),
