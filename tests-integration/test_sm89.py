@@ -155,13 +155,13 @@ def test_fa2_is_opt_in_above_its_threshold_on_ada(
 
 
 def test_fa2_runs_what_its_threshold_allows_on_ada(install: Callable, machine: Callable, flags: Callable) -> None:
-    """One query over many keys: a decode step."""
+    """Whole prefill, that is: nobody has measured a decode step, and its threshold leaves that out."""
     made = install("fa2")
     machine(89)
     flags(FA2="1")
     blocks = BlockGeometry()
-    for keys in (1023, 1024):
-        layout = VarlenLayout.from_lengths([1], [keys])
+    for queries, keys in ((1023, 1023), (1, 1024), (1024, 1024)):
+        layout = VarlenLayout.from_lengths([queries], [keys])
         q, k, v, _ = testing.random_inputs(layout, dtype=torch.float32)
         got = ops.window_attention(q, k, v, layout, blocks)
         assert torch.equal(got[0], BACKEND.window_attention(q, k, v, layout, blocks)[0])
