@@ -25,7 +25,7 @@ from nsa_varlen.transfer import to_device
 from torch import Tensor
 
 from nsa_fa2.kernel import MAX_SEQUENCES, Segments
-from nsa_fa2.rows import Dense, Masked, Packed, Rows, at
+from nsa_fa2.rows import Dense, Masked, Packed, Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,7 +228,7 @@ def _runs(first: Tensor, lengths: Tensor, device: torch.device, phases: int = 1)
         return Packed(slice(int(first[0]), int(ends[-1])))
     runs = VarlenLayout.from_lengths(lengths.tolist(), device=device)
     rows = to_device(first, device)[runs.sequence_of_keys()] + runs.key_positions()
-    return at(rows) if phases == 1 else Packed(rows.unflatten(0, (-1, phases)))
+    return Packed(rows.unflatten(0, (-1, phases)))
 
 
 def _batches(size: int) -> list[tuple[int, int]]:

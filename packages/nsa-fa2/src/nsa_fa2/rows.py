@@ -18,7 +18,6 @@ rows    0 1 2 3 4 5 6 7        phases=4, chosen=1:3      row 0: heads of rows 1 
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 ALL = slice(None)
@@ -180,8 +179,3 @@ def chunks(phases: int, count: int) -> list[slice]:
     """
     ends = [phases * number // count for number in range(count + 1)]
     return [slice(start, end) for start, end in pairwise(ends)]
-
-
-def at(index: Tensor) -> Packed:
-    """Packed rows in the order of an index int64 [n]."""
-    return Packed(torch.unsqueeze(index, 1))
