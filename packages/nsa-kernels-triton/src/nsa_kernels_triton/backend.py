@@ -1,0 +1,193 @@
+"""The backend `triton`: the operations with the signatures that every backend shares."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from nsa_varlen import BlockGeometry, PagedKV, VarlenLayout
+from nsa_varlen.arguments import (
+    KV,
+    check_attention,
+    check_block_indices,
+    check_gates,
+    check_layout,
+    check_lse,
+    check_rows,
+    heads_and_dim,
+    scale_or_default,
+)
+from torch import Tensor
+
+from nsa_kernels_triton.contracts import missing, unmet
+from nsa_kernels_triton.ops import attention, combining, pooling, selected, selection
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A call, as far as the contract speaks of it: see `unmet`."""
+
+    device: str
+    dtype: torch.dtype
+    head_dim: int
+    v_head_dim: int
+    group_size: int
+    block_size: int
+    needs_grad: bool
+    paged: bool
+
+
+class TritonBackend:
+    """Every operation as Triton kernels. Arguments, results and errors are those of `nsa_varlen.reference`.
+
+    Inputs are fp16, bf16 or fp32; sums are fp32, products of fp32 inputs IEEE. lse is fp32, [Hq, Tq]. Results are
+    bitwise equal across runs, whatever `deterministic` says. No operation waits for the device. Each is an operator of
+    `torch.library` (namespace `nsa_kernels_triton`), which torch.compile takes as it is.
+
+    Raises (every operation):
+        TypeError, ValueError: as the reference; ValueError also for what the kernels do not do, in the words of
+            `refuse`.
+    """
+
+    name = "triton"
+    uses_triton = True
+
+    def refuse(self, op: str, problem: Any, environment: Any) -> str | None:
+        """Why this backend cannot run `op` on this problem and machine, or None.
+
+        Example:
+            >>> from types import SimpleNamespace
+            >>> layer = {"device": "cuda", "dtype": torch.float64, "head_dim": 128, "v_head_dim": 128, "group_size": 16}
+            >>> BACKEND.refuse("combine", SimpleNamespace(**layer), None)
+            'takes float16, bfloat16 and float32, not float64'
+        """
+        return unmet(op, problem) or missing(environment)
+
+    def compress_mean(self, x: Tensor, layout: VarlenLayout, blocks: BlockGeometry) -> Tensor:
+        """x_cmp[i] = mean of x[i*d : i*d + l]: [Tk, H, D] -> [Tc, H, D]. Summed in fp32, rounded once."""
+        check_layout(layout, blocks)
+        check_rows("x", x, layout.total_k, layout)
+        _check_contract("compress_mean", x, x, x, blocks)
+        compressed = layout.compressed(blocks)
+        sizes = blocks.kernel_size, blocks.kernel_stride
+        return pooling.compress_mean(x, layout.cu_seqlens_k, compressed.cu_seqlens, compressed.total, *sizes)
+
+    def compressed_attention(
+        self,
+        q: Tensor,
+        k_cmp: KV,
+        v_cmp: KV,
+        layout: VarlenLayout,
+        blocks: BlockGeometry,
+        *,
+        scale: float | None = None,
+        deterministic: bool | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention over the visible compressed blocks (Eq. 7, 8): (out, lse)."""
+        check_layout(layout, blocks)
+        compressed = layout.compressed(blocks)
+        check_attention(("k_cmp", "v_cmp"), q, k_cmp, v_cmp, compressed.total, layout)
+        k_cmp, v_cmp = _check_contract("compressed_attention", q, k_cmp, v_cmp, blocks)
+        return attention.compressed_attention(
+            *(q, k_cmp, v_cmp, layout.cu_seqlens_q, layout.cu_seqlens_k, compressed.cu_seqlens),
+            *(blocks.kernel_size, blocks.kernel_stride, scale_or_default(scale, q.shape[-1])),
+        )
+
+    def select_blocks(
+        self,
+        q: Tensor,
+        k_cmp: KV,
+        lse: Tensor,
+        layout: VarlenLayout,
+        blocks: BlockGeometry,
+        *,
+        scale: float | None = None,
+    ) -> Tensor:
+        """The blocks each query attends to (Eq. 9-11): int32 [Tq, Hk, topk], ascending, padded with -1.
+
+        Scores are fp32; equal ones go to the lower index. They never reach memory but in chunks of queries.
+        """
+        check_layout(layout, blocks)
+        compressed = layout.compressed(blocks)
+        check_attention(("k_cmp", "k_cmp"), q, k_cmp, k_cmp, compressed.total, layout)
+        check_lse(lse, q.shape[1], layout)
+        k_cmp, _ = _check_contract("select_blocks", q, k_cmp, k_cmp, blocks)
+        return selection.select_blocks(
+            *(q, k_cmp, lse.float(), layout.cu_seqlens_q, layout.cu_seqlens_k, compressed.cu_seqlens),
+            *(layout.max_seqlen_k, blocks.kernel_size, blocks.kernel_stride, blocks.block_size),
+            *(blocks.topk, blocks.init_blocks, blocks.local_blocks, scale_or_default(scale, q.shape[-1])),
+        )
+
+    def selected_attention(
+        self,
+        q: Tensor,
+        k: KV,
+        v: KV,
+        block_indices: Tensor,
+        layout: VarlenLayout,
+        blocks: BlockGeometry,
+        *,
+        scale: float | None = None,
+        deterministic: bool | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention over the listed blocks' keys at positions <= t (Eq. 12): (out, lse). See `ops.selected`."""
+        check_layout(layout, blocks)
+        check_attention(("k", "v"), q, k, v, layout.total_k, layout)
+        check_block_indices(block_indices, heads_and_dim(k)[0], layout)
+        k, v = _check_contract("selected_attention", q, k, v, blocks)
+        return selected.selected_attention(
+            *(q, k, v, block_indices, layout.cu_seqlens_q, layout.cu_seqlens_k, layout.max_seqlen_k),
+            *(blocks.block_size, scale_or_default(scale, q.shape[-1])),
+        )
+
+    def window_attention(
+        self,
+        q: Tensor,
+        k: KV,
+        v: KV,
+        layout: VarlenLayout,
+        blocks: BlockGeometry,
+        *,
+        scale: float | None = None,
+        deterministic: bool | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention over positions (t - w, t]: (out, lse)."""
+        check_layout(layout, blocks)
+        check_attention(("k", "v"), q, k, v, layout.total_k, layout)
+        k, v = _check_contract("window_attention", q, k, v, blocks)
+        return attention.window_attention(
+            *(q, k, v, layout.cu_seqlens_q, layout.cu_seqlens_k),
+            *(blocks.window_size, scale_or_default(scale, q.shape[-1])),
+        )
+
+    def combine(self, gates: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor) -> Tensor:
+        """out = sum of gate_c * o_c over cmp, slc, win (Eq. 5), in one pass: [Tq, Hq, Dv]. Summed in fp32."""
+        check_gates(gates, {"o_cmp": o_cmp, "o_slc": o_slc, "o_win": o_win})
+        _check_contract("combine", gates, o_cmp, o_slc, None, o_win)
+        return combining.combine(gates, o_cmp, o_slc, o_win)
+
+
+def _check_contract(
+    op: str, q: Tensor, k: KV, v: KV, blocks: BlockGeometry | None, *others: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Raise unless the kernels do this call; k and v, now known to be packed."""
+    tensors = [x.pages if isinstance(x, PagedKV) else x for x in (q, k, v, *others)]
+    num_kv_heads, head_dim = heads_and_dim(k)
+    reason = unmet(
+        op,
+        _Asked(
+            device=q.device.type,
+            dtype=tensors[1].dtype,
+            head_dim=head_dim,
+            v_head_dim=heads_and_dim(v)[1],
+            group_size=q.shape[1] // max(1, num_kv_heads),
+            block_size=64 if blocks is None else blocks.block_size,
+            needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in tensors),
+            paged=isinstance(k, PagedKV) or isinstance(v, PagedKV),
+        ),
+    )
+    if reason is not None or not isinstance(k, Tensor) or not isinstance(v, Tensor):
+        raise ValueError(f"{op} on backend triton: {reason}")
+    return k, v
+
+
+BACKEND = TritonBackend()

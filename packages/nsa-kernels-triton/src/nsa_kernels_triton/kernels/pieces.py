@@ -1,0 +1,45 @@
+"""Rows of a head, in one or two pieces whose widths are powers of two; see `nsa_kernels_triton.tiles.pieces`."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_piece(ROWS, there, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    """Columns [START, START + WIDTH) of rows at the pointers ROWS [n]: zeros beyond DIM and where not `there` [n].
+
+    `there` None says that every row is there. A WIDTH of 0 gives None.
+    """
+    if WIDTH == 0:
+        return None
+    else:
+        column = START + tl.arange(0, WIDTH)
+        pointers = ROWS[:, None] + column[None, :]
+        if START + WIDTH > DIM:
+            if there is None:
+                values = tl.load(pointers, mask=(column < DIM)[None, :], other=0.0)
+            else:
+                values = tl.load(pointers, mask=there[:, None] & (column < DIM)[None, :], other=0.0)
+        elif there is None:
+            values = tl.load(pointers)
+        else:
+            values = tl.load(pointers, mask=there[:, None], other=0.0)
+        return values
+
+
+@triton.jit
+def store_piece(ROWS, values, there, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    """The inverse of `load_piece`; a WIDTH of 0 stores nothing."""
+    if WIDTH > 0:
+        column = START + tl.arange(0, WIDTH)
+        mask = there[:, None] & (column < DIM)[None, :]
+        tl.store(ROWS[:, None] + column[None, :], values.to(ROWS.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def logits(q0, q1, k0, k1):
+    """q k^T of pieces, fp32 [rows, keys]. IEEE products for fp32 inputs; half precision is not concerned."""
+    s = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+    if q1 is not None:
+        s = tl.dot(q1, tl.trans(k1), s, input_precision="ieee")
+    return s

@@ -1,0 +1,44 @@
+"""Mean pooling of tokens into compressed blocks."""
+
+import triton
+import triton.language as tl
+
+from nsa_kernels_triton.kernels.tiles import find_tile
+
+
+@triton.jit
+def compress_mean_kernel(
+    X,
+    OUT,
+    CU_SEQLENS,
+    CU_COMPRESSED,
+    batch_size,
+    x_row,
+    x_head,
+    num_heads,
+    KERNEL_SIZE: tl.constexpr,
+    KERNEL_STRIDE: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """OUT[i] = mean of X[i*d : i*d + l] of one sequence; one program per ROWS compressed blocks and head. Grid (tiles, H).
+
+    Limited by bytes: x is read once from memory and l/d times from cache.
+    """
+    sequence, first, end = find_tile(CU_COMPRESSED, tl.program_id(0), batch_size, ROWS)
+    if first < end:
+        head = tl.program_id(1)
+        row = tl.arange(0, ROWS)
+        column = tl.arange(0, WIDTH)
+        there = (first + row < end)[:, None] & (column < DIM)[None, :]
+        number = first - tl.load(CU_COMPRESSED + sequence)
+        token = tl.load(CU_SEQLENS + sequence) + number * KERNEL_STRIDE
+        pointers = X + token * x_row + head * x_head + (row * KERNEL_STRIDE)[:, None] * x_row + column[None, :]
+        total = tl.zeros([ROWS, WIDTH], tl.float32)
+        for _ in range(KERNEL_SIZE):
+            total += tl.load(pointers, mask=there, other=0.0).to(tl.float32)
+            pointers += x_row
+        out = OUT + (first * num_heads + head) * DIM
+        mean = (total / KERNEL_SIZE).to(OUT.dtype.element_ty)
+        tl.store(out + row[:, None] * (num_heads * DIM) + column[None, :], mean, mask=there)

@@ -1,0 +1,24 @@
+"""How many programs a packed batch takes, and how a head is cut: the host's side of `kernels.tiles` and `pieces`."""
+
+def count_tiles(total: int, batch_size: int, size: int) -> int:
+    """Numbers that tiles of `size` rows of a packed batch may have, whatever its offsets: no device is read.
+
+    Example:
+        >>> count_tiles(total=300, batch_size=2, size=128)
+        4
+    """
+    return total // size + batch_size
+
+
+def pieces(dim: int) -> tuple[int, int]:
+    """Widths of the one or two pieces, powers of two from 16, that hold `dim` columns: (width, 0) or (first, second).
+
+    Example:
+        >>> [pieces(dim) for dim in (8, 64, 96, 120, 192)]
+        [(16, 0), (64, 0), (64, 32), (128, 0), (128, 64)]
+    """
+    first = max(16, 1 << (dim.bit_length() - 1))
+    if first >= dim:
+        return first, 0
+    second = max(16, 1 << (dim - first - 1).bit_length())
+    return (2 * first, 0) if second == first else (first, second)
