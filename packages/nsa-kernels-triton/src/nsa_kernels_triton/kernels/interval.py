@@ -93,8 +93,8 @@ def interval_attention_kernel(
             all_start = tl.maximum(last + 1 - window_size, 0)
             all_stop = tl.maximum(position + 1, 0)
             any_stop = tl.maximum(last + 1, 0)
-        K += key_first * k_row + kv_head * k_head
-        V += key_first * v_row + kv_head * v_head
+        K += kv_head * k_head
+        V += kv_head * v_head
 
         middle = any_start + tl.cdiv(all_start - any_start, KEYS) * KEYS
         right = tl.maximum(any_start + (all_stop - any_start) // KEYS * KEYS, middle)
@@ -110,16 +110,17 @@ def interval_attention_kernel(
             else:
                 begin, finish_at = right, any_stop
             for tile_start in tl.range(begin, finish_at, KEYS):
+                packed = key_first + tile_start
                 if SPLIT and part == 1:
                     near = key
                 else:
                     # Rows beyond any_stop may hold anything, NaN included: the last key is loaded in their place.
                     near = tl.minimum(key, any_stop - 1 - tile_start)
                 if SPLIT and part == 1 and K_TILES is not None:
-                    k0 = K_TILES.load([(key_first + tile_start).to(tl.int32), tl.program_id(1), 0]).reshape(KEYS, K0)
+                    k0 = K_TILES.load([packed.to(tl.int32), tl.program_id(1), 0]).reshape(KEYS, K0)
                     k1 = None
                 else:
-                    k_rows = K + tile_start.to(tl.int64) * k_row + near * k_row
+                    k_rows = K + packed * k_row + near * k_row
                     k0 = load_piece(k_rows, None, 0, K0, DIM)
                     k1 = load_piece(k_rows, None, K0, K1, DIM)
                 s = logits(q0, q1, k0, k1)
@@ -129,10 +130,10 @@ def interval_attention_kernel(
                 elif part != 1:
                     s = hide(s, key + tile_start, start, stop)
                 if SPLIT and part == 1 and V_TILES is not None:
-                    v0 = V_TILES.load([(key_first + tile_start).to(tl.int32), tl.program_id(1), 0]).reshape(KEYS, V0)
+                    v0 = V_TILES.load([packed.to(tl.int32), tl.program_id(1), 0]).reshape(KEYS, V0)
                     v1 = None
                 else:
-                    v_rows = V + tile_start.to(tl.int64) * v_row + near * v_row
+                    v_rows = V + packed * v_row + near * v_row
                     v0 = load_piece(v_rows, None, 0, V0, V_DIM)
                     v1 = load_piece(v_rows, None, V0, V1, V_DIM)
                 m, l, acc0, acc1 = update(s, scale, m, l, acc0, acc1, v0, v1)
