@@ -138,11 +138,11 @@ def interval_attention_kernel(
                     v1 = load_piece(v_rows, None, V0, V1, V_DIM)
                 m, l, acc0, acc1 = update(s, scale, m, l, acc0, acc1, v0, v1)
 
-        lse, out0, out1 = finish(m, l, acc0, acc1)
+        lse, inverse = finish(m, l)
         outs = OUT + (first * num_heads + kv_head * GROUP) * V_DIM + (query * num_heads + head) * V_DIM
-        store_piece(outs, out0, there, 0, V0, V_DIM)
+        store_piece(outs, acc0 * inverse, there, 0, V0, V_DIM)
         if V1 > 0:
-            store_piece(outs, out1, there, V0, V1, V_DIM)
+            store_piece(outs, acc1 * inverse, there, V0, V1, V_DIM)
         tl.store(LSE + (kv_head * GROUP + head) * total_q + first + query, lse, mask=there)
 
 
