@@ -36,8 +36,8 @@ def selected_attention(
     `deterministic` leaves what was measured out of the choice: it may differ between runs.
     """
     call = _Call(q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k, block_size, scale)
-    if call.out.numel() == 0:
-        return call.out, call.lse
+    if call.lse.numel() == 0 or call.num_slots == 0:
+        return call.out.zero_(), call.lse.fill_(-torch.inf)
     spread = UNKNOWN if deterministic else spread_of(call.indices, call.cu_seqlens_q, call.cu_seqlens_k, block_size)
     config = launch("selected_attention", q.device, spread=spread, **call.case)
     if config["by_block"]:
