@@ -9,9 +9,9 @@ average of the last `SMOOTHED` of a random walk's steps, so neighbours choose mu
 different blocks eight neighbours choose between them (16 each). `selected_attention` runs on the blocks that
 `select_blocks` chose for those inputs.
 
-What is timed is checked first, against the oracle at 2,048 tokens. Variants of a row take turns; before each call 2 GB are
-written over, which empties the L2 cache and hides the launches. `floor_ms` is the larger of operations over 692 TFLOP/s
-and bytes, each tensor once, over 3.0 TB/s: rates that this kind of GPU reached.
+What is timed is checked first, against the oracle at 2,048 tokens. Variants of a row take turns; before each call 2 GB
+are written over, which empties the L2 cache and hides the launches. `floor_ms` is the larger of operations over 692
+TFLOP/s and bytes, each tensor once, over 3.0 TB/s: rates that this kind of GPU reached.
 """
 
 import argparse

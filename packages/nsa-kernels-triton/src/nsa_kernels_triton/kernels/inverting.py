@@ -179,7 +179,7 @@ def file_kernel(
     QUERIES_2: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """FILED [Hk, most_tiles, QUERIES]: chunk row * num_slots + number among its query's far blocks. Grid (tiles, Hk)."""
+    """FILED [Hk, tiles, QUERIES]: chunk row * num_slots + number among its query's far blocks. Grid (tiles, Hk)."""
     head = tl.program_id(1)
     first, end, block, far, _, number, _ = far_blocks(
         INDICES,
