@@ -53,9 +53,9 @@ def interval_attention_kernel(
     The query at position t sees rows 0..num_compressed(t + 1) - 1 of its sequence in CU_COMPRESSED; without that,
     positions (t - w, t]. `scale` contains log2(e). Grid (tiles, Hk): neighbouring programs share keys.
 
-    SPLIT 0 streams in one loop that asks of each tile whether it needs a mask. SPLIT 1 has a loop each for the left, the
-    unmasked and the right tiles; the middle one loads through the tensor descriptors K_TILES and V_TILES where given
-    (one piece only): a descriptor's tile may run into the next sequence, so masked ones cannot.
+    SPLIT 0 streams in one loop that asks of each tile whether it needs a mask: one pipeline, filled once. SPLIT 1 has a
+    loop each for the left, the unmasked and the right tiles; the middle one loads through the tensor descriptors K_TILES
+    and V_TILES where given (one piece only). A descriptor's tile may run into the next sequence: masked ones cannot.
 
     Limited by the tensor cores: 2 (Dk + Dv) operations for each query head and key of a visited tile.
     """
@@ -99,7 +99,7 @@ def interval_attention_kernel(
         middle = any_start + tl.cdiv(all_start - any_start, KEYS) * KEYS
         right = tl.maximum(any_start + (all_stop - any_start) // KEYS * KEYS, middle)
         key = tl.arange(0, KEYS)
-        m, l, acc0, acc1 = empty(ROWS, V0, V1)
+        top, total, acc0, acc1 = empty(ROWS, V0, V1)
         for part in tl.static_range(3 if SPLIT else 1):
             if SPLIT == 0:
                 begin, finish_at = any_start, any_stop
@@ -136,9 +136,9 @@ def interval_attention_kernel(
                     v_rows = V + packed * v_row + near * v_row
                     v0 = load_piece(v_rows, None, 0, V0, V_DIM)
                     v1 = load_piece(v_rows, None, V0, V1, V_DIM)
-                m, l, acc0, acc1 = update(s, scale, m, l, acc0, acc1, v0, v1)
+                top, total, acc0, acc1 = update(s, scale, top, total, acc0, acc1, v0, v1)
 
-        lse, inverse = finish(m, l)
+        lse, inverse = finish(top, total)
         outs = OUT + (first * num_heads + kv_head * GROUP) * V_DIM + (query * num_heads + head) * V_DIM
         store_piece(outs, acc0 * inverse, there, 0, V0, V_DIM)
         if V1 > 0:
@@ -154,7 +154,7 @@ def num_compressed(position, KERNEL_SIZE: tl.constexpr, KERNEL_STRIDE: tl.conste
 
 @triton.jit
 def hide(s, key, start, stop):
-    """`s` [rows, keys], -inf where a row does not see a key: one before `start`, unless that is None, or from `stop`."""
+    """`s` [rows, keys], -inf where a row does not see a key: outside [start, stop); a `start` of None hides nothing."""
     seen = key[None, :] < stop[:, None]
     if start is not None:
         seen &= key[None, :] >= start[:, None]

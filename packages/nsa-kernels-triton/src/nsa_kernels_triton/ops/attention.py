@@ -109,6 +109,7 @@ def _attend(
     config = launch(
         *(name, q.device),
         row_bytes=max(sum(pieces(head_dim)), sum(pieces(v_head_dim))) * q.element_size(),
+        value_bytes=q.element_size(),
         group_size=group_size,
         rows_per_sequence=-(-total_q // batch_size) * group_size,
     )
@@ -132,9 +133,13 @@ def _attend(
 
 
 def _tiles(k: Tensor, v: Tensor, config: Launch) -> tuple[Any, Any]:
-    """Tensor descriptors of tiles [keys, 1, head_dim] of k and v where the configuration asks for them and they can be."""
+    """Tensor descriptors of tiles [keys, 1, head_dim] of k and v where the configuration asks and the copy engine can."""
     widths = [pieces(x.shape[2]) for x in (k, v)]
-    if not config["tma"] or any(second for _, second in widths) or not all(_describable(x) for x in (k, v)):
+    if (
+        not (config["split"] and config["tma"])
+        or any(second for _, second in widths)
+        or not all(_describable(x) for x in (k, v))
+    ):
         return None, None
     from triton.tools.tensor_descriptor import TensorDescriptor
 
