@@ -1,0 +1,258 @@
+"""Exact top-k of block scores (Eq. 11), in ascending order of index; equal scores go to the lower index.
+
+Non-negative floats order as their bits do, so the scores become int32 keys; -1 stands for no candidate. A threshold is
+found by bisection on keys: bounds LO and HI such that at least `need` keys are >= LO and fewer are >= HI. It ends when
+exactly `need` are, or when LO is the value of the last one chosen; then ties at LO are settled by index.
+
+Long rows are a tournament. A first level chooses from each span of a row's blocks and leaves (key, block number) of the
+winners, in ascending order, in as many slots for every span; a next level chooses from those. Since slots keep the order
+of the blocks, ties are settled by position on every level.
+"""
+
+import triton
+import triton.language as tl
+
+from nsa_kernels_triton.kernels.tiles import find_tile, key_rows
+
+
+@triton.jit
+def popcount(x):
+    """How many bits of an int32 are set. LLVM makes one instruction of it."""
+    x = x.to(tl.uint32, bitcast=True)
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def read_keys(OWN, SPILL, KEYS, position, mask, LEVEL: tl.constexpr, ALPHA: tl.constexpr, INIT: tl.constexpr):
+    """Keys at positions of a row, which the pointers name: from scores on level 0, where NaN becomes 0."""
+    if LEVEL == 0:
+        score = tl.load(OWN + position, mask=mask, other=0.0)
+        if ALPHA > 1:
+            spill = tl.load(SPILL + position, mask=mask, other=0.0)
+            if INIT == 0:
+                spill = tl.where(position > 0, spill, 0.0)
+            score += spill
+        return tl.where(score > 0.0, score, 0.0).to(tl.int32, bitcast=True)
+    else:
+        return tl.load(KEYS + position, mask=mask, other=-1)
+
+
+@triton.jit
+def raise_bound(keys, need, lo, hi, count, ENOUGH: tl.constexpr):
+    """(lo, hi, count) with lo raised until at most need + ENOUGH of `keys` are >= lo, if ties allow; one axis."""
+    while (count > need + ENOUGH) & (hi - lo > 1):
+        middle = lo + (hi - lo) // 2
+        found = tl.sum((keys >= middle).to(tl.int32), 0)
+        if found >= need:
+            lo = middle
+            count = found
+        else:
+            hi = middle
+    return lo, hi, count
+
+
+@triton.jit
+def members(chosen, bit):
+    """Per lane, the bits of its chosen ones among [groups, 32, 4]."""
+    return tl.sum(tl.sum(tl.where(chosen, bit, 0), 2), 0)
+
+
+@triton.jit
+def pick_few(OWN, SPILL, KEYS, keys, need, SPAN: tl.constexpr, LEVEL: tl.constexpr, ALPHA: tl.constexpr, INIT: tl.constexpr):
+    """Positions of the `need` <= 32 greatest of `keys` [SPAN / 4, 4], ascending in the first lanes of 32. For one warp.
+
+    The greatest of each lane's keys bound the threshold from below; what passes it, hardly more than is needed, is
+    marked in one mask of bits a lane and dealt out again, one to a lane: from there on a key is one register.
+    """
+    GROUPS: tl.constexpr = SPAN // 128
+    lane = tl.arange(0, 32)
+    keys = tl.reshape(keys, [GROUPS, 32, 4])
+    of_lane = tl.arange(0, GROUPS)[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
+    bit = 1 << of_lane
+    greatest = tl.max(tl.max(keys, 2), 0)
+    least = tl.min(greatest, 0)
+    top = tl.max(greatest, 0) + 1
+    lo, hi, count = raise_bound(greatest, need, tl.maximum(least, 0), top, tl.where(least < 0, 1024, 32), 2)
+    mask = members(keys >= lo, bit)
+    many = popcount(mask)
+    count = tl.sum(many, 0)
+    hi = top
+    while (count > 32) & (hi - lo > 1):
+        middle = lo + (hi - lo) // 2
+        mask_above = members(keys >= middle, bit)
+        many_above = popcount(mask_above)
+        found = tl.sum(many_above, 0)
+        if found >= need:
+            lo = middle
+            mask = mask_above
+            many = many_above
+            count = found
+        else:
+            hi = middle
+    if count > 32:  # lo is the threshold and more than 32 tie at it or pass it: the position of the last one chosen
+        position = (of_lane // 4 * 32 + lane[None, :, None]) * 4 + of_lane % 4
+        ties = need - tl.sum(popcount(members(keys > lo, bit)), 0)
+        before = -1
+        until = SPAN - 1
+        while until - before > 1:
+            half = (before + until) // 2
+            if tl.sum(popcount(members((keys == lo) & (position <= half), bit)), 0) >= ties:
+                until = half
+            else:
+                before = half
+        mask = members((keys > lo) | ((keys == lo) & (position <= until)), bit)
+        many = popcount(mask)
+        count = need
+
+    # Lane n takes survivor n, counted by lane and bit: the lane it is of by bisection on the running sum, then its bit.
+    running = tl.cumsum(many, 0)
+    source = lane * 0
+    for step in tl.static_range(4, -1, -1):
+        passed = tl.gather(running, source + ((1 << step) - 1), 0) <= lane
+        source = tl.where(passed, source + (1 << step), source)
+    source = tl.minimum(source, 31)
+    mask = tl.gather(mask, source, 0)
+    skip = lane - tl.gather(running - many, source, 0)
+    for done in range(tl.max(many, 0) - 1):
+        mask = tl.where(done < skip, mask & (mask - 1), mask)
+    lowest = popcount((mask & -mask) - 1)
+    position = (lowest // 4 * 32 + source) * 4 + lowest % 4
+    live = lane < count
+    key = tl.where(live, read_keys(OWN, SPILL, KEYS, position, live, LEVEL, ALPHA, INIT), -1)
+    lo, hi, count = raise_bound(key, need, lo, top, count, 0)
+    chosen = key >= lo
+    nowhere = 1 << 30
+    if count > need:  # ties at the threshold
+        ties = need - tl.sum((key > lo).to(tl.int32), 0)
+        tied = tl.sort(tl.where(key == lo, position, nowhere))
+        until = tl.sum(tl.where(lane == ties - 1, tied, 0), 0)
+        chosen = (key > lo) | ((key == lo) & (position <= until))
+    return tl.sort(tl.where(chosen, position, nowhere))
+
+
+@triton.jit
+def pick_many(keys, need, count, SPAN: tl.constexpr):
+    """(keys, chosen, rank), each [SPAN]: which of keys [SPAN / 4, 4] are the `need` greatest of the `count` that are
+    not -1, and how many chosen ones come before each. Any number of warps."""
+    keys = tl.reshape(keys, [SPAN])
+    lo, hi, count = raise_bound(keys, need, 0, tl.max(keys, 0) + 1, count, 0)
+    chosen = keys >= lo
+    if count > need:  # ties at the threshold
+        ties = need - tl.sum((keys > lo).to(tl.int32), 0)
+        tied = (keys == lo).to(tl.int32)
+        chosen = (keys > lo) | ((keys == lo) & (tl.cumsum(tied, 0) <= ties))
+    return keys, chosen, tl.cumsum(chosen.to(tl.int32), 0) - 1
+
+
+@triton.jit(do_not_specialize=["first_tile"])
+def topk_kernel(
+    OWN,
+    SPILL,
+    KEYS,
+    NUMBERS,
+    NEXT_KEYS,
+    NEXT_NUMBERS,
+    OUT,
+    CU_SEQLENS_Q,
+    CU_SEQLENS_K,
+    batch_size,
+    first_tile,
+    width,
+    next_width,
+    num_kv_heads,
+    LEVEL: tl.constexpr,
+    LAST: tl.constexpr,
+    SPAN: tl.constexpr,
+    BEFORE: tl.constexpr,
+    SLOTS: tl.constexpr,
+    FEW: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ALPHA: tl.constexpr,
+    TOPK: tl.constexpr,
+    INIT: tl.constexpr,
+    LOCAL: tl.constexpr,
+    QUERIES: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """One level of the top-k of a chunk's rows: program (ROWS rows of a tile and head, span of SPAN positions).
+
+    Level 0 reads OWN and SPILL [rows, width], a later one KEYS and NUMBERS [rows, width]: SLOTS of each span of BEFORE
+    positions. The last level, of one span, writes OUT [Tq, Hk, TOPK], forced blocks and short rows included; others
+    write NEXT_KEYS and NEXT_NUMBERS [rows, next_width], SLOTS a span. FEW says that pick_few does it: one warp,
+    at most 32 free places, SPAN <= 1024.
+
+    Limited by latency: bisection is a chain of warp reductions. Many rows a multiprocessor hide it.
+    """
+    FREE: tl.constexpr = TOPK - INIT - LOCAL
+    PARTS: tl.constexpr = QUERIES // ROWS
+    pair = tl.program_id(0) // PARTS
+    head = pair % num_kv_heads
+    sequence, first, end = find_tile(CU_SEQLENS_Q, first_tile + pair // num_kv_heads, batch_size, QUERIES)
+    first_key, _, shift = key_rows(CU_SEQLENS_Q, CU_SEQLENS_K, sequence)
+    query = (tl.program_id(0) % PARTS) * ROWS
+    stop = tl.minimum(query + ROWS, tl.maximum(end - first, 0).to(tl.int32))
+    start = tl.program_id(1) * SPAN
+    for number in range(query, stop):
+        row = first + number
+        time = row + shift - first_key
+        current = tl.where(time < 0, -1, time // BLOCK_SIZE).to(tl.int32)
+        out = OUT + (row * num_kv_heads + head) * TOPK
+        if LAST:
+            place = tl.arange(0, triton.next_power_of_2(TOPK))
+            if current < TOPK:
+                tl.store(out + place, tl.where(place <= current, place, -1), mask=place < TOPK)
+            else:
+                forced = (place < INIT) | ((place >= INIT + FREE) & (place < TOPK))
+                tl.store(out + place, tl.where(place < INIT, place, current + 1 - TOPK + place), mask=forced)
+        length = current - LOCAL + 1
+        for _ in tl.static_range(LEVEL):
+            length = tl.cdiv(length, BEFORE) * SLOTS
+        if FREE > 0 and (current >= TOPK) & (start < length):
+            line = pair.to(tl.int64) * QUERIES + number
+            own = OWN + line * width + start
+            spill = SPILL + line * width + start
+            old_keys = KEYS + line * width + start
+            fours = tl.arange(0, SPAN // 4)
+            position = fours[:, None] * 4 + tl.arange(0, 4)[None, :]
+            nearby = (start + fours * 4 < length)[:, None] & (position >= 0)  # the same for four: vector loads
+            keys = read_keys(own, spill, old_keys, position, nearby, LEVEL, ALPHA, INIT)
+            candidate = start + position < length
+            if LEVEL == 0:
+                candidate = candidate & (start + position >= INIT)
+            keys = tl.where(candidate, keys, -1)
+            count = tl.sum(tl.sum((keys >= 0).to(tl.int32), 1), 0)
+            need = tl.minimum(count, FREE)  # a span may have less
+            numbers = NUMBERS + line * width + start
+            next_keys = NEXT_KEYS + line * next_width + tl.program_id(1) * SLOTS
+            next_numbers = NEXT_NUMBERS + line * next_width + tl.program_id(1) * SLOTS
+            if FEW:
+                lane = tl.arange(0, 32)
+                taken = lane < need
+                chosen = pick_few(own, spill, old_keys, keys, need, SPAN, LEVEL, ALPHA, INIT)
+                if LEVEL == 0:
+                    block = start + chosen
+                else:
+                    block = tl.load(numbers + chosen, mask=taken, other=0)
+                if LAST:
+                    tl.store(out + INIT + lane, block, mask=taken)
+                else:
+                    key = read_keys(own, spill, old_keys, chosen, taken, LEVEL, ALPHA, INIT)
+                    tl.store(next_keys + lane, tl.where(taken, key, -1), mask=lane < SLOTS)
+                    tl.store(next_numbers + lane, block, mask=taken)
+            else:
+                keys, chosen, rank = pick_many(keys, need, count, SPAN)
+                flat = tl.arange(0, SPAN)
+                if LEVEL == 0:
+                    block = start + flat
+                else:
+                    block = tl.load(numbers + flat, mask=chosen, other=0)
+                if LAST:
+                    tl.store(out + INIT + rank, block, mask=chosen)
+                else:
+                    slot = tl.arange(0, SLOTS)
+                    tl.store(next_keys + slot, tl.full([SLOTS], -1, tl.int32), mask=slot >= need)
+                    tl.store(next_keys + rank, keys, mask=chosen)
+                    tl.store(next_numbers + rank, block, mask=chosen)
