@@ -138,7 +138,7 @@ def pick_many(keys, need, count, SPAN: tl.constexpr):
     """(keys, chosen, rank), each [SPAN]: which of keys [SPAN / 4, 4] are the `need` greatest of the `count` that are
     not -1, and how many chosen ones come before each. Any number of warps."""
     keys = tl.reshape(keys, [SPAN])
-    lo, hi, count = raise_bound(keys, need, 0, tl.max(keys, 0) + 1, count, 0)
+    lo, hi, count = raise_bound(keys, need, tl.full([], 0, tl.int32), tl.max(keys, 0) + 1, count, 0)
     chosen = keys >= lo
     if count > need:  # ties at the threshold
         ties = need - tl.sum((keys > lo).to(tl.int32), 0)
@@ -243,7 +243,7 @@ def topk_kernel(
                     tl.store(next_keys + lane, tl.where(taken, key, -1), mask=lane < SLOTS)
                     tl.store(next_numbers + lane, block, mask=taken)
             else:
-                keys, chosen, rank = pick_many(keys, need, count, SPAN)
+                line_keys, chosen, rank = pick_many(keys, need, count, SPAN)
                 flat = tl.arange(0, SPAN)
                 if LEVEL == 0:
                     block = start + flat
@@ -254,5 +254,5 @@ def topk_kernel(
                 else:
                     slot = tl.arange(0, SLOTS)
                     tl.store(next_keys + slot, tl.full([SLOTS], -1, tl.int32), mask=slot >= need)
-                    tl.store(next_keys + rank, keys, mask=chosen)
+                    tl.store(next_keys + rank, line_keys, mask=chosen)
                     tl.store(next_numbers + rank, block, mask=chosen)
