@@ -1,16 +1,5 @@
 """How many programs a packed batch takes, and how a head is cut: the host's side of `kernels.tiles` and `pieces`."""
 
-
-def power_of_two(number: int) -> int:
-    """The least power of two that is at least `number`, and at least 1.
-
-    Example:
-        >>> [power_of_two(number) for number in (0, 1, 3, 64)]
-        [1, 1, 4, 64]
-    """
-    return 1 << max(0, number - 1).bit_length()
-
-
 def count_tiles(total: int, batch_size: int, size: int) -> int:
     """Numbers that tiles of `size` rows of a packed batch may have, whatever its offsets: no device is read.
 
@@ -33,3 +22,8 @@ def pieces(dim: int) -> tuple[int, int]:
         return first, 0
     second = max(16, 1 << (dim - first - 1).bit_length())
     return (2 * first, 0) if second == first else (first, second)
+
+
+def power_of_two(count: int) -> int:
+    """The least power of two that is at least `count`, 1 for none."""
+    return 1 << max(0, count - 1).bit_length()

@@ -31,6 +31,6 @@ def rows(x: Tensor) -> Tensor:
 
 
 @cache
-def processors(device: torch.device) -> int:
-    """How many multiprocessors a device has; of the interpreter, some."""
-    return 8 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; for the interpreter, a few, so that persistent programs take turns there too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nsa_kernels_triton.configurations import launch
-from nsa_kernels_triton.ops.launching import on_device, processors, rows
+from nsa_kernels_triton.ops.launching import on_device, num_processors, rows
 from nsa_kernels_triton.tiles import count_tiles, pieces, power_of_two
 
 SCORE_BYTES = 256 << 20
@@ -66,7 +66,7 @@ def select_blocks(
     longest = ceil(max_seqlen_k / block_size)
     # Blocks that compete in the longest sequence; none where rows take all there are, or only the forced ones.
     blocks = longest - local_blocks if longest > topk and free else 0
-    parts = min(ceil(blocks / (4 * step)), ceil(2 * processors(q.device) / (tiles * num_kv_heads)))
+    parts = min(ceil(blocks / (4 * step)), ceil(2 * num_processors(q.device) / (tiles * num_kv_heads)))
     part = step * ceil(blocks / (step * max(1, parts)))
     width = 16 * ceil((step * ceil(blocks / step) + 1) / 16)
     levels = _levels(blocks, free, picking["span"])
