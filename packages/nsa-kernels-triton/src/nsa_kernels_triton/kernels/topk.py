@@ -26,18 +26,16 @@ def popcount(x):
 
 
 @triton.jit
-def read_keys(OWN, SPILL, KEYS, position, mask, LEVEL: tl.constexpr, ALPHA: tl.constexpr, INIT: tl.constexpr):
-    """Keys at positions of a row, which the pointers name: from scores on level 0, where NaN becomes 0."""
+def read_keys(OWN, SPILL, KEYS, position, there, LEVEL: tl.constexpr, SPILL_EVERY: tl.constexpr):
+    """Keys at some positions of a row, which the pointers name: from scores on level 0, where NaN counts as 0."""
     if LEVEL == 0:
-        score = tl.load(OWN + position, mask=mask, other=0.0)
-        if ALPHA > 1:
-            spill = tl.load(SPILL + position, mask=mask, other=0.0)
-            if INIT == 0:
-                spill = tl.where(position > 0, spill, 0.0)
-            score += spill
+        score = tl.load(OWN + position, mask=there, other=0.0)
+        if SPILL_EVERY > 0:
+            spilled = there & (position > 0) & (position % SPILL_EVERY == 0)
+            score += tl.load(SPILL + position // SPILL_EVERY - 1, mask=spilled, other=0.0)
         return tl.where(score > 0.0, score, 0.0).to(tl.int32, bitcast=True)
     else:
-        return tl.load(KEYS + position, mask=mask, other=-1)
+        return tl.load(KEYS + position, mask=there, other=-1)
 
 
 @triton.jit
@@ -61,8 +59,12 @@ def members(chosen, bit):
 
 
 @triton.jit
-def pick_few(OWN, SPILL, KEYS, keys, need, SPAN: tl.constexpr, LEVEL: tl.constexpr, ALPHA: tl.constexpr, INIT: tl.constexpr):
+def pick_few(
+    OWN, SPILL, KEYS, start, keys, need, SPAN: tl.constexpr, LEVEL: tl.constexpr, SPILL_EVERY: tl.constexpr
+):
     """Positions of the `need` <= 32 greatest of `keys` [SPAN / 4, 4], ascending in the first lanes of 32. For one warp.
+
+    `keys` are those of positions from `start` of a row, which the pointers name.
 
     The greatest of each lane's keys bound the threshold from below; what passes it, hardly more than is needed, is
     marked in one mask of bits a lane and dealt out again, one to a lane: from there on a key is one register.
@@ -121,7 +123,8 @@ def pick_few(OWN, SPILL, KEYS, keys, need, SPAN: tl.constexpr, LEVEL: tl.constex
     lowest = popcount((mask & -mask) - 1)
     position = (lowest // 4 * 32 + source) * 4 + lowest % 4
     live = lane < count
-    key = tl.where(live, read_keys(OWN, SPILL, KEYS, position, live, LEVEL, ALPHA, INIT), -1)
+    position += start
+    key = tl.where(live, read_keys(OWN, SPILL, KEYS, position, live, LEVEL, SPILL_EVERY), -1)
     lo, hi, count = raise_bound(key, need, lo, top, count, 0)
     chosen = key >= lo
     nowhere = 1 << 30
@@ -170,7 +173,7 @@ def topk_kernel(
     SLOTS: tl.constexpr,
     FEW: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    ALPHA: tl.constexpr,
+    SPILL_EVERY: tl.constexpr,
     TOPK: tl.constexpr,
     INIT: tl.constexpr,
     LOCAL: tl.constexpr,
@@ -179,8 +182,8 @@ def topk_kernel(
 ):
     """One level of the top-k of a chunk's rows: program (ROWS rows of a tile and head, span of SPAN positions).
 
-    Level 0 reads OWN and SPILL [rows, width], a later one KEYS and NUMBERS [rows, width]: SLOTS of each span of BEFORE
-    positions. The last level, of one span, writes OUT [Tq, Hk, TOPK], forced blocks and short rows included; others
+    Level 0 reads OWN [rows, width] and SPILL [rows, width / SPILL_EVERY], a later one KEYS and NUMBERS [rows, width]:
+    SLOTS of each span of BEFORE positions. The last level, of one span, writes OUT [Tq, Hk, TOPK], forced blocks and short rows included; others
     write NEXT_KEYS and NEXT_NUMBERS [rows, next_width], SLOTS a span. FEW says that pick_few does it: one warp,
     at most 32 free places, SPAN <= 1024.
 
@@ -212,43 +215,43 @@ def topk_kernel(
             length = tl.cdiv(length, BEFORE) * SLOTS
         if FREE > 0 and (current >= TOPK) & (start < length):
             line = pair.to(tl.int64) * QUERIES + number
-            own = OWN + line * width + start
-            spill = SPILL + line * width + start
-            old_keys = KEYS + line * width + start
-            fours = tl.arange(0, SPAN // 4)
-            position = fours[:, None] * 4 + tl.arange(0, 4)[None, :]
-            nearby = (start + fours * 4 < length)[:, None] & (position >= 0)  # the same for four: vector loads
-            keys = read_keys(own, spill, old_keys, position, nearby, LEVEL, ALPHA, INIT)
-            candidate = start + position < length
-            if LEVEL == 0:
-                candidate = candidate & (start + position >= INIT)
-            keys = tl.where(candidate, keys, -1)
-            count = tl.sum(tl.sum((keys >= 0).to(tl.int32), 1), 0)
-            need = tl.minimum(count, FREE)  # a span may have less
-            numbers = NUMBERS + line * width + start
+            own = OWN + line * width
+            spill = SPILL + line * (width // (SPILL_EVERY if SPILL_EVERY > 0 else 1))
+            old_keys = KEYS + line * width
+            old_numbers = NUMBERS + line * width
             next_keys = NEXT_KEYS + line * next_width + tl.program_id(1) * SLOTS
             next_numbers = NEXT_NUMBERS + line * next_width + tl.program_id(1) * SLOTS
+            fours = start + tl.arange(0, SPAN // 4) * 4
+            position = fours[:, None] + tl.arange(0, 4)[None, :]
+            nearby = (fours < length)[:, None] & (position >= 0)  # the same for four: a load of them is one instruction
+            keys = read_keys(own, spill, old_keys, position, nearby, LEVEL, SPILL_EVERY)
+            candidate = position < length
+            if LEVEL == 0:
+                candidate = candidate & (position >= INIT)
+            keys = tl.where(candidate, keys, -1)
+            count = tl.sum(tl.sum((keys >= 0).to(tl.int32), 1), 0)
+            if LAST:
+                need = tl.full([], FREE, tl.int32)  # the last level has them
+            else:
+                need = tl.minimum(count, FREE)
             if FEW:
                 lane = tl.arange(0, 32)
                 taken = lane < need
-                chosen = pick_few(own, spill, old_keys, keys, need, SPAN, LEVEL, ALPHA, INIT)
-                if LEVEL == 0:
-                    block = start + chosen
-                else:
-                    block = tl.load(numbers + chosen, mask=taken, other=0)
+                chosen = pick_few(own, spill, old_keys, start, keys, need, SPAN, LEVEL, SPILL_EVERY)
+                block = chosen
+                if LEVEL > 0:
+                    block = tl.load(old_numbers + chosen, mask=taken, other=0)
                 if LAST:
                     tl.store(out + INIT + lane, block, mask=taken)
                 else:
-                    key = read_keys(own, spill, old_keys, chosen, taken, LEVEL, ALPHA, INIT)
+                    key = read_keys(own, spill, old_keys, chosen, taken, LEVEL, SPILL_EVERY)
                     tl.store(next_keys + lane, tl.where(taken, key, -1), mask=lane < SLOTS)
                     tl.store(next_numbers + lane, block, mask=taken)
             else:
                 line_keys, chosen, rank = pick_many(keys, need, count, SPAN)
-                flat = tl.arange(0, SPAN)
-                if LEVEL == 0:
-                    block = start + flat
-                else:
-                    block = tl.load(numbers + flat, mask=chosen, other=0)
+                block = start + tl.arange(0, SPAN)
+                if LEVEL > 0:
+                    block = tl.load(old_numbers + block, mask=chosen, other=0)
                 if LAST:
                     tl.store(out + INIT + rank, block, mask=chosen)
                 else:

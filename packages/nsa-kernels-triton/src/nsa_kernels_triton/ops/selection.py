@@ -39,10 +39,10 @@ def select_blocks(
 ) -> Tensor:
     """q [Tq, Hq, D], k_cmp [Tc, Hk, D], lse fp32 [Hq, Tq] -> int32 [Tq, Hk, topk]: see `TritonBackend.select_blocks`.
 
-    The scores of a chunk of query tiles, [tile, head, query, block], then their top-k. All sizes follow from the host's
-    numbers: a row has room for the blocks of the longest sequence.
+    Two kernels for each chunk of query tiles: the scores, [tile, head, query, block], and their top-k. All sizes follow
+    from the host's numbers: a row has room for the blocks of the longest sequence.
     """
-    from nsa_kernels_triton.kernels.scores import block_scores_kernel
+    from nsa_kernels_triton.kernels.scores import block_scores_kernel, paired_block_scores_kernel
     from nsa_kernels_triton.kernels.topk import topk_kernel
 
     q, k_cmp = rows(q), rows(k_cmp)
@@ -51,68 +51,71 @@ def select_blocks(
     out = q.new_empty(total, num_kv_heads, topk, dtype=torch.int32)
     if not out.numel():
         return out
-    group = num_heads // num_kv_heads
-    group_width = power_of_two(group)
-    batch_size = cu_seqlens_q.shape[0] - 1
+    group, batch_size = num_heads // num_kv_heads, cu_seqlens_q.shape[0] - 1
     alpha, beta = kernel_size // kernel_stride, block_size // kernel_stride
     free = topk - init_blocks - local_blocks
     scoring = launch("block_scores", q.device, group_size=group, row_bytes=head_dim * q.element_size())
     picking = launch("topk", q.device, free=free)
 
-    queries = max(1, scoring["columns"] // group_width)
+    queries = max(1, scoring["columns"] // power_of_two(group))
     keys = max(scoring["keys"], beta)
+    turns = scoring["columns"] // (16 * scoring.num_warps)
+    paired = (alpha, beta) == (2, 4) and local_blocks > 1 and keys in (32, 64) and turns == 2 and group in (1, 2, 4)
+    spill_every = 0 if alpha == 1 else keys // 32 if paired else 1
     step = keys // beta
     tiles = count_tiles(total, batch_size, queries)
-    longest = ceil(max_seqlen_k / block_size)
-    # Blocks that compete in the longest sequence; none where rows take all there are, or only the forced ones.
-    blocks = longest - local_blocks if longest > topk and free else 0
-    parts = min(ceil(blocks / (4 * step)), ceil(2 * num_processors(q.device) / (tiles * num_kv_heads)))
-    part = step * ceil(blocks / (step * max(1, parts)))
-    width = 16 * ceil((step * ceil(blocks / step) + 1) / 16)
-    levels = _levels(blocks, free, picking["span"])
 
-    line_bytes = 4 * width * (1 + (alpha > 1)) + 8 * sum(level.next_width for level in levels)
+    def competing(longest: int) -> int:
+        """Blocks that compete for places in so long a sequence; none where there are places for all, or none."""
+        blocks = ceil(longest / block_size)
+        return blocks - local_blocks if blocks > topk and free else 0
+
+    width = 32 * ceil(step * ceil(competing(max_seqlen_k) / step) / 32)
+    slots = sum(level.next_width for level in _levels(competing(max_seqlen_k), free, picking["span"]))
+    line_bytes = 4 * width + (4 * width // spill_every if spill_every else 0) + 8 * slots
     most = max(1, SCORE_BYTES // (queries * num_kv_heads * line_bytes))
     chunk = ceil(tiles / ceil(tiles / most))
-    lines = chunk * num_kv_heads * queries if blocks else 0
-    own, spill = (q.new_empty(lines * width if there else 0, dtype=torch.float32) for there in (True, alpha > 1))
-    winners = [[q.new_empty(lines * level.next_width, dtype=torch.int32) for _ in range(2)] for level in levels]
+    lines = chunk * num_kv_heads * queries if competing(max_seqlen_k) else 0
+    own = q.new_empty(lines * width, dtype=torch.float32)
+    spill = q.new_empty(lines * width // spill_every if spill_every else 0, dtype=torch.float32)
 
     for first_tile in range(0, tiles, chunk):
         num_tiles = min(chunk, tiles - first_tile)
+        # Of one sequence the host knows how many keys the chunk's last query is behind the end.
+        unseen = total - (first_tile + num_tiles) * queries if batch_size == 1 else 0
+        blocks = competing(max_seqlen_k - max(0, unseen))
         if blocks:
-            block_scores_kernel[num_tiles * num_kv_heads, parts](
+            steps = ceil(blocks / step)
+            part = max(4, ceil(steps * num_tiles * num_kv_heads / (2 * num_processors(q.device))))
+            grid = num_tiles * num_kv_heads, ceil(steps / part)
+            arguments = (
                 *(q, k_cmp, lse, own, spill, cu_seqlens_q, cu_seqlens_k, cu_compressed, batch_size),
                 *(first_tile, num_tiles, part, width, q.stride(0), q.stride(1), k_cmp.stride(0), k_cmp.stride(1)),
                 *(lse.stride(0), lse.stride(1), num_kv_heads, scale * LOG2_E),
-                GROUP=group,
-                GROUP_WIDTH=group_width,
-                DIM=head_dim,
-                D0=pieces(head_dim)[0],
-                D1=pieces(head_dim)[1],
-                ALPHA=alpha,
-                BETA=beta,
-                BLOCK_SIZE=block_size,
-                TOPK=topk,
-                LOCAL=local_blocks,
-                QUERIES=queries,
-                KEYS=keys,
-                **scoring.options,
             )
+            constants = {"GROUP": group, "DIM": head_dim, "BLOCK_SIZE": block_size, "TOPK": topk, "LOCAL": local_blocks}
+            constants |= dict(zip(("D0", "D1"), pieces(head_dim), strict=True)) | {"QUERIES": queries, "KEYS": keys}
+            if paired:
+                paired_block_scores_kernel[grid](*arguments, **constants, WARPS=scoring.num_warps, **scoring.options)
+            else:
+                constants |= {"ALPHA": alpha, "BETA": beta, "GROUP_WIDTH": power_of_two(group)}
+                block_scores_kernel[grid](*arguments, **constants, **scoring.options)
         picked = min(picking["rows"], queries)
-        before, before_width, source = 0, width, winners[0]
-        for number, (level, target) in enumerate(zip(levels, winners, strict=True)):
+        source, source_width, source_span = (out, out), width, 0
+        for number, level in enumerate(_levels(blocks, free, picking["span"])):
+            size = num_tiles * num_kv_heads * queries * level.next_width
+            target = [q.new_empty(size, dtype=torch.int32) for _ in range(2)] if size else (out, out)
             topk_kernel[num_tiles * num_kv_heads * (queries // picked), level.spans](
                 *(own, spill, *source, *target, out, cu_seqlens_q, cu_seqlens_k, batch_size),
-                *(first_tile, before_width, level.next_width, num_kv_heads),
+                *(first_tile, source_width, level.next_width, num_kv_heads),
                 LEVEL=number,
-                LAST=level is levels[-1],
+                LAST=not size,
                 SPAN=level.span,
-                BEFORE=before,
+                BEFORE=source_span,
                 SLOTS=level.slots,
                 FEW=free <= FEW,
                 BLOCK_SIZE=block_size,
-                ALPHA=alpha,
+                SPILL_EVERY=spill_every,
                 TOPK=topk,
                 INIT=init_blocks,
                 LOCAL=local_blocks,
@@ -120,7 +123,7 @@ def select_blocks(
                 ROWS=picked,
                 **picking.options,
             )
-            before, before_width, source = level.span, level.next_width, target
+            source, source_width, source_span = target, level.next_width, level.span
     return out
 
 
