@@ -109,7 +109,7 @@ def _attend(
     config = launch(
         *(name, q.device),
         row_bytes=max(sum(pieces(head_dim)), sum(pieces(v_head_dim))) * q.element_size(),
-        value_bytes=q.element_size(),
+        itemsize=q.element_size(),
         group_size=group_size,
         rows_per_sequence=-(-total_q // batch_size) * group_size,
     )

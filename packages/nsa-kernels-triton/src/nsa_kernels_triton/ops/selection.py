@@ -1,1 +1,173 @@
-"""To be written."""
+"""Block scores and the choice of blocks."""
+
+from math import ceil
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nsa_kernels_triton.configurations import launch
+from nsa_kernels_triton.ops.launching import on_device, num_processors, rows
+from nsa_kernels_triton.tiles import count_tiles, pieces, power_of_two
+
+SCORE_BYTES = 256 << 20
+"""Most memory for scores at a time; more queries are taken in chunks. One tile of queries is taken whatever it needs."""
+
+LOG2_E = 1.4426950408889634
+
+FEW = 32
+"""Most free places that one warp deals with in registers."""
+
+
+@torch.library.custom_op("nsa_kernels_triton::select_blocks", mutates_args=())
+@on_device
+def select_blocks(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    cu_compressed: Tensor,
+    max_seqlen_k: int,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    topk: int,
+    init_blocks: int,
+    local_blocks: int,
+    scale: float,
+) -> Tensor:
+    """q [Tq, Hq, D], k_cmp [Tc, Hk, D], lse fp32 [Hq, Tq] -> int32 [Tq, Hk, topk]: see `TritonBackend.select_blocks`.
+
+    Two kernels for each chunk of query tiles: the scores, [tile, head, query, block], and their top-k. All sizes follow
+    from the host's numbers: a row has room for the blocks of the longest sequence.
+    """
+    from nsa_kernels_triton.kernels.scores import block_scores_kernel, paired_block_scores_kernel
+    from nsa_kernels_triton.kernels.topk import topk_kernel
+
+    q, k_cmp = rows(q), rows(k_cmp)
+    total, num_heads, head_dim = q.shape
+    num_kv_heads = k_cmp.shape[1]
+    out = q.new_empty(total, num_kv_heads, topk, dtype=torch.int32)
+    if not out.numel():
+        return out
+    group, batch_size = num_heads // num_kv_heads, cu_seqlens_q.shape[0] - 1
+    alpha, beta = kernel_size // kernel_stride, block_size // kernel_stride
+    free = topk - init_blocks - local_blocks
+    scoring = launch("block_scores", q.device, group_size=group, row_bytes=head_dim * q.element_size())
+    picking = launch("topk", q.device, free=free)
+
+    queries = max(1, scoring["columns"] // power_of_two(group))
+    keys = max(scoring["keys"], beta)
+    turns = scoring["columns"] // (16 * scoring.num_warps)
+    paired = (alpha, beta) == (2, 4) and local_blocks > 1 and keys in (32, 64) and turns == 2 and group in (1, 2, 4)
+    spill_every = 0 if alpha == 1 else keys // 32 if paired else 1
+    step = keys // beta
+    tiles = count_tiles(total, batch_size, queries)
+
+    def competing(longest: int) -> int:
+        """Blocks that compete for places in so long a sequence; none where there are places for all, or none."""
+        blocks = ceil(longest / block_size)
+        return blocks - local_blocks if blocks > topk and free else 0
+
+    width = 32 * ceil(step * ceil(competing(max_seqlen_k) / step) / 32)
+    slots = sum(level.next_width for level in _levels(competing(max_seqlen_k), free, picking["span"]))
+    line_bytes = 4 * width + (4 * width // spill_every if spill_every else 0) + 8 * slots
+    most = max(1, SCORE_BYTES // (queries * num_kv_heads * line_bytes))
+    chunk = ceil(tiles / ceil(tiles / most))
+    lines = chunk * num_kv_heads * queries if competing(max_seqlen_k) else 0
+    own = q.new_empty(lines * width, dtype=torch.float32)
+    spill = q.new_empty(lines * width // spill_every if spill_every else 0, dtype=torch.float32)
+
+    for first_tile in range(0, tiles, chunk):
+        num_tiles = min(chunk, tiles - first_tile)
+        # Of one sequence the host knows how many keys the chunk's last query is behind the end.
+        unseen = total - (first_tile + num_tiles) * queries if batch_size == 1 else 0
+        blocks = competing(max_seqlen_k - max(0, unseen))
+        if blocks:
+            steps = ceil(blocks / step)
+            part = max(4, ceil(steps * num_tiles * num_kv_heads / (2 * num_processors(q.device))))
+            grid = num_tiles * num_kv_heads, ceil(steps / part)
+            arguments = (
+                *(q, k_cmp, lse, own, spill, cu_seqlens_q, cu_seqlens_k, cu_compressed, batch_size),
+                *(first_tile, num_tiles, part, width, q.stride(0), q.stride(1), k_cmp.stride(0), k_cmp.stride(1)),
+                *(lse.stride(0), lse.stride(1), num_kv_heads, scale * LOG2_E),
+            )
+            constants = {"GROUP": group, "DIM": head_dim, "BLOCK_SIZE": block_size, "TOPK": topk, "LOCAL": local_blocks}
+            constants |= dict(zip(("D0", "D1"), pieces(head_dim), strict=True)) | {"QUERIES": queries, "KEYS": keys}
+            if paired:
+                paired_block_scores_kernel[grid](*arguments, **constants, WARPS=scoring.num_warps, **scoring.options)
+            else:
+                constants |= {"ALPHA": alpha, "BETA": beta, "GROUP_WIDTH": power_of_two(group)}
+                block_scores_kernel[grid](*arguments, **constants, **scoring.options)
+        picked = min(picking["rows"], queries)
+        source, source_width, source_span = (out, out), width, 0
+        for number, level in enumerate(_levels(blocks, free, picking["span"])):
+            size = num_tiles * num_kv_heads * queries * level.next_width
+            target = [q.new_empty(size, dtype=torch.int32) for _ in range(2)] if size else (out, out)
+            topk_kernel[num_tiles * num_kv_heads * (queries // picked), level.spans](
+                *(own, spill, *source, *target, out, cu_seqlens_q, cu_seqlens_k, batch_size),
+                *(first_tile, source_width, level.next_width, num_kv_heads),
+                LEVEL=number,
+                LAST=not size,
+                SPAN=level.span,
+                BEFORE=source_span,
+                SLOTS=level.slots,
+                FEW=free <= FEW,
+                BLOCK_SIZE=block_size,
+                SPILL_EVERY=spill_every,
+                TOPK=topk,
+                INIT=init_blocks,
+                LOCAL=local_blocks,
+                QUERIES=queries,
+                ROWS=picked,
+                **picking.options,
+            )
+            source, source_width, source_span = target, level.next_width, level.span
+    return out
+
+
+class _Level(NamedTuple):
+    """One level of the tournament: spans of so many positions, each leaving so many slots; none on the last."""
+
+    span: int
+    spans: int
+    slots: int
+    next_width: int
+
+
+def _levels(blocks: int, free: int, span: int) -> list[_Level]:
+    """Levels that choose `free` of `blocks`: any but the last at least halves the positions.
+
+    Example:
+        >>> _levels(4096, 13, 1024)
+        [_Level(span=1024, spans=4, slots=16, next_width=64), _Level(span=128, spans=1, slots=16, next_width=0)]
+    """
+    slots = max(4, power_of_two(free))
+    span = min(span, 1024) if free <= FEW else max(span, 2 * slots)
+    levels, width = [], blocks
+    while width > span:
+        spans = ceil(width / span)
+        levels.append(_Level(span, spans, slots, spans * slots))
+        width = spans * slots
+    return [*levels, _Level(max(128, power_of_two(width)), 1, slots, 0)]
+
+
+@select_blocks.register_fake
+def _(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    cu_compressed: Tensor,
+    max_seqlen_k: int,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    topk: int,
+    init_blocks: int,
+    local_blocks: int,
+    scale: float,
+) -> Tensor:
+    return q.new_empty(q.shape[0], k_cmp.shape[1], topk, dtype=torch.int32)
