@@ -135,8 +135,8 @@ class TritonBackend:
         check_block_indices(block_indices, heads_and_dim(k)[0], layout)
         k, v = _check_contract("selected_attention", q, k, v, blocks)
         return selected.selected_attention(
-            *(q, k, v, block_indices, layout.cu_seqlens_q, layout.cu_seqlens_k, layout.max_seqlen_k),
-            *(blocks.block_size, scale_or_default(scale, q.shape[-1])),
+            *(q, k, v, block_indices, layout.cu_seqlens_q, layout.cu_seqlens_k),
+            *(blocks.block_size, scale_or_default(scale, q.shape[-1]), _deterministic(deterministic)),
         )
 
     def window_attention(
@@ -164,6 +164,10 @@ class TritonBackend:
         check_gates(gates, {"o_cmp": o_cmp, "o_slc": o_slc, "o_win": o_win})
         _check_contract("combine", gates, o_cmp, o_slc, None, o_win)
         return combining.combine(gates, o_cmp, o_slc, o_win)
+
+
+def _deterministic(asked: bool | None) -> bool:
+    return torch.are_deterministic_algorithms_enabled() if asked is None else asked
 
 
 def _check_contract(

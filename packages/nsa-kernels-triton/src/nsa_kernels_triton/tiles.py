@@ -22,3 +22,8 @@ def pieces(dim: int) -> tuple[int, int]:
         return first, 0
     second = max(16, 1 << (dim - first - 1).bit_length())
     return (2 * first, 0) if second == first else (first, second)
+
+
+def power_of_two(count: int) -> int:
+    """The least power of two that is at least `count`, 1 for none."""
+    return 1 << max(0, count - 1).bit_length()

@@ -1,7 +1,7 @@
 """What every launch has in common."""
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -28,3 +28,9 @@ def on_device(function: Callable[P, R]) -> Callable[P, R]:
 def rows(x: Tensor) -> Tensor:
     """`x` [T, H, D] with each head's row contiguous in memory: itself, or a copy where it is not."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+@cache
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; for the interpreter, a few, so that persistent programs take turns there too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -1,0 +1,208 @@
+"""Selected attention, query by query: neighbouring queries share the blocks that they chose.
+
+`union_kernel` lists the blocks that the queries of a tile chose between them, each with the queries that did as bits;
+`shared_kernel` streams that list once for all of them. The fewer different blocks neighbours choose, the less is read.
+"""
+
+import triton
+import triton.language as tl
+
+from nsa_kernels_triton.kernels.pieces import load_piece, logits, store_piece
+from nsa_kernels_triton.kernels.softmax import empty, finish, update
+from nsa_kernels_triton.kernels.tiles import find_tile, key_rows
+
+
+@triton.jit
+def chosen_blocks(INDICES, row, seen, position, slot, num_kv_heads, num_slots, BLOCK_SIZE: tl.constexpr):
+    """Entries of block_indices at (row, slot), -1 where there is none or none of its keys is at or before `position`."""
+    inside = seen & (slot < num_slots)
+    block = tl.load(INDICES + row * (num_kv_heads * num_slots) + slot, mask=inside, other=-1)
+    return tl.where(block * BLOCK_SIZE <= position, tl.maximum(block, -1), -1)
+
+
+@triton.jit(do_not_specialize=["first_tile", "tile_step"])
+def union_kernel(
+    INDICES,
+    CU_SEQLENS_Q,
+    CU_SEQLENS_K,
+    BLOCKS,
+    MEMBERS,
+    COUNTS,
+    batch_size,
+    num_kv_heads,
+    num_slots,
+    first_tile,
+    tile_step,
+    BLOCK_SIZE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    QUERIES_2: tl.constexpr,
+    SLOTS: tl.constexpr,
+    STORE: tl.constexpr,
+):
+    """Distinct blocks of QUERIES neighbouring queries. Grid (tiles, Hk), tile first_tile + tile_step * program.
+
+    COUNTS [tiles, Hk, 2]: how many blocks are wholly visible to every query of the tile, and how many there are in all.
+    BLOCKS, MEMBERS [tiles, Hk, QUERIES * num_slots]: those blocks first, then the others, each with bit i set for each
+    query i of the tile that chose it. An entry counts where no earlier one of the tile names its block.
+
+    Limited by latency: (QUERIES * SLOTS)^2 comparisons in registers.
+    """
+    program = tl.program_id(0)
+    head = tl.program_id(1)
+    sequence, first, end = find_tile(CU_SEQLENS_Q, first_tile + program * tile_step, batch_size, QUERIES)
+    target = program.to(tl.int64) * num_kv_heads + head
+    if first < end:
+        first_key, _, shift = key_rows(CU_SEQLENS_Q, CU_SEQLENS_K, sequence)
+        INDICES += head * num_slots
+        entry = tl.arange(0, QUERIES_2 * SLOTS)
+        slot = entry % SLOTS
+        query = entry // SLOTS
+        row = first + query
+        position = (row + shift - first_key).to(tl.int32)
+        there = (row < end) & (query < QUERIES)
+        block = chosen_blocks(INDICES, row, there, position, slot, num_kv_heads, num_slots, BLOCK_SIZE)
+        members = tl.zeros([QUERIES_2 * SLOTS], tl.int32)
+        repeated = tl.zeros([QUERIES_2 * SLOTS], tl.int32)
+        other_slot = tl.arange(0, SLOTS)
+        for other in range(tl.minimum(QUERIES, end - first).to(tl.int32)):
+            at = (first + other + shift - first_key).to(tl.int32)
+            others = chosen_blocks(
+                INDICES, first + other, other_slot >= 0, at, other_slot, num_kv_heads, num_slots, BLOCK_SIZE
+            )
+            same = (block[:, None] == others[None, :]).to(tl.int32)
+            earlier = (other * SLOTS + other_slot)[None, :] < entry[:, None]
+            members |= tl.max(same, 1) << other
+            repeated |= tl.max(same & earlier.to(tl.int32), 1)
+        distinct = (block >= 0) & (repeated == 0)
+        least = (first + shift - first_key).to(tl.int32)
+        whole = distinct & ((block + 1) * BLOCK_SIZE <= least + 1)
+        partial = distinct & ((block + 1) * BLOCK_SIZE > least + 1)
+        num_whole = tl.sum(whole.to(tl.int32), 0)
+        num_distinct = tl.sum(distinct.to(tl.int32), 0)
+        tl.store(COUNTS + target * 2, num_whole)
+        tl.store(COUNTS + target * 2 + 1, num_distinct)
+        if STORE:
+            before = tl.where(whole, tl.cumsum(whole.to(tl.int32), 0), num_whole + tl.cumsum(partial.to(tl.int32), 0)) - 1
+            to = target * (QUERIES * num_slots) + before
+            tl.store(BLOCKS + to, block, mask=distinct)
+            tl.store(MEMBERS + to, members, mask=distinct)
+    else:
+        tl.store(COUNTS + target * 2, 0)
+        tl.store(COUNTS + target * 2 + 1, 0)
+
+
+@triton.jit
+def update_members(s, member, scale, m, l, acc0, acc1, v0, v1):
+    """`softmax.update` of rows that are members; the others stay as they are.
+
+    Their exponentials vanish because they are taken below a maximum of infinity: a choice per row, not per logit.
+    """
+    top = tl.where(member, tl.maximum(m, tl.max(s, 1) * scale), m)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    p = tl.exp2(s * scale - tl.where(member, shift, float("inf"))[:, None])
+    decay = tl.exp2(m - shift)
+    l = l * decay + tl.sum(p, 1)
+    acc0 = tl.dot(p.to(v0.dtype), v0, acc0 * decay[:, None], input_precision="ieee")
+    if acc1 is not None:
+        acc1 = tl.dot(p.to(v1.dtype), v1, acc1 * decay[:, None], input_precision="ieee")
+    return top, l, acc0, acc1
+
+
+@triton.jit(do_not_specialize=["first_tile"])
+def shared_kernel(
+    Q,
+    K,
+    V,
+    K_DESCRIPTOR,
+    V_DESCRIPTOR,
+    BLOCKS,
+    MEMBERS,
+    COUNTS,
+    CU_SEQLENS_Q,
+    CU_SEQLENS_K,
+    OUT,
+    LSE,
+    batch_size,
+    total_q,
+    num_slots,
+    first_tile,
+    scale,
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    DK: tl.constexpr,
+    K0: tl.constexpr,
+    K1: tl.constexpr,
+    DV: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """out, lse of QUERIES neighbouring queries and one kv head over the blocks listed for them. Grid (tiles, Hk).
+
+    Rows of the tile are (query, head of the group). Limited by what the L2 cache delivers where neighbours choose
+    different blocks, by tensor-core issue where they share them.
+    """
+    program = tl.program_id(0)
+    head = tl.program_id(1)
+    sequence, first, end = find_tile(CU_SEQLENS_Q, first_tile + program, batch_size, QUERIES)
+    if first < end:
+        first_key, end_key, shift = key_rows(CU_SEQLENS_Q, CU_SEQLENS_K, sequence)
+        row = tl.arange(0, ROWS)
+        query = row // GROUP_SIZE
+        there = (query < QUERIES) & (first + query < end)
+        position = (first + shift - first_key).to(tl.int32) + query
+        heads = head * GROUP_SIZE + row % GROUP_SIZE
+        q_rows = Q + first * q_row + query * q_row + heads * q_head
+        q0 = load_piece(q_rows, there, 0, K0, DK)
+        q1 = load_piece(q_rows, there, K0, K1, DK)
+        K += head * k_head
+        V += head * v_head
+        key = tl.arange(0, BLOCK_SIZE)
+        target = program.to(tl.int64) * NUM_KV_HEADS + head
+        BLOCKS += target * (QUERIES * num_slots)
+        MEMBERS += target * (QUERIES * num_slots)
+        num_whole = tl.load(COUNTS + target * 2)
+        num_distinct = tl.load(COUNTS + target * 2 + 1)
+        m, l, acc0, acc1 = empty(ROWS, V0, V1)
+        for i in tl.range(0, num_whole, num_stages=STAGES):
+            block = tl.load(BLOCKS + i)
+            member = ((tl.load(MEMBERS + i) >> query) & 1) != 0
+            start = first_key + block * BLOCK_SIZE
+            if K_DESCRIPTOR is None:
+                k_rows = K + start * k_row + key * k_row
+                v_rows = V + start * v_row + key * v_row
+                s = logits(q0, q1, load_piece(k_rows, None, 0, K0, DK), load_piece(k_rows, None, K0, K1, DK))
+                v0 = load_piece(v_rows, None, 0, V0, DV)
+                v1 = load_piece(v_rows, None, V0, V1, DV)
+            else:
+                s = logits(q0, None, K_DESCRIPTOR.load([start.to(tl.int32), head * DK]), None)
+                v0 = V_DESCRIPTOR.load([start.to(tl.int32), head * DV])
+                v1 = None
+            m, l, acc0, acc1 = update_members(s, member, scale, m, l, acc0, acc1, v0, v1)
+        for i in range(num_whole, num_distinct):  # the one or two blocks that hold the queries themselves
+            block = tl.load(BLOCKS + i)
+            member = ((tl.load(MEMBERS + i) >> query) & 1) != 0
+            start = first_key + block * BLOCK_SIZE
+            k_rows = K + start * k_row + key * k_row
+            v_rows = V + start * v_row + key * v_row
+            known = start + key < end_key
+            s = logits(q0, q1, load_piece(k_rows, known, 0, K0, DK), load_piece(k_rows, known, K0, K1, DK))
+            visible = member[:, None] & ((block * BLOCK_SIZE + key)[None, :] <= position[:, None])
+            s = tl.where(visible, s, float("-inf"))
+            v0 = load_piece(v_rows, known, 0, V0, DV)
+            v1 = load_piece(v_rows, known, V0, V1, DV)
+            m, l, acc0, acc1 = update(s, scale, m, l, acc0, acc1, v0, v1)
+        lse, out0, out1 = finish(m, l, acc0, acc1)
+        out_rows = OUT + ((first + query) * (NUM_KV_HEADS * GROUP_SIZE) + heads) * DV
+        store_piece(out_rows, out0, there, 0, V0, DV)
+        store_piece(out_rows, out1, there, V0, V1, DV)
+        tl.store(LSE + heads.to(tl.int64) * total_q + first + query, lse, mask=there)

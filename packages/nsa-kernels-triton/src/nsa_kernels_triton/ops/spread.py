@@ -1,0 +1,98 @@
+"""How many different blocks neighbouring queries choose: measured on the device, known to a later call.
+
+A hint, and no more: it steers which organisation of `ops.selected` runs, never what it computes. A few tiles are
+sampled, their mean is copied to the host without waiting, and a call that finds the copy arrived uses it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa_kernels_triton.configurations import launch
+from nsa_kernels_triton.tiles import count_tiles, power_of_two
+
+NEIGHBOURS = 8
+SAMPLES = 256  # tiles
+EVERY = 16  # calls between two samples
+UNKNOWN = 1 << 20
+
+
+@dataclass
+class Spread:
+    """What is known of one kind of call.
+
+    Fields:
+        percent: distinct blocks of NEIGHBOURS queries as a percentage of one query's; 100 says that all choose the
+            same. UNKNOWN before the first sample arrives.
+        calls: since the last sample.
+        pending: sampled counts on their way to the host, with the event that says when they have arrived.
+    """
+
+    percent: int = UNKNOWN
+    calls: int = 0
+    pending: tuple[Tensor, Any] | None = None
+
+
+_known: dict[tuple[Any, ...], Spread] = {}
+
+
+def spread_of(block_indices: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, block_size: int) -> int:
+    """`Spread.percent` of calls like this one, without waiting for anything; now and then a new sample begins."""
+    total_q, num_kv_heads, num_slots = block_indices.shape
+    kind = (block_indices.device, total_q.bit_length(), num_kv_heads, num_slots, block_size)
+    spread = _known.setdefault(kind, Spread())
+    if block_indices.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return spread.percent  # a graph can neither ask an event nor read its answer
+    if spread.pending is not None and spread.pending[1].query():
+        spread.percent, spread.pending = _percent(spread.pending[0], num_slots), None
+    if spread.pending is None and spread.calls % EVERY == 0:
+        spread.pending = _sample(block_indices, cu_seqlens_q, cu_seqlens_k, block_size)
+    spread.calls += 1
+    return spread.percent
+
+
+def _sample(
+    block_indices: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, block_size: int
+) -> tuple[Tensor, Any]:
+    from nsa_kernels_triton.kernels.sharing import union_kernel
+
+    total_q, num_kv_heads, num_slots = block_indices.shape
+    batch_size = cu_seqlens_q.shape[0] - 1
+    tiles = count_tiles(total_q, batch_size, NEIGHBOURS)
+    step = -(-tiles // SAMPLES)
+    samples = tiles // step
+    counts = block_indices.new_empty(samples, num_kv_heads, 2)
+    config = launch("union", block_indices.device, entries=NEIGHBOURS * num_slots)
+    union_kernel[samples, num_kv_heads](
+        *(block_indices, cu_seqlens_q, cu_seqlens_k, counts, counts, counts, batch_size, num_kv_heads, num_slots),
+        *(step - 1, step),
+        BLOCK_SIZE=block_size,
+        QUERIES=NEIGHBOURS,
+        QUERIES_2=NEIGHBOURS,
+        SLOTS=power_of_two(num_slots),
+        STORE=False,
+        **config.options,
+    )
+    if counts.device.type != "cuda":
+        return counts, _Arrived()
+    host = torch.empty_like(counts, device="cpu", pin_memory=True)
+    host.copy_(counts, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event
+
+
+def _percent(counts: Tensor, num_slots: int) -> int:
+    distinct = counts[..., 1]
+    full = distinct[distinct >= num_slots]  # not the tiles at a sequence's beginning, where all choose all there is
+    return round(100 * float(full.double().mean()) / num_slots) if full.numel() else 100
+
+
+class _Arrived:
+    """The event of counts that are on the host already."""
+
+    def query(self) -> bool:
+        """True."""
+        return True
