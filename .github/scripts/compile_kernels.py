@@ -234,7 +234,7 @@ def compiled(launch: Launch) -> Row:
         spilled = sum(map(int, re.findall(r"(\d+) bytes spill stores", log.getvalue())))
         shared = kernel.metadata.shared
         error = refusal(launch, spilled, shared, getattr(kernel.metadata, "tmem_size", None) or 0)
-    return row(launch, registers, spilled, shared, time.monotonic() - start, error)
+    return outcome(launch, registers, spilled, shared, time.monotonic() - start, error)
 
 
 def refusal(launch: Launch, spilled: int, shared: int, tensor_memory: int) -> str:
@@ -248,7 +248,7 @@ def refusal(launch: Launch, spilled: int, shared: int, tensor_memory: int) -> st
     return ""
 
 
-def row(
+def outcome(
     launch: Launch, registers: int | None, spilled: int | None, shared: int | None, seconds: float, error: str
 ) -> Row:
     """What the table says of a launch."""
@@ -257,35 +257,40 @@ def row(
     return Row(*names, registers, spilled, shared, round(seconds, 2), launch.constants, error)
 
 
-def compile_all(launches: list[Launch], report: Callable[[Row], None]) -> None:
+def compile_all(launches: list[Launch]) -> Iterator[Row]:
     """Compile in processes of their own, some at a time: a compiler that aborts takes one of them with it.
 
-    They are forked, since a kernel's source does not travel between processes.
+    They are forked, since a kernel's source does not travel between processes. Rows come in the order of `launches`.
     """
     fork = multiprocessing.get_context("fork")
 
     def work(launch: Launch, there: Connection) -> None:
         there.send(compiled(launch))
 
-    todo, running = list(reversed(launches)), {}
-    while todo or running:
-        while todo and len(running) < WORKERS:
+    done: dict[int, Row] = {}
+    running: dict[Connection, tuple[int, Any, float]] = {}
+    started = told = 0
+    while told < len(launches):
+        while started < len(launches) and len(running) < WORKERS:
             here, there = fork.Pipe(duplex=False)
-            process = fork.Process(target=work, args=(todo[-1], there))
+            process = fork.Process(target=work, args=(launches[started], there))
             process.start()
             there.close()
-            running[here] = process, todo.pop(), time.monotonic()
+            running[here] = started, process, time.monotonic()
+            started += 1
         for here in wait(list(running)):
-            process, launch, start = running.pop(here)
+            number, process, start = running.pop(here)
             try:
-                result = here.recv()
+                done[number] = here.recv()
+                process.join()
             except EOFError:
                 process.join()
                 error = f"the compiler ended with status {process.exitcode}"
-                result = row(launch, None, None, None, time.monotonic() - start, error)
+                done[number] = outcome(launches[number], None, None, None, time.monotonic() - start, error)
             here.close()
-            process.join()
-            report(result)
+        while told in done:
+            yield done.pop(told)
+            told += 1
 
 
 def all_kernels() -> set[str]:
@@ -326,23 +331,20 @@ def main() -> int:
     everywhere = arguments.all or bool(arguments.case)
     asked = [(case, sm) for case in cases for sm in arguments.sm or EVERY if everywhere or sm in case.sms]
     launches, failures = record(asked)
-    if not arguments.case:
+    if not (arguments.case or arguments.sm):
         never = all_kernels() - {launch.kernel for launch in launches}
         failures += [f"{name}: no case launches it" for name in sorted(never)]
 
     rows: list[Row] = []
-
-    def report(row: Row) -> None:
-        rows.append(row)
-        print(line(row), flush=True)
-        if row.error:
-            failures.append(f"{row.kernel}, {row.case}, sm_{row.sm}: {row.error}\n    {row.constants}")
-
     print(HEAD)
     with tempfile.TemporaryDirectory() as cache:
         triton.knobs.cache.dir = cache
         triton.knobs.nvidia.dump_ptxas_log = True
-        compile_all(launches, report)
+        for row in compile_all(launches):
+            rows.append(row)
+            print(line(row), flush=True)
+            if row.error:
+                failures.append(f"{row.kernel}, {row.case}, sm_{row.sm}: {row.error}\n    {row.constants}")
     if arguments.out:
         with arguments.out.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([[field.name for field in fields(Row)], *map(astuple, rows)])
