@@ -6,7 +6,8 @@ would compile and launch, the launch is noted instead. What was noted is compile
 launch once, in a process of its own.
 
 It fails where an operation raises, or a kernel does not compile, wants more shared or tensor memory than the GPU has,
-spills registers on SM 9.0 at head_dim 128, or was launched by no case.
+spills registers on SM 9.0 at head_dim 128, or was launched by no case. It tells which rules of the configurations no
+case takes.
 """
 
 import argparse
@@ -19,10 +20,11 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import astuple, dataclass, fields, replace
 from importlib import import_module
+from itertools import product
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +43,9 @@ from triton.runtime.jit import JITFunction
 SHARED_LIMITS = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes one program may have
 TENSOR_MEMORY_COLUMNS = 512  # of one program, on SM 10.0
 WORKERS = 2
+# What an operation measures on the device to choose a configuration: the extremes, each is tried. See `ops.spread`.
+MEASURED = ({"spread": 100}, {"spread": 1 << 20})
+CHOOSE = configurations.choose
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ CASES = (
     Case("bf16 192/128 g12", torch.bfloat16, 192, 12, v_head_dim=128),
     Case("fp32 128 g4", torch.float32, 128, 4, sms=(89, 90)),  # 89 has the least shared memory
     Case("bf16 256 g4", torch.bfloat16, 256, 4, sms=(89, 90)),
+    Case("fp32 256 g4 block 128", torch.float32, 256, 4, block_size=128, sms=(89,)),
 )
 
 
@@ -134,8 +140,9 @@ class Recorder:
     """
 
     def __init__(self) -> None:
-        self.case, self.sm = CASES[0], EVERY[0]
+        self.case, self.sm, self.measured = CASES[0], EVERY[0], MEASURED[0]
         self.launches: list[Launch] = []
+        self.rules: set[int] = set()  # those of the configurations that were chosen
 
     def get_current_target(self) -> GPUTarget:
         """What kernels are compiled for."""
@@ -162,6 +169,17 @@ class Recorder:
         """Which launch configurations hold."""
         return configurations.FAMILIES[self.sm]
 
+    def choose(self, kernel: str, name: str, **case: int) -> configurations.Launch:
+        """A launch configuration, by what this recorder says was measured."""
+        case |= {key: value for key, value in self.measured.items() if key in case}
+        fitting = (
+            id(rule)
+            for rule in configurations.table(name)[kernel]
+            if all(case[key] <= most for key, most in rule.get("up_to", {}).items())
+        )
+        self.rules.add(next(fitting, 0))
+        return CHOOSE(kernel, name, **case)
+
     @contextmanager
     def active(self) -> Iterator[None]:
         """Within, operations take CPU tensors for those of a GPU."""
@@ -173,6 +191,7 @@ class Recorder:
         with (
             patch.object(triton.compiler, "compile", self.compile),
             patch.object(configurations, "family", self.family),
+            patch.object(configurations, "choose", self.choose),
             patch.object(backend, "unmet", unmet),
         ):
             yield
@@ -203,20 +222,32 @@ def calls(case: Case, batch: Batch) -> dict[str, Callable[[], object]]:
     }
 
 
-def record(cases: list[tuple[Case, int]]) -> tuple[list[Launch], list[str]]:
-    """(the distinct launches of these cases on these SMs, what operations raised: each message where it came first)."""
+def record(cases: list[tuple[Case, int]]) -> tuple[Recorder, list[str]]:
+    """(the launches of these cases on these SMs, what operations raised: each message where it came first)."""
     recorder = Recorder()
     raised: dict[tuple[str, str], str] = {}
     with recorder.active():
-        for recorder.case, recorder.sm in cases:
-            for batch in recorder.case.batches:
-                for op, call in calls(recorder.case, batch).items():
+        for (case, sm), measured in product(cases, MEASURED):
+            recorder.case, recorder.sm, recorder.measured = case, sm, measured
+            for batch in case.batches:
+                for op, call in calls(case, batch).items():
                     try:
                         call()
                     except Exception as error:  # noqa: BLE001 - whatever it is, it is reported and fails the run
                         message = f"{type(error).__name__}: {error}"
-                        raised.setdefault((op, message), f"{recorder.case.name}, sm_{recorder.sm}, {batch}")
-    return recorder.launches, [f"{op}, {where}: {message}" for (op, message), where in raised.items()]
+                        raised.setdefault((op, message), f"{case.name}, sm_{sm}, {batch}")
+    return recorder, [f"{op}, {where}: {message}" for (op, message), where in raised.items()]
+
+
+def unchosen(recorder: Recorder, sms: Iterable[int]) -> list[str]:
+    """The rules of these SMs' configurations that no launch was made by. A file has those that it inherits, too."""
+    found = {}
+    for sm in sms:
+        for kernel, rules in configurations.table(configurations.FAMILIES[sm]).items():
+            for rule in rules:
+                if id(rule) not in recorder.rules:
+                    found[id(rule)] = f"{kernel}, up_to {rule.get('up_to', 'anything')}, of sm_{sm}"
+    return list(found.values())
 
 
 def compiled(launch: Launch) -> Row:
@@ -330,17 +361,19 @@ def main() -> int:
     cases = [case for case in CASES if not arguments.case or case.name in arguments.case]
     everywhere = arguments.all or bool(arguments.case)
     asked = [(case, sm) for case in cases for sm in arguments.sm or EVERY if everywhere or sm in case.sms]
-    launches, failures = record(asked)
+    recorder, failures = record(asked)
+    unproven = []
     if not (arguments.case or arguments.sm):
-        never = all_kernels() - {launch.kernel for launch in launches}
+        never = all_kernels() - {launch.kernel for launch in recorder.launches}
         failures += [f"{name}: no case launches it" for name in sorted(never)]
+        unproven = unchosen(recorder, EVERY)
 
     rows: list[Row] = []
     print(HEAD)
     with tempfile.TemporaryDirectory() as cache:
         triton.knobs.cache.dir = cache
         triton.knobs.nvidia.dump_ptxas_log = True
-        for row in compile_all(launches):
+        for row in compile_all(recorder.launches):
             rows.append(row)
             print(line(row), flush=True)
             if row.error:
@@ -349,6 +382,8 @@ def main() -> int:
         with arguments.out.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([[field.name for field in fields(Row)], *map(astuple, rows)])
     print(f"\n{len(rows)} compilations in {time.monotonic() - start:.0f} s, {len(failures)} failures")
+    for rule in unproven:
+        print(f"no case takes this rule of the configurations: {rule}")
     for failure in failures:
         print(f"FAILED: {failure}")
     return min(len(failures), 1)
