@@ -233,8 +233,9 @@ def merge_kernel(
                 out1 = load_piece(part_rows, has, V0, V1, DV).to(tl.float32)
                 acc1 = acc1 * decay[:, None] + out1 * weight[:, None]
             m = top
-        lse, out0, out1 = finish(m, l, acc0, acc1)
+        lse, inverse = finish(m, l)
         out_rows = OUT + ((first + query) * (NUM_KV_HEADS * GROUP_SIZE) + heads) * DV
-        store_piece(out_rows, out0, there, 0, V0, DV)
-        store_piece(out_rows, out1, there, V0, V1, DV)
+        store_piece(out_rows, acc0 * inverse, there, 0, V0, DV)
+        if V1 > 0:
+            store_piece(out_rows, acc1 * inverse, there, V0, V1, DV)
         tl.store(LSE + heads.to(tl.int64) * total_q + first + query, lse, mask=there)

@@ -10,9 +10,8 @@ def load_piece(ROWS, there, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.co
 
     `there` None says that every row is there. A WIDTH of 0 gives None.
     """
-    if WIDTH == 0:
-        return None
-    else:
+    values = None  # one return: Triton 3.6 knows no other way to give None
+    if WIDTH > 0:
         column = START + tl.arange(0, WIDTH)
         pointers = ROWS[:, None] + column[None, :]
         if START + WIDTH > DIM:
@@ -24,7 +23,7 @@ def load_piece(ROWS, there, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.co
             values = tl.load(pointers)
         else:
             values = tl.load(pointers, mask=there[:, None], other=0.0)
-        return values
+    return values
 
 
 @triton.jit

@@ -103,7 +103,7 @@ def update_members(s, member, scale, m, l, acc0, acc1, v0, v1):
     decay = tl.exp2(m - shift)
     l = l * decay + tl.sum(p, 1)
     acc0 = tl.dot(p.to(v0.dtype), v0, acc0 * decay[:, None], input_precision="ieee")
-    if acc1 is not None:
+    if v1 is not None:
         acc1 = tl.dot(p.to(v1.dtype), v1, acc1 * decay[:, None], input_precision="ieee")
     return top, l, acc0, acc1
 
@@ -138,6 +138,7 @@ def shared_kernel(
     BLOCK_SIZE: tl.constexpr,
     QUERIES: tl.constexpr,
     ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
     DK: tl.constexpr,
     K0: tl.constexpr,
     K1: tl.constexpr,
@@ -148,7 +149,7 @@ def shared_kernel(
 ):
     """out, lse of QUERIES neighbouring queries and one kv head over the blocks listed for them. Grid (tiles, Hk).
 
-    Rows of the tile are (query, head of the group). Limited by what the L2 cache delivers where neighbours choose
+    Rows of the tile are (query, head of the group); a block is taken in tiles of KEYS. Limited by what the L2 cache delivers where neighbours choose
     different blocks, by tensor-core issue where they share them.
     """
     program = tl.program_id(0)
@@ -166,17 +167,18 @@ def shared_kernel(
         q1 = load_piece(q_rows, there, K0, K1, DK)
         K += head * k_head
         V += head * v_head
-        key = tl.arange(0, BLOCK_SIZE)
+        key = tl.arange(0, KEYS)
+        parts: tl.constexpr = BLOCK_SIZE // KEYS
         target = program.to(tl.int64) * NUM_KV_HEADS + head
         BLOCKS += target * (QUERIES * num_slots)
         MEMBERS += target * (QUERIES * num_slots)
         num_whole = tl.load(COUNTS + target * 2)
         num_distinct = tl.load(COUNTS + target * 2 + 1)
         m, l, acc0, acc1 = empty(ROWS, V0, V1)
-        for i in tl.range(0, num_whole, num_stages=STAGES):
-            block = tl.load(BLOCKS + i)
-            member = ((tl.load(MEMBERS + i) >> query) & 1) != 0
-            start = first_key + block * BLOCK_SIZE
+        for i in tl.range(0, num_whole * parts, num_stages=STAGES):
+            block = tl.load(BLOCKS + i // parts)
+            member = ((tl.load(MEMBERS + i // parts) >> query) & 1) != 0
+            start = first_key + block * BLOCK_SIZE + i % parts * KEYS
             if K_DESCRIPTOR is None:
                 k_rows = K + start * k_row + key * k_row
                 v_rows = V + start * v_row + key * v_row
@@ -188,21 +190,22 @@ def shared_kernel(
                 v0 = V_DESCRIPTOR.load([start.to(tl.int32), head * DV])
                 v1 = None
             m, l, acc0, acc1 = update_members(s, member, scale, m, l, acc0, acc1, v0, v1)
-        for i in range(num_whole, num_distinct):  # the one or two blocks that hold the queries themselves
-            block = tl.load(BLOCKS + i)
-            member = ((tl.load(MEMBERS + i) >> query) & 1) != 0
-            start = first_key + block * BLOCK_SIZE
+        for i in range(num_whole * parts, num_distinct * parts):  # of the one or two blocks that hold the queries
+            block = tl.load(BLOCKS + i // parts)
+            member = ((tl.load(MEMBERS + i // parts) >> query) & 1) != 0
+            start = first_key + block * BLOCK_SIZE + i % parts * KEYS
             k_rows = K + start * k_row + key * k_row
             v_rows = V + start * v_row + key * v_row
             known = start + key < end_key
             s = logits(q0, q1, load_piece(k_rows, known, 0, K0, DK), load_piece(k_rows, known, K0, K1, DK))
-            visible = member[:, None] & ((block * BLOCK_SIZE + key)[None, :] <= position[:, None])
+            visible = member[:, None] & ((start - first_key + key)[None, :] <= position[:, None])
             s = tl.where(visible, s, float("-inf"))
             v0 = load_piece(v_rows, known, 0, V0, DV)
             v1 = load_piece(v_rows, known, V0, V1, DV)
             m, l, acc0, acc1 = update(s, scale, m, l, acc0, acc1, v0, v1)
-        lse, out0, out1 = finish(m, l, acc0, acc1)
+        lse, inverse = finish(m, l)
         out_rows = OUT + ((first + query) * (NUM_KV_HEADS * GROUP_SIZE) + heads) * DV
-        store_piece(out_rows, out0, there, 0, V0, DV)
-        store_piece(out_rows, out1, there, V0, V1, DV)
+        store_piece(out_rows, acc0 * inverse, there, 0, V0, DV)
+        if V1 > 0:
+            store_piece(out_rows, acc1 * inverse, there, V0, V1, DV)
         tl.store(LSE + heads.to(tl.int64) * total_q + first + query, lse, mask=there)

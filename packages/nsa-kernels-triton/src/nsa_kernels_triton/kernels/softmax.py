@@ -1,4 +1,8 @@
-"""A softmax that streams over keys: maximum, sum and weighted values of each row, in base 2."""
+"""A softmax that streams over keys: maximum, sum and weighted values of each row, in base 2.
+
+The values are summed in one or two pieces. Of an absent second piece, `acc1` is a placeholder and `v1` is None: Triton
+3.6 has no None among several results.
+"""
 
 import triton
 import triton.language as tl
@@ -6,14 +10,12 @@ import triton.language as tl
 
 @triton.jit
 def empty(ROWS: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr):
-    """(m, l, acc0, acc1) of rows that have seen no key; acc1 is None for a V1 of 0."""
+    """(m, l, acc0, acc1) of rows that have seen no key."""
     m = tl.full([ROWS], float("-inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)
     acc0 = tl.zeros([ROWS, V0], tl.float32)
-    if V1 > 0:
-        return m, l, acc0, tl.zeros([ROWS, V1], tl.float32)
-    else:
-        return m, l, acc0, None
+    acc1 = tl.zeros([ROWS, V1] if V1 > 0 else [1], tl.float32)
+    return m, l, acc0, acc1
 
 
 @triton.jit
@@ -28,18 +30,15 @@ def update(s, scale, m, l, acc0, acc1, v0, v1):
     decay = tl.exp2(m - shift)
     l = l * decay + tl.sum(p, 1)
     acc0 = tl.dot(p.to(v0.dtype), v0, acc0 * decay[:, None], input_precision="ieee")
-    if acc1 is not None:
+    if v1 is not None:
         acc1 = tl.dot(p.to(v1.dtype), v1, acc1 * decay[:, None], input_precision="ieee")
     return top, l, acc0, acc1
 
 
 @triton.jit
-def finish(m, l, acc0, acc1):
-    """(lse, out0, out1): the natural logarithm of the sum of exponentials, and the mean values; -inf and 0 of nothing."""
+def finish(m, l):
+    """(lse, inverse): the natural logarithm of the sum of exponentials, -inf of nothing; what turns acc into a mean."""
     seen = l > 0
-    inverse = 1.0 / tl.where(seen, l, 1.0)
-    lse = tl.where(seen, (m + tl.log2(tl.where(seen, l, 1.0))) * 0.6931471805599453, float("-inf"))
-    if acc1 is not None:
-        return lse, acc0 * inverse[:, None], acc1 * inverse[:, None]
-    else:
-        return lse, acc0 * inverse[:, None], None
+    total = tl.where(seen, l, 1.0)
+    lse = tl.where(seen, (m + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+    return lse, (1.0 / total)[:, None]

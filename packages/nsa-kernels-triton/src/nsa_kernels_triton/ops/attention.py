@@ -1,1 +1,150 @@
-"""To be written."""
+"""Attention over compressed blocks and over a window: two cases of one kernel, see `kernels.interval`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa_kernels_triton.configurations import Launch, launch
+from nsa_kernels_triton.ops.launching import on_device, rows
+from nsa_kernels_triton.tiles import count_tiles, pieces
+
+
+@torch.library.custom_op("nsa_kernels_triton::compressed_attention", mutates_args=())
+@on_device
+def compressed_attention(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    cu_compressed: Tensor,
+    kernel_size: int,
+    kernel_stride: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """q [Tq, Hq, Dk], k_cmp [Tc, Hk, Dk], v_cmp [Tc, Hk, Dv] -> out [Tq, Hq, Dv], lse [Hq, Tq].
+
+    See `TritonBackend.compressed_attention`.
+    """
+    sizes = {"KERNEL_SIZE": kernel_size, "KERNEL_STRIDE": kernel_stride}
+    cu_seqlens = cu_seqlens_q, cu_seqlens_k, cu_compressed
+    return _attend("compressed_attention", q, k_cmp, v_cmp, cu_seqlens, 1, scale, sizes)
+
+
+@torch.library.custom_op("nsa_kernels_triton::window_attention", mutates_args=())
+@on_device
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    window_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """q [Tq, Hq, Dk], k [Tk, Hk, Dk], v [Tk, Hk, Dv] -> out [Tq, Hq, Dv], lse [Hq, Tq].
+
+    See `TritonBackend.window_attention`.
+    """
+    sizes = {"KERNEL_SIZE": 1, "KERNEL_STRIDE": 1}
+    return _attend("window_attention", q, k, v, (cu_seqlens_q, cu_seqlens_k, None), window_size, scale, sizes)
+
+
+@compressed_attention.register_fake
+def _(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    cu_compressed: Tensor,
+    kernel_size: int,
+    kernel_stride: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return _results(q, v_cmp)
+
+
+@window_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    window_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return _results(q, v)
+
+
+def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, lse), not yet written."""
+    total_q, num_heads, _ = q.shape
+    return q.new_empty(total_q, num_heads, v.shape[2]), q.new_empty(num_heads, total_q, dtype=torch.float32)
+
+
+def _attend(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: tuple[Tensor, Tensor, Tensor | None],
+    window_size: int,
+    scale: float,
+    sizes: dict[str, int],
+) -> tuple[Tensor, Tensor]:
+    """Launch `interval_attention_kernel` with the configuration `name`."""
+    from nsa_kernels_triton.kernels.interval import interval_attention_kernel
+
+    q, k, v = rows(q), rows(k), rows(v)
+    out, lse = _results(q, v)
+    if not lse.numel():
+        return out, lse
+    total_q, num_heads, head_dim = q.shape
+    num_kv_heads, v_head_dim = v.shape[1:]
+    group_size = num_heads // num_kv_heads
+    batch_size = cu_seqlens[0].shape[0] - 1
+    config = launch(
+        *(name, q.device),
+        row_bytes=max(sum(pieces(head_dim)), sum(pieces(v_head_dim))) * q.element_size(),
+        group_size=group_size,
+        rows_per_sequence=-(-total_q // batch_size) * group_size,
+    )
+    grid = count_tiles(total_q, batch_size, config["rows"] // group_size), num_kv_heads
+    interval_attention_kernel[grid](
+        *(q, k, v, *_tiles(k, v, config), out, lse, *cu_seqlens),
+        *(batch_size, total_q, window_size, scale * 1.4426950408889634),
+        *(q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
+        **sizes,
+        GROUP=group_size,
+        DIM=head_dim,
+        V_DIM=v_head_dim,
+        **dict(zip(("K0", "K1"), pieces(head_dim), strict=True)),
+        **dict(zip(("V0", "V1"), pieces(v_head_dim), strict=True)),
+        ROWS=config["rows"],
+        KEYS=config["keys"],
+        SPLIT=config["split"],
+        **config.options,
+    )
+    return out, lse
+
+
+def _tiles(k: Tensor, v: Tensor, config: Launch) -> tuple[Any, Any]:
+    """Tensor descriptors of tiles [keys, 1, head_dim] of k and v where the configuration asks for them and they can be."""
+    widths = [pieces(x.shape[2]) for x in (k, v)]
+    if not config["tma"] or any(second for _, second in widths) or not all(_describable(x) for x in (k, v)):
+        return None, None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return tuple(
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [config["keys"], 1, width])
+        for x, (width, _) in zip((k, v), widths, strict=True)
+    )
+
+
+def _describable(x: Tensor) -> bool:
+    """Whether the copy engine can address `x`: some rows, 16-byte steps, int32 coordinates."""
+    steps = [stride * x.element_size() for stride in x.stride()[:2]]
+    return x.numel() > 0 and x.shape[0] < 2**31 and not any(step % 16 for step in (x.data_ptr(), *steps))

@@ -36,8 +36,8 @@ def selected_attention(
     `deterministic` leaves what was measured out of the choice: it may differ between runs.
     """
     call = _Call(q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k, block_size, scale)
-    if call.out.numel() == 0:
-        return call.out, call.lse
+    if call.lse.numel() == 0 or call.num_slots == 0:
+        return call.out.zero_(), call.lse.fill_(-torch.inf)
     spread = UNKNOWN if deterministic else spread_of(call.indices, call.cu_seqlens_q, call.cu_seqlens_k, block_size)
     config = launch("selected_attention", q.device, spread=spread, **call.case)
     if config["by_block"]:
@@ -90,7 +90,12 @@ class _Call:
         self.out = q.new_empty(self.total_q, num_heads, self.v_head_dim)
         self.lse = q.new_empty(num_heads, self.total_q, dtype=torch.float32)
         widest = max(sum(pieces(self.head_dim)), sum(pieces(self.v_head_dim)))
-        self.case = {"group_size": self.group_size, "row_bytes": widest * q.element_size(), "block_size": block_size}
+        self.case = {
+            "group_size": self.group_size,
+            "block_size": block_size,
+            "row_bytes": widest * q.element_size(),
+            "itemsize": q.element_size(),
+        }
 
     def _heads(self, queries: int, tile_rows: int) -> dict[str, int]:
         """The constants that every attention kernel takes."""
@@ -111,7 +116,8 @@ class _Call:
         """Query by query: `config` has the rows of a tile, at most 32 queries of a group each."""
         from nsa_kernels_triton.kernels.sharing import shared_kernel, union_kernel
 
-        queries = max(1, min(config["rows"] // self.group_size, 32))
+        tile_rows = max(config["rows"], power_of_two(self.group_size))
+        queries = min(tile_rows // self.group_size, 32)
         tiles = count_tiles(self.total_q, self.batch_size, queries)
         listed = self.num_kv_heads * queries * self.num_slots
         chunk = min(tiles, max(1, WORKSPACE // (8 * max(1, listed))))
@@ -136,7 +142,8 @@ class _Call:
                 *self._strides(),
                 NUM_KV_HEADS=self.num_kv_heads,
                 STAGES=config.num_stages,
-                **self._heads(queries, config["rows"]),
+                KEYS=min(config["keys"], self.block_size),
+                **self._heads(queries, tile_rows),
                 **config.options,
             )
 
@@ -145,7 +152,7 @@ class _Call:
         from nsa_kernels_triton.kernels.inverting import count_kernel, file_kernel, lay_out_kernel
         from nsa_kernels_triton.kernels.merging import filed_kernel, merge_kernel
 
-        queries = max(1, config["rows"] // self.group_size)
+        queries = config["rows"] // self.group_size
         num_kv_heads, num_slots = self.num_kv_heads, self.num_slots
         part = self.group_size * num_slots * (self.v_head_dim * self.q.element_size() + 4)
         tiles = count_tiles(self.total_q, self.batch_size, queries)

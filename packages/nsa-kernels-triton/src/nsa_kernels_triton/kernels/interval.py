@@ -1,0 +1,161 @@
+"""Attention in which every query sees one interval of its sequence's keys: compressed blocks, or a window of tokens.
+
+A program owns a tile of ROWS rows: adjacent queries of one sequence, each with the GROUP heads that share a kv head, so
+that keys and values are loaded once for all of them and intervals differ little within the tile. It streams the keys
+that any of its rows sees in tiles of KEYS, counted from the first such key. Tiles that all rows see need no mask.
+"""
+
+import triton
+import triton.language as tl
+
+from nsa_kernels_triton.kernels.pieces import load_piece, logits, store_piece
+from nsa_kernels_triton.kernels.softmax import empty, finish, update
+from nsa_kernels_triton.kernels.tiles import find_tile, key_rows
+
+
+@triton.jit
+def interval_attention_kernel(
+    Q,
+    K,
+    V,
+    K_TILES,
+    V_TILES,
+    OUT,
+    LSE,
+    CU_SEQLENS_Q,
+    CU_SEQLENS_K,
+    CU_COMPRESSED,
+    batch_size,
+    total_q,
+    window_size,
+    scale,
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    KERNEL_SIZE: tl.constexpr,
+    KERNEL_STRIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    K0: tl.constexpr,
+    K1: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """OUT = softmax(scale' Q K^T) V over each query's interval, LSE its logarithm: OUT [Tq, Hq, V_DIM], LSE [Hq, Tq].
+
+    The query at position t sees rows 0..num_compressed(t + 1) - 1 of its sequence in CU_COMPRESSED; without that,
+    positions (t - w, t]. `scale` contains log2(e). Grid (tiles, Hk): neighbouring programs share keys.
+
+    SPLIT 0 streams in one loop that asks of each tile whether it needs a mask. SPLIT 1 has a loop each for the left, the
+    unmasked and the right tiles; the middle one loads through the tensor descriptors K_TILES and V_TILES where given
+    (one piece only): a descriptor's tile may run into the next sequence, so masked ones cannot.
+
+    Limited by the tensor cores: 2 (Dk + Dv) operations for each query head and key of a visited tile.
+    """
+    tile = tl.program_id(0)
+    if CU_COMPRESSED is not None:
+        tile = tl.num_programs(0) - 1 - tile  # later queries see more: first the long tiles, so that none is left over
+    sequence, first, end = find_tile(CU_SEQLENS_Q, tile, batch_size, ROWS // GROUP)
+    if first < end:
+        row = tl.arange(0, ROWS)
+        query = row // GROUP
+        there = (query < ROWS // GROUP) & (first + query < end)
+        kv_head = tl.program_id(1).to(tl.int64)
+        num_heads = GROUP * tl.num_programs(1)
+        head = row % GROUP
+        queries = Q + first * q_row + kv_head * GROUP * q_head + query * q_row + head * q_head
+        q0 = load_piece(queries, there, 0, K0, DIM)
+        q1 = load_piece(queries, there, K0, K1, DIM)
+
+        # A row sees keys [start, stop), counted from packed row key_first; the tile's rows see any_start..any_stop
+        # together, and each of them all_start..all_stop, which may be nothing.
+        key_first, _, shift = key_rows(CU_SEQLENS_Q, CU_SEQLENS_K, sequence)
+        position = (first + shift - key_first).to(tl.int32)
+        last = position + (tl.minimum(end - first, ROWS // GROUP) - 1).to(tl.int32)
+        if CU_COMPRESSED is not None:
+            key_first = tl.load(CU_COMPRESSED + sequence).to(tl.int64)
+            start = None
+            stop = num_compressed(position + query, KERNEL_SIZE, KERNEL_STRIDE)
+            any_start, all_start = 0, 0
+            all_stop = num_compressed(position, KERNEL_SIZE, KERNEL_STRIDE)
+            any_stop = num_compressed(last, KERNEL_SIZE, KERNEL_STRIDE)
+        else:
+            start = position + 1 - window_size + query
+            stop = position + 1 + query
+            any_start = tl.maximum(position + 1 - window_size, 0)
+            all_start = tl.maximum(last + 1 - window_size, 0)
+            all_stop = tl.maximum(position + 1, 0)
+            any_stop = tl.maximum(last + 1, 0)
+        K += kv_head * k_head
+        V += kv_head * v_head
+
+        middle = any_start + tl.cdiv(all_start - any_start, KEYS) * KEYS
+        right = tl.maximum(any_start + (all_stop - any_start) // KEYS * KEYS, middle)
+        key = tl.arange(0, KEYS)
+        m, l, acc0, acc1 = empty(ROWS, V0, V1)
+        for part in tl.static_range(3 if SPLIT else 1):
+            if SPLIT == 0:
+                begin, finish_at = any_start, any_stop
+            elif part == 0:
+                begin, finish_at = any_start, tl.minimum(middle, any_stop)
+            elif part == 1:
+                begin, finish_at = middle, right
+            else:
+                begin, finish_at = right, any_stop
+            for tile_start in tl.range(begin, finish_at, KEYS):
+                packed = key_first + tile_start
+                if SPLIT and part == 1:
+                    near = key
+                else:
+                    # Rows beyond any_stop may hold anything, NaN included: the last key is loaded in their place.
+                    near = tl.minimum(key, any_stop - 1 - tile_start)
+                if SPLIT and part == 1 and K_TILES is not None:
+                    k0 = K_TILES.load([packed.to(tl.int32), tl.program_id(1), 0]).reshape(KEYS, K0)
+                    k1 = None
+                else:
+                    k_rows = K + packed * k_row + near * k_row
+                    k0 = load_piece(k_rows, None, 0, K0, DIM)
+                    k1 = load_piece(k_rows, None, K0, K1, DIM)
+                s = logits(q0, q1, k0, k1)
+                if SPLIT == 0:
+                    if (tile_start < all_start) | (tile_start + KEYS > all_stop):
+                        s = hide(s, key + tile_start, start, stop)
+                elif part != 1:
+                    s = hide(s, key + tile_start, start, stop)
+                if SPLIT and part == 1 and V_TILES is not None:
+                    v0 = V_TILES.load([packed.to(tl.int32), tl.program_id(1), 0]).reshape(KEYS, V0)
+                    v1 = None
+                else:
+                    v_rows = V + packed * v_row + near * v_row
+                    v0 = load_piece(v_rows, None, 0, V0, V_DIM)
+                    v1 = load_piece(v_rows, None, V0, V1, V_DIM)
+                m, l, acc0, acc1 = update(s, scale, m, l, acc0, acc1, v0, v1)
+
+        lse, inverse = finish(m, l)
+        outs = OUT + (first * num_heads + kv_head * GROUP) * V_DIM + (query * num_heads + head) * V_DIM
+        store_piece(outs, acc0 * inverse, there, 0, V0, V_DIM)
+        if V1 > 0:
+            store_piece(outs, acc1 * inverse, there, V0, V1, V_DIM)
+        tl.store(LSE + (kv_head * GROUP + head) * total_q + first + query, lse, mask=there)
+
+
+@triton.jit
+def num_compressed(position, KERNEL_SIZE: tl.constexpr, KERNEL_STRIDE: tl.constexpr):
+    """Compressed blocks that end at or before a position, which may be negative."""
+    return tl.maximum(position + (1 + KERNEL_STRIDE - KERNEL_SIZE), 0) // KERNEL_STRIDE
+
+
+@triton.jit
+def hide(s, key, start, stop):
+    """`s` [rows, keys], -inf where a row does not see a key: one before `start`, unless that is None, or from `stop`."""
+    seen = key[None, :] < stop[:, None]
+    if start is not None:
+        seen &= key[None, :] >= start[:, None]
+    return tl.where(seen, s, float("-inf"))

@@ -1,0 +1,180 @@
+"""Selected attention in both organisations against the oracle, over lists of blocks as anybody may write them."""
+
+import pytest
+import torch
+from nsa_kernels_triton import configurations
+from nsa_kernels_triton.backend import BACKEND
+from nsa_kernels_triton.ops import selected, spread
+from nsa_varlen import BlockGeometry, VarlenLayout, masks, reference
+from nsa_varlen.testing import assert_within_budget, plain_attention, poisoned_empty, random_inputs
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels themselves")
+
+BLOCKS = BlockGeometry(kernel_size=8, kernel_stride=4, block_size=32, topk=5)
+RAGGED = [70, 0, 3, 20, 9], [70, 5, 130, 20, 4]  # whole, empty, prefixed, more queries than keys
+ORGANISATIONS = {
+    "by-query": {"by_block": 0, "rows": 16, "keys": 16},
+    "by-block": {"by_block": 1, "rows": 16, "chunk_rows": 96, "programs": 2},
+}
+FP32 = 5e-5  # the project's bound for fp32 kernels at unit-scale inputs
+
+
+@pytest.fixture(params=ORGANISATIONS)
+def organisation(request: pytest.FixtureRequest):
+    with configurations.overridden("selected_attention", **ORGANISATIONS[request.param]):
+        yield request.param
+
+
+def listed(layout: VarlenLayout, heads: int, entries: int, blocks: BlockGeometry, seed: int = 0) -> Tensor:
+    """Entries in any order: blocks of the sequence and beyond it, negative ones, some twice."""
+    generator = torch.Generator().manual_seed(seed)
+    most = blocks.num_blocks(layout.max_seqlen_k) + 1
+    return torch.randint(-2, most, (layout.total_q, heads, entries), generator=generator, dtype=torch.int32)
+
+
+def check(layout: VarlenLayout, heads: int, kv_heads: int, dims: tuple[int, int], entries: int, blocks=BLOCKS) -> None:
+    inputs = random_inputs(layout, heads=heads, kv_heads=kv_heads, head_dim=dims[0], v_head_dim=dims[1])
+    indices = listed(layout, kv_heads, entries, blocks)
+    out, lse = reference.selected_attention(inputs.q, inputs.k, inputs.v, indices, layout, blocks)
+    with poisoned_empty():
+        found, found_lse = BACKEND.selected_attention(*inputs.to(torch.float32)[:3], indices, layout, blocks)
+    torch.testing.assert_close(found.double(), out, rtol=0, atol=FP32)
+    torch.testing.assert_close(found_lse.double(), lse, rtol=0, atol=FP32)  # -inf where the oracle's is
+
+
+@pytest.mark.usefixtures("organisation")
+@pytest.mark.parametrize("heads, kv_heads", [(4, 2), (2, 2), (3, 1), (16, 1)])
+def test_any_list_over_a_ragged_batch(heads: int, kv_heads: int) -> None:
+    check(VarlenLayout.from_lengths(*RAGGED), heads, kv_heads, (24, 40), entries=6)
+
+
+@pytest.mark.usefixtures("organisation")
+@pytest.mark.parametrize("dims", [(8, 8), (96, 16), (16, 72)])
+def test_head_dims(dims: tuple[int, int]) -> None:
+    check(VarlenLayout.from_lengths([33, 2], [70, 2]), 2, 1, dims, entries=3)
+
+
+@pytest.mark.usefixtures("organisation")
+@pytest.mark.parametrize("entries", [1, 7])
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+def test_block_sizes_and_counts(block_size: int, entries: int) -> None:
+    blocks = BlockGeometry(kernel_size=8, kernel_stride=4, block_size=block_size)
+    check(VarlenLayout.from_lengths([9, 8], [300, 170]), 2, 1, (16, 16), entries, blocks)
+
+
+@pytest.mark.parametrize("lengths", [([0], [0]), ([1], [1]), ([4], [0]), ([1, 1], [90, 64]), ([], [])])
+@pytest.mark.usefixtures("organisation")
+def test_small_batches(lengths: tuple[list[int], list[int]]) -> None:
+    check(VarlenLayout.from_lengths(*lengths), 2, 1, (16, 16), entries=2)
+
+
+def test_a_group_of_64_fits_any_tile() -> None:
+    check(VarlenLayout.from_lengths([5], [70]), 64, 1, (16, 16), entries=3)
+
+
+@pytest.mark.usefixtures("organisation")
+def test_no_entries_see_nothing() -> None:
+    layout = VarlenLayout.from_lengths([3], [40])
+    inputs = random_inputs(layout, dtype=torch.float32)
+    indices = torch.empty(3, 2, 0, dtype=torch.int32)
+    out, lse = BACKEND.selected_attention(*inputs[:3], indices, layout, BLOCKS)
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
+
+
+@pytest.mark.usefixtures("organisation")
+def test_half_precision_within_its_budget() -> None:
+    layout = VarlenLayout.from_lengths([60, 10], [60, 100])
+    inputs = random_inputs(layout, heads=4, kv_heads=2, head_dim=32, dtype=torch.float16)
+    indices = listed(layout, 2, 4, BLOCKS)
+    with poisoned_empty():
+        found, _ = BACKEND.selected_attention(*inputs[:3], indices, layout, BLOCKS)
+    exact, _ = reference.selected_attention(*inputs.to(torch.float64)[:3], indices, layout, BLOCKS)
+    assert_within_budget(found, plain_attention(*inputs[:3], masks.selected_mask(indices, layout, BLOCKS)), exact)
+
+
+@pytest.mark.usefixtures("organisation")
+def test_strided_inputs() -> None:
+    layout = VarlenLayout.from_lengths([20], [50])
+    inputs = random_inputs(layout, dtype=torch.float32)
+    indices = listed(layout, 2, 3, BLOCKS)
+    expected = BACKEND.selected_attention(*inputs[:3], indices, layout, BLOCKS)
+    strided = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs[:3]]
+    unusual = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs[:3]]
+    for given in (strided, unusual):
+        found = BACKEND.selected_attention(*given, indices.transpose(0, 1).contiguous().transpose(0, 1), layout, BLOCKS)
+        assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.usefixtures("organisation")
+def test_keys_after_the_query_and_of_other_sequences_do_not_matter() -> None:
+    """NaN there would show: 0 * NaN is NaN."""
+    layout = VarlenLayout.from_lengths([10, 10, 10], [40, 40, 40])
+    inputs = random_inputs(layout, dtype=torch.float32)
+    indices = listed(layout, 2, 4, BLOCKS)
+    expected, _ = BACKEND.selected_attention(*inputs[:3], indices, layout, BLOCKS)
+    k, v = inputs.k.clone(), inputs.v.clone()
+    for x in (k, v):
+        x[:40] = torch.nan
+        x[80:] = torch.nan
+    found, _ = BACKEND.selected_attention(inputs.q, k, v, indices, layout, BLOCKS)
+    assert torch.equal(found[10:20], expected[10:20])
+
+
+def test_chunks_change_nothing(organisation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = VarlenLayout.from_lengths(*RAGGED)
+    inputs = random_inputs(layout, dtype=torch.float32)
+    indices = listed(layout, 2, 5, BLOCKS)
+    expected = BACKEND.selected_attention(*inputs[:3], indices, layout, BLOCKS)
+    monkeypatch.setattr(selected, "WORKSPACE", 1)  # one tile at a time
+    found = BACKEND.selected_attention(*inputs[:3], indices, layout, BLOCKS)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.usefixtures("organisation")
+def test_what_others_choose_does_not_matter() -> None:
+    layout = VarlenLayout.from_lengths([64])
+    inputs = random_inputs(layout, dtype=torch.float32)
+    indices = listed(layout, 2, 4, BLOCKS)
+    expected, _ = BACKEND.selected_attention(*inputs[:3], indices, layout, BLOCKS)
+    fewer = indices.clone()
+    fewer[1::2] = -1
+    found, _ = BACKEND.selected_attention(*inputs[:3], fewer, layout, BLOCKS)
+    torch.testing.assert_close(found[::2], expected[::2], rtol=0, atol=FP32)
+    assert (found[1::2] == 0).all()
+
+
+def samples(indices: Tensor, layout: VarlenLayout) -> int:
+    spread._known.clear()
+    args = indices, layout.cu_seqlens_q, layout.cu_seqlens_k, BLOCKS.block_size
+    assert spread.spread_of(*args) == spread.UNKNOWN  # the first call learns nothing yet
+    return spread.spread_of(*args)
+
+
+def test_spread_counts_distinct_blocks_of_neighbours() -> None:
+    layout = VarlenLayout.from_lengths([64], [32 * 64])
+    same = torch.arange(4, dtype=torch.int32).expand(64, 2, 4).contiguous()
+    assert samples(same, layout) == 100
+    apart = same + 4 * (torch.arange(64, dtype=torch.int32) % 8)[:, None, None]
+    assert samples(apart, layout) == 800
+
+
+def test_a_rule_by_spread_is_obeyed_unless_results_must_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    common = {"num_warps": 4, "num_stages": 1, "rows": 16}
+    rules = [
+        {"up_to": {"spread": 200}, "by_block": 0, "keys": 16, **common},
+        {"by_block": 1, "chunk_rows": 96, "programs": 1, **common},
+    ]
+    table = configurations.table("sm90") | {"selected_attention": rules}
+    monkeypatch.setattr(configurations, "table", lambda name: table)
+    taken: list[str] = []
+    for name in ("by_block", "by_query"):
+        monkeypatch.setattr(selected._Call, name, lambda self, config, name=name: taken.append(name))
+    layout = VarlenLayout.from_lengths([64], [32 * 64])
+    inputs = random_inputs(layout, dtype=torch.float32)
+    indices = torch.arange(4, dtype=torch.int32).expand(64, 2, 4).contiguous()
+    spread._known.clear()
+    for deterministic in (False, False, True):
+        BACKEND.selected_attention(*inputs[:3], indices, layout, BLOCKS, deterministic=deterministic)
+    assert taken == ["by_block", "by_query", "by_block"]
