@@ -74,6 +74,7 @@ class Case:
     group_size: int
     v_head_dim: int = 0  # 0: as head_dim
     block_size: int = 64
+    topk: int = 16
     num_kv_heads: int = 3
     batches: tuple[Batch, ...] = RAGGED
     sms: tuple[int, ...] = (90,)
@@ -85,7 +86,7 @@ CASES = (
     Case("bf16 128 g4", torch.bfloat16, 128, 4, sms=EVERY),
     Case("bf16 128 g1", torch.bfloat16, 128, 1, sms=EVERY),
     Case("bf16 128 g4 one sequence", torch.bfloat16, 128, 4, num_kv_heads=1, batches=SINGLE),
-    Case("bf16 128 g4 block 32", torch.bfloat16, 128, 4, block_size=32),
+    Case("bf16 128 g4 block 32 top 64", torch.bfloat16, 128, 4, block_size=32, topk=64),
     Case("bf16 128 g4 block 128", torch.bfloat16, 128, 4, block_size=128),
     Case("fp16 64 g4", torch.float16, 64, 4),
     Case("bf16 192/128 g12", torch.bfloat16, 192, 12, v_head_dim=128),
@@ -201,7 +202,7 @@ def calls(case: Case, batch: Batch) -> dict[str, Callable[[], object]]:
     """Every operation by name, on inputs of its own: what an operation returns here, nobody has computed."""
     run, dv = backend.BACKEND, case.v_head_dim or case.head_dim
     layout = VarlenLayout.from_lengths(batch.q, batch.k)
-    blocks = BlockGeometry(block_size=case.block_size)
+    blocks = BlockGeometry(block_size=case.block_size, topk=case.topk)
     heads, compressed = case.num_kv_heads * case.group_size, layout.compressed(blocks).total
 
     def rows(total: int, num_heads: int, dim: int) -> torch.Tensor:
@@ -336,14 +337,14 @@ def all_kernels() -> set[str]:
     return found
 
 
-HEAD = f"{'kernel':<32} {'case':<26} {'sm':>3} {'warps':>5} {'stages':>6} {'registers':>9} {'spilled':>7} {'shared':>7}"
+HEAD = f"{'kernel':<32} {'case':<28} {'sm':>3} {'warps':>5} {'stages':>6} {'registers':>9} {'spilled':>7} {'shared':>7}"
 
 
 def line(row: Row) -> str:
     """A row as text; `-` is a number that is not known."""
     numbers = ("-" if x is None else x for x in (row.registers, row.spilled, row.shared))
     registers, spilled, shared = numbers
-    text = f"{row.kernel:<32} {row.case:<26} {row.sm:>3} {row.warps:>5} {row.stages:>6} "
+    text = f"{row.kernel:<32} {row.case:<28} {row.sm:>3} {row.warps:>5} {row.stages:>6} "
     return f"{text}{registers:>9} {spilled:>7} {shared:>7}{'  FAILED' if row.error else ''}"
 
 
