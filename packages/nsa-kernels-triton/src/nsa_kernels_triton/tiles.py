@@ -1,5 +1,6 @@
 """How many programs a packed batch takes, and how a head is cut: the host's side of `kernels.tiles` and `pieces`."""
 
+
 def count_tiles(total: int, batch_size: int, size: int) -> int:
     """Numbers that tiles of `size` rows of a packed batch may have, whatever its offsets: no device is read.
 

@@ -1,1 +1,1 @@
-"""Device code. Imports triton: nothing outside this folder does, and nothing imports this folder before a first call."""
+"""Device code. Importing it imports triton, which nothing else here does: the operators do so when first called."""

@@ -62,7 +62,14 @@ def far_blocks(
     repeated = tl.zeros([QUERIES_2, SLOTS], tl.int32)
     for other in range(num_slots):  # a block that the query names twice counts once
         named = chosen_blocks(
-            INDICES + head * num_slots, row, there, position, other + tl.zeros_like(query), num_kv_heads, num_slots, BLOCK_SIZE
+            INDICES + head * num_slots,
+            row,
+            there,
+            position,
+            other + tl.zeros_like(query),
+            num_kv_heads,
+            num_slots,
+            BLOCK_SIZE,
         )
         repeated |= ((block == named[:, None]) & (other < slot)[None, :]).to(tl.int32)
     own = tl.where(position >= 0, position // BLOCK_SIZE, -1)
@@ -97,8 +104,18 @@ def count_kernel(
     """
     head = tl.program_id(1)
     first, end, block, far, own, number, first_key = far_blocks(
-        INDICES, CU_SEQLENS_Q, CU_SEQLENS_K, first_tile + tl.program_id(0), head,
-        batch_size, num_kv_heads, num_slots, BLOCK_SIZE, QUERIES, QUERIES_2, SLOTS,
+        INDICES,
+        CU_SEQLENS_Q,
+        CU_SEQLENS_K,
+        first_tile + tl.program_id(0),
+        head,
+        batch_size,
+        num_kv_heads,
+        num_slots,
+        BLOCK_SIZE,
+        QUERIES,
+        QUERIES_2,
+        SLOTS,
     )
     if first < end:
         base = chunk_start(CU_SEQLENS_Q, first_tile, batch_size, QUERIES)
@@ -162,11 +179,21 @@ def file_kernel(
     QUERIES_2: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """FILED [Hk, most_tiles, QUERIES]: chunk row * num_slots + number among the query's far blocks. Grid (tiles, Hk)."""
+    """FILED [Hk, most_tiles, QUERIES]: chunk row * num_slots + number among its query's far blocks. Grid (tiles, Hk)."""
     head = tl.program_id(1)
     first, end, block, far, _, number, _ = far_blocks(
-        INDICES, CU_SEQLENS_Q, CU_SEQLENS_K, first_tile + tl.program_id(0), head,
-        batch_size, num_kv_heads, num_slots, BLOCK_SIZE, QUERIES, QUERIES_2, SLOTS,
+        INDICES,
+        CU_SEQLENS_Q,
+        CU_SEQLENS_K,
+        first_tile + tl.program_id(0),
+        head,
+        batch_size,
+        num_kv_heads,
+        num_slots,
+        BLOCK_SIZE,
+        QUERIES,
+        QUERIES_2,
+        SLOTS,
     )
     if first < end:
         base = chunk_start(CU_SEQLENS_Q, first_tile, batch_size, QUERIES)

@@ -99,46 +99,6 @@ def filed_kernel(
             tl.store(PART_LSE + part, top + tl.log2(total), mask=there)
 
 
-@triton.jit
-def attend_local(
-    block,
-    chosen,
-    position,
-    q0,
-    q1,
-    K,
-    V,
-    first_key,
-    end_key,
-    k_row,
-    v_row,
-    scale,
-    m,
-    l,
-    acc0,
-    acc1,
-    BLOCK_SIZE: tl.constexpr,
-    DK: tl.constexpr,
-    K0: tl.constexpr,
-    K1: tl.constexpr,
-    DV: tl.constexpr,
-    V0: tl.constexpr,
-    V1: tl.constexpr,
-):
-    """State after one block for the rows that have `chosen` it."""
-    key = tl.arange(0, BLOCK_SIZE)
-    start = first_key + block * BLOCK_SIZE
-    known = start + key < end_key
-    k_rows = K + start * k_row + key * k_row
-    v_rows = V + start * v_row + key * v_row
-    s = logits(q0, q1, load_piece(k_rows, known, 0, K0, DK), load_piece(k_rows, known, K0, K1, DK))
-    visible = chosen[:, None] & ((block * BLOCK_SIZE + key)[None, :] <= position[:, None])
-    s = tl.where(visible, s, float("-inf"))
-    v0 = load_piece(v_rows, known, 0, V0, DV)
-    v1 = load_piece(v_rows, known, V0, V1, DV)
-    return update(s, scale, m, l, acc0, acc1, v0, v1)
-
-
 @triton.jit(do_not_specialize=["first_tile", "head"])
 def merge_kernel(
     Q,
@@ -199,23 +159,25 @@ def merge_kernel(
         K += head * k_head
         V += head * v_head
         meta = tl.load(META + (first - base + query) * NUM_KV_HEADS + head, mask=there, other=0)
-        m, l, acc0, acc1 = empty(ROWS, V0, V1)
-        chose_first = (meta & CHOSE_FIRST) != 0
-        if tl.max(chose_first.to(tl.int32), 0) > 0:
-            m, l, acc0, acc1 = attend_local(
-                0, chose_first, position, q0, q1, K, V, first_key, end_key, k_row, v_row, scale, m, l, acc0, acc1,
-                BLOCK_SIZE, DK, K0, K1, DV, V0, V1,
-            )
+        m, norm, acc0, acc1 = empty(ROWS, V0, V1)
         lowest = tl.maximum(tl.maximum(least, 0) // BLOCK_SIZE - 1, 0)
         highest = tl.where(most >= 0, most // BLOCK_SIZE, -1)
-        for block in tl.range(lowest, highest + 1):
-            chosen = ((block == own) & ((meta & CHOSE_OWN) != 0)) | (
-                (block == own - 1) & ((meta & CHOSE_PREVIOUS) != 0)
-            )
-            m, l, acc0, acc1 = attend_local(
-                block, chosen, position, q0, q1, K, V, first_key, end_key, k_row, v_row, scale, m, l, acc0, acc1,
-                BLOCK_SIZE, DK, K0, K1, DV, V0, V1,
-            )
+        key = tl.arange(0, BLOCK_SIZE)
+        for i in tl.range(lowest - 1, highest + 1):
+            block = tl.where(i < lowest, 0, i)
+            chosen = tl.where(i < lowest, meta & CHOSE_FIRST, 0)
+            chosen = tl.where((i >= lowest) & (block == own), meta & CHOSE_OWN, chosen)
+            chosen = tl.where((i >= lowest) & (block == own - 1), meta & CHOSE_PREVIOUS, chosen) != 0
+            start = first_key + block * BLOCK_SIZE
+            known = start + key < end_key
+            k_rows = K + start * k_row + key * k_row
+            v_rows = V + start * v_row + key * v_row
+            s = logits(q0, q1, load_piece(k_rows, known, 0, K0, DK), load_piece(k_rows, known, K0, K1, DK))
+            visible = chosen[:, None] & ((block * BLOCK_SIZE + key)[None, :] <= position[:, None])
+            s = tl.where(visible, s, float("-inf"))
+            v0 = load_piece(v_rows, known, 0, V0, DV)
+            v1 = load_piece(v_rows, known, V0, V1, DV)
+            m, norm, acc0, acc1 = update(s, scale, m, norm, acc0, acc1, v0, v1)
         num_far = meta >> FAR_SHIFT
         part = ((first - base + query) * num_slots) * GROUP_SIZE + member
         for i in tl.range(0, tl.max(num_far, 0), num_stages=STAGES):
@@ -226,14 +188,14 @@ def merge_kernel(
             shifted = tl.where(top == float("-inf"), 0.0, top)
             decay = tl.exp2(m - shifted)
             weight = tl.exp2(part_lse - shifted)
-            l = l * decay + weight
+            norm = norm * decay + weight
             out0 = load_piece(part_rows, has, 0, V0, DV).to(tl.float32)
             acc0 = acc0 * decay[:, None] + out0 * weight[:, None]
             if V1 > 0:
                 out1 = load_piece(part_rows, has, V0, V1, DV).to(tl.float32)
                 acc1 = acc1 * decay[:, None] + out1 * weight[:, None]
             m = top
-        lse, inverse = finish(m, l)
+        lse, inverse = finish(m, norm)
         out_rows = OUT + ((first + query) * (NUM_KV_HEADS * GROUP_SIZE) + heads) * DV
         store_piece(out_rows, acc0 * inverse, there, 0, V0, DV)
         if V1 > 0:

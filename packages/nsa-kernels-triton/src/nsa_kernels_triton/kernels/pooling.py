@@ -22,7 +22,7 @@ def compress_mean_kernel(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """OUT[i] = mean of X[i*d : i*d + l] of one sequence; one program per ROWS compressed blocks and head. Grid (tiles, H).
+    """OUT[i] = mean of X[i*d : i*d + l] of one sequence, ROWS compressed blocks of one head. Grid (tiles, H).
 
     Limited by bytes: x is read once from memory and l/d times from cache.
     """

@@ -14,7 +14,7 @@ from nsa_kernels_triton.kernels.tiles import find_tile, key_rows
 
 @triton.jit
 def chosen_blocks(INDICES, row, seen, position, slot, num_kv_heads, num_slots, BLOCK_SIZE: tl.constexpr):
-    """Entries of block_indices at (row, slot), -1 where there is none or none of its keys is at or before `position`."""
+    """Entries of block_indices at (row, slot): -1 where there is none, or it begins after `position`."""
     inside = seen & (slot < num_slots)
     block = tl.load(INDICES + row * (num_kv_heads * num_slots) + slot, mask=inside, other=-1)
     return tl.where(block * BLOCK_SIZE <= position, tl.maximum(block, -1), -1)
@@ -82,7 +82,9 @@ def union_kernel(
         tl.store(COUNTS + target * 2, num_whole)
         tl.store(COUNTS + target * 2 + 1, num_distinct)
         if STORE:
-            before = tl.where(whole, tl.cumsum(whole.to(tl.int32), 0), num_whole + tl.cumsum(partial.to(tl.int32), 0)) - 1
+            before = (
+                tl.where(whole, tl.cumsum(whole.to(tl.int32), 0), num_whole + tl.cumsum(partial.to(tl.int32), 0)) - 1
+            )
             to = target * (QUERIES * num_slots) + before
             tl.store(BLOCKS + to, block, mask=distinct)
             tl.store(MEMBERS + to, members, mask=distinct)
@@ -92,7 +94,7 @@ def union_kernel(
 
 
 @triton.jit
-def update_members(s, member, scale, m, l, acc0, acc1, v0, v1):
+def update_members(s, member, scale, m, norm, acc0, acc1, v0, v1):
     """`softmax.update` of rows that are members; the others stay as they are.
 
     Their exponentials vanish because they are taken below a maximum of infinity: a choice per row, not per logit.
@@ -101,11 +103,11 @@ def update_members(s, member, scale, m, l, acc0, acc1, v0, v1):
     shift = tl.where(top == float("-inf"), 0.0, top)
     p = tl.exp2(s * scale - tl.where(member, shift, float("inf"))[:, None])
     decay = tl.exp2(m - shift)
-    l = l * decay + tl.sum(p, 1)
+    norm = norm * decay + tl.sum(p, 1)
     acc0 = tl.dot(p.to(v0.dtype), v0, acc0 * decay[:, None], input_precision="ieee")
     if v1 is not None:
         acc1 = tl.dot(p.to(v1.dtype), v1, acc1 * decay[:, None], input_precision="ieee")
-    return top, l, acc0, acc1
+    return top, norm, acc0, acc1
 
 
 @triton.jit(do_not_specialize=["first_tile"])
@@ -149,8 +151,8 @@ def shared_kernel(
 ):
     """out, lse of QUERIES neighbouring queries and one kv head over the blocks listed for them. Grid (tiles, Hk).
 
-    Rows of the tile are (query, head of the group); a block is taken in tiles of KEYS. Limited by what the L2 cache delivers where neighbours choose
-    different blocks, by tensor-core issue where they share them.
+    Rows of the tile are (query, head of the group); a block is taken in tiles of KEYS. Limited by what the L2 cache
+    delivers where neighbours choose different blocks, by tensor-core issue where they share them.
     """
     program = tl.program_id(0)
     head = tl.program_id(1)
@@ -174,7 +176,7 @@ def shared_kernel(
         MEMBERS += target * (QUERIES * num_slots)
         num_whole = tl.load(COUNTS + target * 2)
         num_distinct = tl.load(COUNTS + target * 2 + 1)
-        m, l, acc0, acc1 = empty(ROWS, V0, V1)
+        m, norm, acc0, acc1 = empty(ROWS, V0, V1)
         for i in tl.range(0, num_whole * parts, num_stages=STAGES):
             block = tl.load(BLOCKS + i // parts)
             member = ((tl.load(MEMBERS + i // parts) >> query) & 1) != 0
@@ -189,7 +191,7 @@ def shared_kernel(
                 s = logits(q0, None, K_DESCRIPTOR.load([start.to(tl.int32), head * DK]), None)
                 v0 = V_DESCRIPTOR.load([start.to(tl.int32), head * DV])
                 v1 = None
-            m, l, acc0, acc1 = update_members(s, member, scale, m, l, acc0, acc1, v0, v1)
+            m, norm, acc0, acc1 = update_members(s, member, scale, m, norm, acc0, acc1, v0, v1)
         for i in range(num_whole * parts, num_distinct * parts):  # of the one or two blocks that hold the queries
             block = tl.load(BLOCKS + i // parts)
             member = ((tl.load(MEMBERS + i // parts) >> query) & 1) != 0
@@ -202,8 +204,8 @@ def shared_kernel(
             s = tl.where(visible, s, float("-inf"))
             v0 = load_piece(v_rows, known, 0, V0, DV)
             v1 = load_piece(v_rows, known, V0, V1, DV)
-            m, l, acc0, acc1 = update(s, scale, m, l, acc0, acc1, v0, v1)
-        lse, inverse = finish(m, l)
+            m, norm, acc0, acc1 = update(s, scale, m, norm, acc0, acc1, v0, v1)
+        lse, inverse = finish(m, norm)
         out_rows = OUT + ((first + query) * (NUM_KV_HEADS * GROUP_SIZE) + heads) * DV
         store_piece(out_rows, acc0 * inverse, there, 0, V0, DV)
         if V1 > 0:

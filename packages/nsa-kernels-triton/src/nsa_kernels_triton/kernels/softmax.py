@@ -10,16 +10,16 @@ import triton.language as tl
 
 @triton.jit
 def empty(ROWS: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr):
-    """(m, l, acc0, acc1) of rows that have seen no key."""
+    """(m, norm, acc0, acc1) of rows that have seen no key."""
     m = tl.full([ROWS], float("-inf"), tl.float32)
-    l = tl.zeros([ROWS], tl.float32)
+    norm = tl.zeros([ROWS], tl.float32)
     acc0 = tl.zeros([ROWS, V0], tl.float32)
     acc1 = tl.zeros([ROWS, V1] if V1 > 0 else [1], tl.float32)
-    return m, l, acc0, acc1
+    return m, norm, acc0, acc1
 
 
 @triton.jit
-def update(s, scale, m, l, acc0, acc1, v0, v1):
+def update(s, scale, m, norm, acc0, acc1, v0, v1):
     """State after the keys of one tile. `s` [rows, keys] is not yet scaled, -inf where a key is hidden.
 
     `scale` > 0 contains log2(e). The scaling is left to the subtraction of the maximum, where it costs nothing.
@@ -28,17 +28,17 @@ def update(s, scale, m, l, acc0, acc1, v0, v1):
     shift = tl.where(top == float("-inf"), 0.0, top)  # of rows that have seen nothing: -inf - -inf is NaN
     p = tl.exp2(s * scale - shift[:, None])
     decay = tl.exp2(m - shift)
-    l = l * decay + tl.sum(p, 1)
+    norm = norm * decay + tl.sum(p, 1)
     acc0 = tl.dot(p.to(v0.dtype), v0, acc0 * decay[:, None], input_precision="ieee")
     if v1 is not None:
         acc1 = tl.dot(p.to(v1.dtype), v1, acc1 * decay[:, None], input_precision="ieee")
-    return top, l, acc0, acc1
+    return top, norm, acc0, acc1
 
 
 @triton.jit
-def finish(m, l):
+def finish(m, norm):
     """(lse, inverse): the natural logarithm of the sum of exponentials, -inf of nothing; what turns acc into a mean."""
-    seen = l > 0
-    total = tl.where(seen, l, 1.0)
+    seen = norm > 0
+    total = tl.where(seen, norm, 1.0)
     lse = tl.where(seen, (m + tl.log2(total)) * 0.6931471805599453, float("-inf"))
     return lse, (1.0 / total)[:, None]

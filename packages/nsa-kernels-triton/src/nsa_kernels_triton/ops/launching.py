@@ -32,5 +32,5 @@ def rows(x: Tensor) -> Tensor:
 
 @cache
 def num_processors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device; for the interpreter, a few, so that persistent programs take turns there too."""
+    """Multiprocessors of a CUDA device; a few for the interpreter, where persistent programs then take turns too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

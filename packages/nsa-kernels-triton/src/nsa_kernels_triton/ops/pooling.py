@@ -36,7 +36,5 @@ def compress_mean(
 
 
 @compress_mean.register_fake
-def _(
-    x: Tensor, cu_seqlens: Tensor, cu_compressed: Tensor, total: int, kernel_size: int, kernel_stride: int
-) -> Tensor:
+def _(x: Tensor, cu_seqlens: Tensor, cu_compressed: Tensor, total: int, kernel_size: int, kernel_stride: int) -> Tensor:
     return x.new_empty(total, *x.shape[1:])

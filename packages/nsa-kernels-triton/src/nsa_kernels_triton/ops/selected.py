@@ -1,8 +1,8 @@
 """Selected attention in one of two organisations, chosen by data: `configurations`, table `selected_attention`.
 
-Query by query (`kernels.sharing`): neighbouring queries share the blocks that they chose. For large groups, and wherever
-neighbours choose much the same. Block by block (`kernels.inverting`, `kernels.merging`): the queries that chose a block
-attend to it as one dense tile. For small groups, whose few rows a query would leave the tensor cores idle.
+Query by query (`kernels.sharing`): neighbouring queries share the blocks that they chose. For large groups, and
+wherever neighbours choose much the same. Block by block (`kernels.inverting`, `kernels.merging`): the queries that
+chose a block attend to it as one dense tile. For small groups, whose few rows would leave the tensor cores idle.
 
 How much neighbours share is measured on the device (`ops.spread`) and known to a later call, so that nobody waits.
 """

@@ -53,9 +53,7 @@ def spread_of(block_indices: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
     return spread.percent
 
 
-def _sample(
-    block_indices: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, block_size: int
-) -> tuple[Tensor, Any]:
+def _sample(block_indices: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, block_size: int) -> tuple[Tensor, Any]:
     from nsa_kernels_triton.kernels.sharing import union_kernel
 
     total_q, num_kv_heads, num_slots = block_indices.shape
