@@ -133,6 +133,15 @@ def test_every_way_to_stream(branch: str, sizes: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
+@pytest.mark.parametrize("group_size", [3, 5])
+def test_rows_that_no_query_fills(branch: str, group_size: int) -> None:
+    """16 rows are no multiple of the group: what is left must not pass for the next tile's first query."""
+    layout = make_layout(([31], [45]))
+    with overridden(branch, rows=16, keys=16):
+        assert_close(branch, *make_inputs(branch, layout, heads=group_size, kv_heads=1), layout)
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
 def test_strides(branch: str) -> None:
     layout = make_layout(MIXED)
     q, k, v = make_inputs(branch, layout, dims=(24, 24))
