@@ -133,6 +133,15 @@ def test_every_way_to_stream(branch: str, sizes: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
+@pytest.mark.parametrize("group_size", [3, 5])
+def test_rows_that_no_query_fills(branch: str, group_size: int) -> None:
+    """16 rows are no multiple of the group: what is left must not pass for the next tile's first query."""
+    layout = make_layout(([31], [45]))
+    with overridden(branch, rows=16, keys=16):
+        assert_close(branch, *make_inputs(branch, layout, heads=group_size, kv_heads=1), layout)
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
 def test_strides(branch: str) -> None:
     layout = make_layout(MIXED)
     q, k, v = make_inputs(branch, layout, dims=(24, 24))
@@ -217,10 +226,8 @@ def test_operator(branch: str) -> None:
     """torch.library's own checks: the schema, and that the fake has the real one's shapes and strides."""
     layout = make_layout(([5, 4], [9, 20]))
     q, k, v = make_inputs(branch, layout, dims=(8, 24))
-    cu_seqlens = layout.cu_seqlens_q, layout.cu_seqlens_k
+    args: list[object] = [layout.cu_seqlens_q, layout.cu_seqlens_k, BLOCKS.window_size, 0.5]
     if branch == "compressed_attention":
-        args = (*cu_seqlens, layout.compressed(BLOCKS).cu_seqlens, BLOCKS.kernel_size, BLOCKS.kernel_stride, 0.5)
-    else:
-        args = (*cu_seqlens, BLOCKS.window_size, 0.5)
+        args[2:3] = [layout.compressed(BLOCKS).cu_seqlens, BLOCKS.kernel_size, BLOCKS.kernel_stride]
     operator = getattr(torch.ops.nsa_kernels_triton, branch).default
     torch.library.opcheck(operator, (q, k, v, *args), test_utils=("test_schema", "test_faketensor"))

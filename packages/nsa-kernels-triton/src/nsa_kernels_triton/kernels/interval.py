@@ -54,8 +54,8 @@ def interval_attention_kernel(
     positions (t - w, t]. `scale` contains log2(e). Grid (tiles, Hk): neighbouring programs share keys.
 
     SPLIT 0 streams in one loop that asks of each tile whether it needs a mask: one pipeline, filled once. SPLIT 1 has a
-    loop each for the left, the unmasked and the right tiles; the middle one loads through the tensor descriptors K_TILES
-    and V_TILES where given (one piece only). A descriptor's tile may run into the next sequence: masked ones cannot.
+    loop each for the left, the unmasked and the right tiles; the middle one loads through the tensor descriptors
+    K_TILES and V_TILES where given (one piece only). Such a tile may run into the next sequence: masked ones cannot.
 
     Limited by the tensor cores: 2 (Dk + Dv) operations for each query head and key of a visited tile.
     """
@@ -102,14 +102,14 @@ def interval_attention_kernel(
         top, total, acc0, acc1 = empty(ROWS, V0, V1)
         for part in tl.static_range(3 if SPLIT else 1):
             if SPLIT == 0:
-                begin, finish_at = any_start, any_stop
+                begin, past = any_start, any_stop
             elif part == 0:
-                begin, finish_at = any_start, tl.minimum(middle, any_stop)
+                begin, past = any_start, tl.minimum(middle, any_stop)
             elif part == 1:
-                begin, finish_at = middle, right
+                begin, past = middle, right
             else:
-                begin, finish_at = right, any_stop
-            for tile_start in tl.range(begin, finish_at, KEYS):
+                begin, past = right, any_stop
+            for tile_start in tl.range(begin, past, KEYS):
                 packed = key_first + tile_start
                 if SPLIT and part == 1:
                     near = key

@@ -133,23 +133,19 @@ def _attend(
 
 
 def _tiles(k: Tensor, v: Tensor, config: Launch) -> tuple[Any, Any]:
-    """Tensor descriptors of tiles [keys, 1, head_dim] of k and v where the configuration asks and the copy engine can."""
-    widths = [pieces(x.shape[2]) for x in (k, v)]
-    if (
-        not (config["split"] and config["tma"])
-        or any(second for _, second in widths)
-        or not all(_describable(x) for x in (k, v))
-    ):
+    """Tensor descriptors of tiles [keys, 1, head_dim] of k and v, where the configuration asks and the engine can."""
+    if not (config["split"] and config["tma"] and _describable(k) and _describable(v)):
         return None, None
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return tuple(
-        TensorDescriptor(x, list(x.shape), list(x.stride()), [config["keys"], 1, width])
-        for x, (width, _) in zip((k, v), widths, strict=True)
-    )
+    def describe(x: Tensor) -> Any:
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), [config["keys"], 1, pieces(x.shape[2])[0]])
+
+    return describe(k), describe(v)
 
 
 def _describable(x: Tensor) -> bool:
-    """Whether the copy engine can address `x`: some rows, 16-byte steps, int32 coordinates."""
+    """Whether the copy engine can load rows of `x`: one piece, 16-byte steps, int32 coordinates."""
     steps = [stride * x.element_size() for stride in x.stride()[:2]]
-    return x.numel() > 0 and x.shape[0] < 2**31 and not any(step % 16 for step in (x.data_ptr(), *steps))
+    aligned = all(steps) and not any(step % 16 for step in (x.data_ptr(), *steps))
+    return aligned and 0 < x.shape[0] < 2**31 and pieces(x.shape[2])[1] == 0
