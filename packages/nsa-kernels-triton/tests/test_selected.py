@@ -14,8 +14,8 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py r
 BLOCKS = BlockGeometry(kernel_size=8, kernel_stride=4, block_size=32, topk=5)
 RAGGED = [35, 0, 3, 20, 9], [35, 5, 130, 20, 4]  # whole, empty, prefixed, more queries than keys
 ORGANISATIONS = {
-    "by-query": {"by_block": 0, "rows": 16, "keys": 16},
-    "by-block": {"by_block": 1, "rows": 16, "chunk_rows": 96, "programs": 2},
+    "by-query": {"by_block": 0, "tma": 0, "rows": 16, "keys": 16},
+    "by-block": {"by_block": 1, "tma": 0, "halves": 0, "rows": 16, "chunk_rows": 96, "programs": 2},
 }
 FP32 = 5e-5  # the project's bound for fp32 kernels at unit-scale inputs
 
@@ -164,8 +164,8 @@ def test_spread_counts_distinct_blocks_of_neighbours() -> None:
 def test_a_rule_by_spread_is_obeyed_unless_results_must_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
     common = {"num_warps": 4, "num_stages": 1, "rows": 16}
     rules = [
-        {"up_to": {"spread": 200}, "by_block": 0, "keys": 16, **common},
-        {"by_block": 1, "chunk_rows": 96, "programs": 1, **common},
+        {"up_to": {"spread": 200}, "by_block": 0, "tma": 0, "keys": 16, **common},
+        {"by_block": 1, "tma": 0, "halves": 0, "chunk_rows": 96, "programs": 1, **common},
     ]
     table = configurations.table("sm90") | {"selected_attention": rules}
     monkeypatch.setattr(configurations, "table", lambda name: table)

@@ -10,7 +10,7 @@ Blocks of all sequences are numbered like tiles: block j of sequence b is cu_seq
 import triton
 import triton.language as tl
 
-from nsa_kernels_triton.kernels.sharing import chosen_blocks
+from nsa_kernels_triton.kernels.sharing import chosen_blocks, named_before
 from nsa_kernels_triton.kernels.tiles import find_tile, key_rows
 
 CHOSE_OWN = tl.constexpr(1)
@@ -59,21 +59,10 @@ def far_blocks(
         num_slots,
         BLOCK_SIZE,
     )
-    repeated = tl.zeros([QUERIES_2, SLOTS], tl.int32)
-    for other in range(num_slots):  # a block that the query names twice counts once
-        named = chosen_blocks(
-            INDICES + head * num_slots,
-            row,
-            there,
-            position,
-            other + tl.zeros_like(query),
-            num_kv_heads,
-            num_slots,
-            BLOCK_SIZE,
-        )
-        repeated |= ((block == named[:, None]) & (other < slot)[None, :]).to(tl.int32)
+    entries = INDICES + head * num_slots
+    repeated = named_before(entries, block, row, there, position, slot, num_kv_heads, num_slots, BLOCK_SIZE)
     own = tl.where(position >= 0, position // BLOCK_SIZE, -1)
-    far = (block > 0) & (block < own[:, None] - 1) & (repeated == 0)
+    far = (block > 0) & (block < own[:, None] - 1) & ~repeated
     number = first_key // BLOCK_SIZE + sequence
     return first, end, block, far, own, number, first_key
 

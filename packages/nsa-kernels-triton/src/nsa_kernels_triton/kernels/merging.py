@@ -18,6 +18,8 @@ def filed_kernel(
     Q,
     K,
     V,
+    K_TILES,
+    V_TILES,
     TILES,
     NUM_TILES,
     FILED,
@@ -25,7 +27,6 @@ def filed_kernel(
     PARTS,
     PART_LSE,
     batch_size,
-    num_slots,
     most_tiles,
     first_tile,
     head,
@@ -36,6 +37,7 @@ def filed_kernel(
     k_head,
     v_row,
     v_head,
+    NUM_SLOTS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -50,7 +52,8 @@ def filed_kernel(
     """Parts of one kv head: PARTS [chunk rows, num_slots, G, DV], PART_LSE [chunk rows, num_slots, G], in base 2.
 
     Persistent: a program takes every n-th tile, and reads what the next one is while it computes. Every key of these
-    blocks is visible to every query filed under them. Limited by the latency of dependent loads and by the bytes of q
+    blocks is visible to every query filed under them. Where DV is a power of two, V0 and V1 may be its halves: one after
+    the other they take half the registers, and more programs share an SM. Limited by the latency of dependent loads and by the bytes of q
     and of the parts.
     """
     base = chunk_start(CU_SEQLENS_Q, first_tile, batch_size, QUERIES)
@@ -73,14 +76,21 @@ def filed_kernel(
             start = described & 0xFFFFFFFF
             there = query < (described >> 32)
             place = tl.where(there, filed, 0)
-            q_rows = Q + (place // num_slots).to(tl.int64) * q_row + member * q_head
+            q_rows = Q + (place // NUM_SLOTS).to(tl.int64) * q_row + member * q_head
             q0 = load_piece(q_rows, there, 0, K0, DK)
             q1 = load_piece(q_rows, there, K0, K1, DK)
-            k_rows = K + start * k_row + key * k_row
-            v_rows = V + start * v_row + key * v_row
-            s = logits(q0, q1, load_piece(k_rows, None, 0, K0, DK), load_piece(k_rows, None, K0, K1, DK))
-            v0 = load_piece(v_rows, None, 0, V0, DV)
-            v1 = load_piece(v_rows, None, V0, V1, DV)
+            if K_TILES is None:
+                k_rows = K + start * k_row + key * k_row
+                v_rows = V + start * v_row + key * v_row
+                s = logits(q0, q1, load_piece(k_rows, None, 0, K0, DK), load_piece(k_rows, None, K0, K1, DK))
+                v0 = load_piece(v_rows, None, 0, V0, DV)
+                v1 = load_piece(v_rows, None, V0, V1, DV)
+            else:
+                s = logits(q0, None, K_TILES.load([start.to(tl.int32), head * DK]), None)
+                v0 = V_TILES.load([start.to(tl.int32), head * DV])
+                v1 = None
+                if V1 > 0:
+                    v1 = V_TILES.load([start.to(tl.int32), head * DV + V0])
             tile += tl.num_programs(0)
             following = tl.minimum(tile, num_tiles - 1)
             described = tl.load(TILES + following)
@@ -163,20 +173,20 @@ def merge_kernel(
         lowest = tl.maximum(tl.maximum(least, 0) // BLOCK_SIZE - 1, 0)
         highest = tl.where(most >= 0, most // BLOCK_SIZE, -1)
         key = tl.arange(0, BLOCK_SIZE)
-        for i in tl.range(lowest - 1, highest + 1):
-            block = tl.where(i < lowest, 0, i)
+        for i in tl.range(tl.where(highest < 0, 0, lowest - 1), highest + 1):
+            block = tl.where(i < lowest, 0, i)  # block 0 before the others
             chosen = tl.where(i < lowest, meta & CHOSE_FIRST, 0)
             chosen = tl.where((i >= lowest) & (block == own), meta & CHOSE_OWN, chosen)
             chosen = tl.where((i >= lowest) & (block == own - 1), meta & CHOSE_PREVIOUS, chosen) != 0
             start = first_key + block * BLOCK_SIZE
-            known = start + key < end_key
-            k_rows = K + start * k_row + key * k_row
-            v_rows = V + start * v_row + key * v_row
-            s = logits(q0, q1, load_piece(k_rows, known, 0, K0, DK), load_piece(k_rows, known, K0, K1, DK))
+            near = tl.minimum(key, (end_key - 1 - start).to(tl.int32))  # beyond the sequence its last key stands in
+            k_rows = K + start * k_row + near * k_row
+            v_rows = V + start * v_row + near * v_row
+            s = logits(q0, q1, load_piece(k_rows, None, 0, K0, DK), load_piece(k_rows, None, K0, K1, DK))
             visible = chosen[:, None] & ((block * BLOCK_SIZE + key)[None, :] <= position[:, None])
             s = tl.where(visible, s, float("-inf"))
-            v0 = load_piece(v_rows, known, 0, V0, DV)
-            v1 = load_piece(v_rows, known, V0, V1, DV)
+            v0 = load_piece(v_rows, None, 0, V0, DV)
+            v1 = load_piece(v_rows, None, V0, V1, DV)
             m, norm, acc0, acc1 = update(s, scale, m, norm, acc0, acc1, v0, v1)
         num_far = meta >> FAR_SHIFT
         part = ((first - base + query) * num_slots) * GROUP_SIZE + member

@@ -31,8 +31,11 @@ def store_piece(ROWS, values, there, START: tl.constexpr, WIDTH: tl.constexpr, D
     """The inverse of `load_piece`; a WIDTH of 0 stores nothing."""
     if WIDTH > 0:
         column = START + tl.arange(0, WIDTH)
-        mask = there[:, None] & (column < DIM)[None, :]
-        tl.store(ROWS[:, None] + column[None, :], values.to(ROWS.dtype.element_ty), mask=mask)
+        pointers = ROWS[:, None] + column[None, :]
+        if START + WIDTH > DIM:
+            tl.store(pointers, values.to(ROWS.dtype.element_ty), mask=there[:, None] & (column < DIM)[None, :])
+        else:
+            tl.store(pointers, values.to(ROWS.dtype.element_ty), mask=there[:, None])
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """Selected attention, query by query: neighbouring queries share the blocks that they chose.
 
-`union_kernel` lists the blocks that the queries of a tile chose between them, each with the queries that did as bits;
+`union_kernel` lists the blocks that the queries of a tile chose between them, each with the queries that did, as bits;
 `shared_kernel` streams that list once for all of them. The fewer different blocks neighbours choose, the less is read.
 """
 
@@ -20,11 +20,24 @@ def chosen_blocks(INDICES, row, seen, position, slot, num_kv_heads, num_slots, B
     return tl.where(block * BLOCK_SIZE <= position, tl.maximum(block, -1), -1)
 
 
+@triton.jit
+def named_before(INDICES, block, row, there, position, slot, num_kv_heads, num_slots, BLOCK_SIZE: tl.constexpr):
+    """Whether an earlier slot of the same row holds the same block: duplicates count once. [rows, slots]"""
+    repeated = block < -1
+    for other in range(num_slots):
+        named = chosen_blocks(
+            INDICES, row, there, position, other + tl.zeros_like(position), num_kv_heads, num_slots, BLOCK_SIZE
+        )
+        repeated = repeated | ((block == named[:, None]) & (other < slot)[None, :])
+    return repeated
+
+
 @triton.jit(do_not_specialize=["first_tile", "tile_step"])
 def union_kernel(
     INDICES,
     CU_SEQLENS_Q,
     CU_SEQLENS_K,
+    ORDERED,
     BLOCKS,
     MEMBERS,
     COUNTS,
@@ -42,55 +55,54 @@ def union_kernel(
     """Distinct blocks of QUERIES neighbouring queries. Grid (tiles, Hk), tile first_tile + tile_step * program.
 
     COUNTS [tiles, Hk, 2]: how many blocks are wholly visible to every query of the tile, and how many there are in all.
-    BLOCKS, MEMBERS [tiles, Hk, QUERIES * num_slots]: those blocks first, then the others, each with bit i set for each
-    query i of the tile that chose it. An entry counts where no earlier one of the tile names its block.
+    BLOCKS, MEMBERS [tiles, Hk, QUERIES * num_slots]: those blocks, ascending, so that the wholly visible ones come
+    first; bit i of MEMBERS is set for each query i of the tile that chose the block.
 
-    Limited by latency: (QUERIES * SLOTS)^2 comparisons in registers.
+    Each query's entries are sorted into ORDERED [tiles, Hk, QUERIES_2, SLOTS], then all queries' lists merged, a block a
+    step. Limited by latency: a step is a load and a minimum over the queries.
     """
     program = tl.program_id(0)
     head = tl.program_id(1)
     sequence, first, end = find_tile(CU_SEQLENS_Q, first_tile + program * tile_step, batch_size, QUERIES)
     target = program.to(tl.int64) * num_kv_heads + head
+    num_whole = 0
+    num_distinct = 0
     if first < end:
-        first_key, _, shift = key_rows(CU_SEQLENS_Q, CU_SEQLENS_K, sequence)
+        first_key, _end_key, shift = key_rows(CU_SEQLENS_Q, CU_SEQLENS_K, sequence)
         INDICES += head * num_slots
-        entry = tl.arange(0, QUERIES_2 * SLOTS)
-        slot = entry % SLOTS
-        query = entry // SLOTS
+        NONE: tl.constexpr = 0x7FFFFFFF
+        query = tl.arange(0, QUERIES_2)
+        slot = tl.arange(0, SLOTS)
         row = first + query
-        position = (row + shift - first_key).to(tl.int32)
         there = (row < end) & (query < QUERIES)
-        block = chosen_blocks(INDICES, row, there, position, slot, num_kv_heads, num_slots, BLOCK_SIZE)
-        members = tl.zeros([QUERIES_2 * SLOTS], tl.int32)
-        repeated = tl.zeros([QUERIES_2 * SLOTS], tl.int32)
-        other_slot = tl.arange(0, SLOTS)
-        for other in range(tl.minimum(QUERIES, end - first).to(tl.int32)):
-            at = (first + other + shift - first_key).to(tl.int32)
-            others = chosen_blocks(
-                INDICES, first + other, other_slot >= 0, at, other_slot, num_kv_heads, num_slots, BLOCK_SIZE
-            )
-            same = (block[:, None] == others[None, :]).to(tl.int32)
-            earlier = (other * SLOTS + other_slot)[None, :] < entry[:, None]
-            members |= tl.max(same, 1) << other
-            repeated |= tl.max(same & earlier.to(tl.int32), 1)
-        distinct = (block >= 0) & (repeated == 0)
+        position = (row + shift - first_key).to(tl.int32)
+        block = chosen_blocks(
+            INDICES, row[:, None], there[:, None], position[:, None], slot[None, :], num_kv_heads, num_slots, BLOCK_SIZE
+        )
+        repeated = named_before(INDICES, block, row, there, position, slot, num_kv_heads, num_slots, BLOCK_SIZE)
+        lists = ORDERED + target * (QUERIES_2 * SLOTS) + query * SLOTS
+        ordered = tl.sort(tl.where((block < 0) | repeated, NONE, block), 1)
+        tl.store(lists[:, None] + slot[None, :], ordered)
+        tl.debug_barrier()  # what one thread stored another loads
         least = (first + shift - first_key).to(tl.int32)
-        whole = distinct & ((block + 1) * BLOCK_SIZE <= least + 1)
-        partial = distinct & ((block + 1) * BLOCK_SIZE > least + 1)
-        num_whole = tl.sum(whole.to(tl.int32), 0)
-        num_distinct = tl.sum(distinct.to(tl.int32), 0)
-        tl.store(COUNTS + target * 2, num_whole)
-        tl.store(COUNTS + target * 2 + 1, num_distinct)
-        if STORE:
-            before = (
-                tl.where(whole, tl.cumsum(whole.to(tl.int32), 0), num_whole + tl.cumsum(partial.to(tl.int32), 0)) - 1
-            )
-            to = target * (QUERIES * num_slots) + before
-            tl.store(BLOCKS + to, block, mask=distinct)
-            tl.store(MEMBERS + to, members, mask=distinct)
-    else:
-        tl.store(COUNTS + target * 2, 0)
-        tl.store(COUNTS + target * 2 + 1, 0)
+        BLOCKS += target * (QUERIES * num_slots)
+        MEMBERS += target * (QUERIES * num_slots)
+        at = tl.zeros([QUERIES_2], tl.int32)
+        heads_of_lists = tl.load(lists)
+        lowest = tl.min(heads_of_lists, 0)
+        while lowest != NONE:
+            chose = heads_of_lists == lowest
+            if STORE:
+                tl.store(BLOCKS + num_distinct, lowest)
+                tl.store(MEMBERS + num_distinct, tl.sum(chose.to(tl.int32) << query, 0))
+            num_distinct += 1
+            num_whole += ((lowest + 1) * BLOCK_SIZE <= least + 1).to(tl.int32)
+            at += chose.to(tl.int32)
+            following = tl.load(lists + at, mask=chose & (at < SLOTS), other=NONE)
+            heads_of_lists = tl.where(chose, following, heads_of_lists)
+            lowest = tl.min(heads_of_lists, 0)
+    tl.store(COUNTS + target * 2, num_whole)
+    tl.store(COUNTS + target * 2 + 1, num_distinct)
 
 
 @triton.jit
@@ -115,8 +127,8 @@ def shared_kernel(
     Q,
     K,
     V,
-    K_DESCRIPTOR,
-    V_DESCRIPTOR,
+    K_TILES,
+    V_TILES,
     BLOCKS,
     MEMBERS,
     COUNTS,
@@ -181,29 +193,29 @@ def shared_kernel(
             block = tl.load(BLOCKS + i // parts)
             member = ((tl.load(MEMBERS + i // parts) >> query) & 1) != 0
             start = first_key + block * BLOCK_SIZE + i % parts * KEYS
-            if K_DESCRIPTOR is None:
+            if K_TILES is None:
                 k_rows = K + start * k_row + key * k_row
                 v_rows = V + start * v_row + key * v_row
                 s = logits(q0, q1, load_piece(k_rows, None, 0, K0, DK), load_piece(k_rows, None, K0, K1, DK))
                 v0 = load_piece(v_rows, None, 0, V0, DV)
                 v1 = load_piece(v_rows, None, V0, V1, DV)
             else:
-                s = logits(q0, None, K_DESCRIPTOR.load([start.to(tl.int32), head * DK]), None)
-                v0 = V_DESCRIPTOR.load([start.to(tl.int32), head * DV])
+                s = logits(q0, None, K_TILES.load([start.to(tl.int32), head * DK]), None)
+                v0 = V_TILES.load([start.to(tl.int32), head * DV])
                 v1 = None
             m, norm, acc0, acc1 = update_members(s, member, scale, m, norm, acc0, acc1, v0, v1)
         for i in range(num_whole * parts, num_distinct * parts):  # of the one or two blocks that hold the queries
             block = tl.load(BLOCKS + i // parts)
             member = ((tl.load(MEMBERS + i // parts) >> query) & 1) != 0
             start = first_key + block * BLOCK_SIZE + i % parts * KEYS
-            k_rows = K + start * k_row + key * k_row
-            v_rows = V + start * v_row + key * v_row
-            known = start + key < end_key
-            s = logits(q0, q1, load_piece(k_rows, known, 0, K0, DK), load_piece(k_rows, known, K0, K1, DK))
+            near = tl.minimum(key, (end_key - 1 - start).to(tl.int32))  # beyond the sequence its last key stands in
+            k_rows = K + start * k_row + near * k_row
+            v_rows = V + start * v_row + near * v_row
+            s = logits(q0, q1, load_piece(k_rows, None, 0, K0, DK), load_piece(k_rows, None, K0, K1, DK))
             visible = member[:, None] & ((start - first_key + key)[None, :] <= position[:, None])
             s = tl.where(visible, s, float("-inf"))
-            v0 = load_piece(v_rows, known, 0, V0, DV)
-            v1 = load_piece(v_rows, known, V0, V1, DV)
+            v0 = load_piece(v_rows, None, 0, V0, DV)
+            v1 = load_piece(v_rows, None, V0, V1, DV)
             m, norm, acc0, acc1 = update(s, scale, m, norm, acc0, acc1, v0, v1)
         lse, inverse = finish(m, norm)
         out_rows = OUT + ((first + query) * (NUM_KV_HEADS * GROUP_SIZE) + heads) * DV

@@ -7,10 +7,13 @@ chose a block attend to it as one dense tile. For small groups, whose few rows w
 How much neighbours share is measured on the device (`ops.spread`) and known to a later call, so that nobody waits.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from nsa_kernels_triton.configurations import Launch, launch
+from nsa_kernels_triton.ops.descriptors import tiles_of
 from nsa_kernels_triton.ops.launching import num_processors, on_device, rows
 from nsa_kernels_triton.ops.spread import UNKNOWN, Spread, spread_of
 from nsa_kernels_triton.tiles import count_tiles, pieces, power_of_two
@@ -97,10 +100,12 @@ class _Call:
             "itemsize": q.element_size(),
         }
 
-    def _heads(self, queries: int, tile_rows: int) -> dict[str, int]:
-        """The constants that every attention kernel takes."""
+    def _heads(self, queries: int, tile_rows: int, halves: bool = False) -> dict[str, int]:
+        """The constants that every attention kernel takes; `halves`: of values in two pieces where they could be one."""
         k0, k1 = pieces(self.head_dim)
         v0, v1 = pieces(self.v_head_dim)
+        if halves and self._halves():
+            v0 = v1 = self.v_head_dim // 2
         return {
             "GROUP_SIZE": self.group_size,
             "BLOCK_SIZE": self.block_size,
@@ -108,6 +113,15 @@ class _Call:
             "ROWS": tile_rows,
             **{"DK": self.head_dim, "K0": k0, "K1": k1, "DV": self.v_head_dim, "V0": v0, "V1": v1},
         }
+
+    def _halves(self) -> bool:
+        """Whether a value's row is a power of two that can be cut in halves."""
+        return self.v_head_dim >= 32 and pieces(self.v_head_dim) == (self.v_head_dim, 0)
+
+    def _tiles(self, config: Launch, keys: int, parts: int = 1) -> tuple[Any, Any]:
+        """Descriptors of `keys` rows of k and v where the configuration asks for them and both can have them."""
+        described = (tiles_of(self.k, keys), tiles_of(self.v, keys, parts)) if config["tma"] else (None, None)
+        return (None, None) if any(x is None for x in described) else described
 
     def _strides(self) -> tuple[int, ...]:
         return tuple(x.stride(i) for x in (self.q, self.k, self.v) for i in (0, 1))
@@ -120,14 +134,17 @@ class _Call:
         queries = min(tile_rows // self.group_size, 32)
         tiles = count_tiles(self.total_q, self.batch_size, queries)
         listed = self.num_kv_heads * queries * self.num_slots
-        chunk = min(tiles, max(1, WORKSPACE // (8 * max(1, listed))))
+        in_order = self.num_kv_heads * power_of_two(queries) * power_of_two(self.num_slots)
+        chunk = min(tiles, max(1, WORKSPACE // (8 * listed + 4 * in_order)))
+        ordered = self.indices.new_empty(chunk * in_order)
         blocks, members = (self.indices.new_empty(chunk * listed) for _ in range(2))
         counts = self.indices.new_empty(chunk * self.num_kv_heads * 2)
-        union = launch("union", self.q.device, entries=queries * self.num_slots)
+        keys = min(config["keys"], self.block_size)
+        union = launch("union", self.q.device)
         for first in range(0, tiles, chunk):
             grid = min(chunk, tiles - first), self.num_kv_heads
             union_kernel[grid](
-                *(self.indices, self.cu_seqlens_q, self.cu_seqlens_k, blocks, members, counts),
+                *(self.indices, self.cu_seqlens_q, self.cu_seqlens_k, ordered, blocks, members, counts),
                 *(self.batch_size, self.num_kv_heads, self.num_slots, first, 1),
                 BLOCK_SIZE=self.block_size,
                 QUERIES=queries,
@@ -137,12 +154,13 @@ class _Call:
                 **union.options,
             )
             shared_kernel[grid](
-                *(self.q, self.k, self.v, None, None, blocks, members, counts, self.cu_seqlens_q, self.cu_seqlens_k),
+                *(self.q, self.k, self.v, *self._tiles(config, keys), blocks, members, counts),
+                *(self.cu_seqlens_q, self.cu_seqlens_k),
                 *(self.out, self.lse, self.batch_size, self.total_q, self.num_slots, first, self.scale),
                 *self._strides(),
                 NUM_KV_HEADS=self.num_kv_heads,
                 STAGES=config.num_stages,
-                KEYS=min(config["keys"], self.block_size),
+                KEYS=keys,
                 **self._heads(queries, tile_rows),
                 **config.options,
             )
@@ -177,6 +195,8 @@ class _Call:
             "QUERIES_2": power_of_two(queries),
             "SLOTS": power_of_two(num_slots),
         }
+        halves = config["halves"] > 0
+        tiles_kv = self._tiles(config, self.block_size, 1 + (halves and self._halves()))
         filing, laying = launch("filing", self.q.device), launch("laying_out", self.q.device)
         merging = launch("merging", self.q.device, **self.case)
         programs = min(most_tiles, num_processors(self.q.device) * config["programs"])
@@ -202,10 +222,12 @@ class _Call:
             )
             for head in range(num_kv_heads):
                 filed_kernel[(programs,)](
-                    *(self.q, self.k, self.v, described, num_tiles, filed, self.cu_seqlens_q, parts, part_lse),
-                    *(self.batch_size, num_slots, most_tiles, first, head, self.scale),
+                    *(self.q, self.k, self.v, *tiles_kv, described, num_tiles, filed),
+                    *(self.cu_seqlens_q, parts, part_lse),
+                    *(self.batch_size, most_tiles, first, head, self.scale),
                     *self._strides(),
-                    **self._heads(queries, config["rows"]),
+                    NUM_SLOTS=num_slots,
+                    **self._heads(queries, config["rows"], halves),
                     **config.options,
                 )
                 merge_kernel[grid[:1]](

@@ -62,10 +62,11 @@ def _sample(block_indices: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, b
     step = -(-tiles // SAMPLES)
     samples = tiles // step
     counts = block_indices.new_empty(samples, num_kv_heads, 2)
-    config = launch("union", block_indices.device, entries=NEIGHBOURS * num_slots)
+    ordered = block_indices.new_empty(samples, num_kv_heads, NEIGHBOURS, power_of_two(num_slots))
+    config = launch("union", block_indices.device)
     union_kernel[samples, num_kv_heads](
-        *(block_indices, cu_seqlens_q, cu_seqlens_k, counts, counts, counts, batch_size, num_kv_heads, num_slots),
-        *(step - 1, step),
+        *(block_indices, cu_seqlens_q, cu_seqlens_k, ordered, counts, counts, counts),
+        *(batch_size, num_kv_heads, num_slots, step - 1, step),
         BLOCK_SIZE=block_size,
         QUERIES=NEIGHBOURS,
         QUERIES_2=NEIGHBOURS,
