@@ -32,6 +32,7 @@ ENTRY_POINTS = {  # the others have none
         ("nsa.backends", "fa2-torch", "nsa_fa2:FA2_TORCH"),
         ("nsa.backends", "cudnn", "nsa_fa2:CUDNN"),
     },
+    "nsa-kernels-triton": {("nsa.backends", "triton", "nsa_kernels_triton:BACKEND")},
 }
 EXTRAS = {
     "nsa": {"triton", "fa2", "bench", "hf", "all"},

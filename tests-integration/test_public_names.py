@@ -5,6 +5,7 @@ import re
 from dataclasses import fields
 
 import nsa_fa2
+import nsa_kernels_triton
 import nsa_varlen
 import pytest
 from nsa import NSAConfig, ops
@@ -32,7 +33,7 @@ def test_the_backend_that_is_always_there_takes_what_the_operations_take(op: str
 def test_every_installed_backend_takes_what_the_operations_take() -> None:
     """For the operations that it implements."""
     names = backends.installed_backends()
-    assert {"sdpa", "fa2", "fa2-torch", "cudnn"} <= set(names)
+    assert {"sdpa", "fa2", "fa2-torch", "cudnn", "triton"} <= set(names)
     for name in names:
         backend = backends.load_backend(name)
         for op in OPS:
@@ -77,6 +78,10 @@ def test_names_of_nsa_varlen() -> None:
 
 def test_names_of_nsa_fa2() -> None:
     assert sorted(nsa_fa2.__all__) == ["CUDNN", "FA2", "FA2_TORCH", "FlashBackend", "__version__"]
+
+
+def test_names_of_nsa_kernels_triton() -> None:
+    assert sorted(nsa_kernels_triton.__all__) == ["BACKEND", "TritonBackend", "__version__"]
 
 
 @pytest.mark.parametrize(

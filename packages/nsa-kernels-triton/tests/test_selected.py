@@ -17,6 +17,12 @@ ORGANISATIONS = {
     "by-query": {"by_block": 0, "tma": 0, "rows": 16, "keys": 16},
     "by-block": {"by_block": 1, "tma": 0, "halves": 0, "rows": 16, "chunk_rows": 96, "programs": 2},
 }
+DESCRIBED = {
+    "by-query": ORGANISATIONS["by-query"] | {"tma": 1},
+    "by-block": ORGANISATIONS["by-block"] | {"tma": 1},
+    "by-block-in-halves": ORGANISATIONS["by-block"] | {"tma": 1, "halves": 1},
+    "by-block-in-halves-without": ORGANISATIONS["by-block"] | {"halves": 1},
+}
 FP32 = 5e-5  # the project's bound for fp32 kernels at unit-scale inputs
 
 
@@ -47,6 +53,13 @@ def check(layout: VarlenLayout, heads: int, kv_heads: int, dims: tuple[int, int]
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (2, 2), (3, 1), (16, 1)])
 def test_any_list_over_a_ragged_batch(heads: int, kv_heads: int) -> None:
     check(VarlenLayout.from_lengths(*RAGGED), heads, kv_heads, (24, 40), entries=6)
+
+
+@pytest.mark.parametrize("numbers", DESCRIBED.values(), ids=DESCRIBED)
+def test_descriptors_and_halves(numbers: dict[str, int]) -> None:
+    """Where the copy engine could load k and v: heads side by side, whose width is a power of two."""
+    with configurations.overridden("selected_attention", **numbers):
+        check(VarlenLayout.from_lengths([40, 12], [40, 100]), 4, 2, (16, 32), entries=4)
 
 
 @pytest.mark.usefixtures("organisation")

@@ -1,0 +1,145 @@
+"""The Triton kernels through routing, interpreted on the CPU: a request for them launches them, and nothing else does."""
+
+import pkgutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import nsa_kernels_triton
+import pytest
+import torch
+from nsa import ops
+from nsa_kernels_triton import configurations
+from nsa_kernels_triton.contracts import interpreted
+from nsa_routing import OPS
+from nsa_varlen import BlockGeometry, VarlenLayout, reference
+from nsa_varlen.op_inputs import op_inputs
+from nsa_varlen.sdpa import BACKEND as SDPA
+
+pytestmark = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
+
+LENGTHS = [40, 0, 100], [40, 9, 130]
+FP32 = 5e-5  # what an fp32 kernel may be off by at unit-scale inputs
+
+
+class Case(NamedTuple):
+    """One way to run an operation, and the kernels that it launches."""
+
+    op: str
+    kernels: set[str]
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    blocks: dict[str, int] = {}
+    configuration: dict[str, int] = {}
+
+
+SMALL = {"kernel_size": 8, "kernel_stride": 4, "block_size": 32, "topk": 4}
+PAIRED = {"kernel_size": 16, "kernel_stride": 8, "block_size": 32, "topk": 3}
+BY_QUERY = {"by_block": 0, "tma": 0, "rows": 16, "keys": 16}
+BY_BLOCK = {"by_block": 1, "tma": 0, "halves": 0, "rows": 16, "chunk_rows": 4096, "programs": 2}
+CASES = {
+    "pooling": Case("compress_mean", {"compress_mean_kernel"}),
+    "compressed": Case("compressed_attention", {"interval_attention_kernel"}),
+    "window": Case("window_attention", {"interval_attention_kernel"}, blocks={"window_size": 16}),
+    "combine": Case("combine", {"combine_kernel"}),
+    "choice": Case("select_blocks", {"block_scores_kernel", "topk_kernel"}, 8, 1, blocks=SMALL | {"topk": 3}),
+    "paired choice": Case("select_blocks", {"paired_block_scores_kernel", "topk_kernel"}, blocks=PAIRED),
+    "by query": Case(
+        "selected_attention", {"union_kernel", "shared_kernel"}, blocks=SMALL, configuration=BY_QUERY
+    ),
+    "by block": Case(
+        "selected_attention",
+        {"count_kernel", "lay_out_kernel", "file_kernel", "filed_kernel", "merge_kernel"},
+        blocks=SMALL,
+        configuration=BY_BLOCK,
+    ),
+}
+
+
+@contextmanager
+def launches() -> Iterator[set[str]]:
+    """Names of the kernels that are launched within."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    seen: set[str] = set()
+    run = InterpretedFunction.run
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.add(self.fn.__name__)
+        return run(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpretedFunction, "run", noted)
+        yield seen
+
+
+def check(case: Case) -> None:
+    """A routed call that names the backend launches the case's kernels, and its results are the oracle's."""
+    args, kwargs = op_inputs(
+        *(case.op, *LENGTHS),
+        num_heads=case.num_heads,
+        num_kv_heads=case.num_kv_heads,
+        head_dim=16,
+        blocks=case.blocks,
+        dtype=torch.float32,
+        device="cpu",
+    )
+    with configurations.overridden("selected_attention", **case.configuration), launches() as seen:
+        found = getattr(ops, case.op)(*args, **kwargs, backend="triton", **determined(case))
+    expected = getattr(reference, case.op)(*(x.double() if is_float(x) else x for x in args), **kwargs)
+    assert seen == case.kernels
+    for got, exact in zip(*(x if isinstance(x, tuple) else (x,) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(got.double(), exact.double(), rtol=0, atol=FP32 if got.is_floating_point() else 0)
+
+
+def determined(case: Case) -> dict[str, bool]:
+    """Nothing sampled beside: an overlap that is measured may launch a kernel more."""
+    return {"deterministic": True} if case.op.endswith("attention") else {}
+
+
+def is_float(x: object) -> bool:
+    return isinstance(x, torch.Tensor) and x.is_floating_point()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_request_launches_the_kernels(name: str) -> None:
+    check(CASES[name])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sdpa_in_their_place_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right results are not enough: they must come from the kernels."""
+    op = CASES[name].op
+    monkeypatch.setattr(nsa_kernels_triton.TritonBackend, op, getattr(type(SDPA), op))
+    with pytest.raises(AssertionError, match="kernel"):
+        check(CASES[name])
+
+
+def test_every_kernel_has_a_case() -> None:
+    from nsa_kernels_triton import kernels
+
+    modules = [import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
+    own = {name for m in modules for name, value in vars(m).items() if name.endswith("_kernel") and callable(value)}
+    assert set().union(*(case.kernels for case in CASES.values())) == own
+    assert {case.op for case in CASES.values()} == set(OPS)
+
+
+def test_an_automatic_route_on_a_cpu_takes_none() -> None:
+    layout = VarlenLayout.from_lengths([40])
+    x = torch.randn(40, 2, 16)
+    with launches() as seen:
+        ops.compress_mean(x, layout, BlockGeometry())
+    assert seen == set()
+
+
+@pytest.mark.parametrize("layer", [{}, {"NSA_PRESET": "perf"}], ids=["safe", "perf"])
+def test_what_a_request_cannot_have_is_said(layer: dict[str, str], flags: Callable) -> None:
+    flags(**{name.removeprefix("NSA_"): value for name, value in layer.items()})
+    layout = VarlenLayout.from_lengths([40])
+    x = torch.randn(40, 2, 16, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="takes float16, bfloat16 and float32, not float64"):
+        ops.compress_mean(x, layout, BlockGeometry(), backend="triton")
+    x = x.float().requires_grad_()
+    with pytest.raises(RuntimeError, match="records no gradients"):
+        ops.compress_mean(x, layout, BlockGeometry(), backend="triton")
