@@ -92,7 +92,8 @@ def block_scores_kernel(
     longest rows and come first.
     """
     COLUMNS: tl.constexpr = GROUP_WIDTH * QUERIES
-    BLOCKS: tl.constexpr = KEYS // BETA
+    BLOCKS: tl.constexpr = KEYS // BETA if KEYS > BETA else 1
+    TURNS: tl.constexpr = BETA // KEYS if BETA > KEYS else 1  # tiles that make one block
     head = tl.program_id(0) % num_kv_heads
     tile = num_tiles - 1 - tl.program_id(0) // num_kv_heads
     sequence, first, end, shift, begin, stop = blocks_of_tile(
@@ -112,16 +113,17 @@ def block_scores_kernel(
         first_compressed = tl.load(CU_COMPRESSED + sequence).to(tl.int64)
         last = tl.load(CU_COMPRESSED + sequence + 1) - 1 - first_compressed.to(tl.int32)
         key = tl.arange(0, KEYS)
-        own = tl.minimum(BETA - key % BETA, ALPHA)
         query = tl.arange(0, QUERIES)
-        block = tl.arange(0, BLOCKS)
+        asked = (first + query < end)[None, :]
         line = (tile.to(tl.int64) * num_kv_heads + head) * QUERIES + query
-        scores = line[None, :] * width + block[:, None]
+        scores = line[None, :] * width + tl.arange(0, BLOCKS)[:, None]
         # Compressed blocks end d(ALPHA - 1) tokens behind their own block: only the current block's left neighbour may
         # have some that a query does not see yet.
         visible = (tl.maximum(first + query + shift + 1, 0) // (BLOCK_SIZE // BETA)).to(tl.int32) - ALPHA
-        for step in range(begin, stop):
-            number = step * BLOCKS
+        own_turns = tl.zeros([BLOCKS, QUERIES], tl.float32)
+        spill_turns = tl.zeros([BLOCKS, QUERIES], tl.float32)
+        for step in range(begin * TURNS, stop * TURNS):
+            number = step // TURNS * BLOCKS
             offset = step * KEYS
             k_base = K + (first_compressed + offset) * k_row + head * k_head
             k_rows = k_base + tl.minimum(key, last - offset) * k_row  # those beyond the last are of no block asked for
@@ -131,11 +133,19 @@ def block_scores_kernel(
             p = tl.sum(tl.reshape(p, [KEYS, GROUP_WIDTH, QUERIES]), 1)
             if LOCAL == 1:
                 p = tl.where((offset + key)[:, None] <= visible[None, :], p, 0.0)
-            weighted = tl.reshape(p * own.to(tl.float32)[:, None], [BLOCKS, BETA, QUERIES])
-            tl.store(OWN + scores + number, tl.sum(weighted, 1))
+            own_weight = tl.minimum(BETA - (step % TURNS * KEYS + key) % BETA, ALPHA)
+            own = tl.sum(tl.reshape(p * own_weight.to(tl.float32)[:, None], [BLOCKS, KEYS // BLOCKS, QUERIES]), 1)
+            if TURNS > 1:
+                own += tl.where(step % TURNS > 0, own_turns, 0.0)
+                own_turns = own
+            tl.store(OWN + scores + number, own, mask=asked)
             if ALPHA > 1:
-                weighted = tl.reshape(p * (ALPHA - own).to(tl.float32)[:, None], [BLOCKS, BETA, QUERIES])
-                tl.store(SPILL + scores + number, tl.sum(weighted, 1))
+                weight = (ALPHA - own_weight).to(tl.float32)
+                spill = tl.sum(tl.reshape(p * weight[:, None], [BLOCKS, KEYS // BLOCKS, QUERIES]), 1)
+                if TURNS > 1:
+                    spill += tl.where(step % TURNS > 0, spill_turns, 0.0)
+                    spill_turns = spill
+                tl.store(SPILL + scores + number, spill, mask=asked)
 
 
 @triton.jit(do_not_specialize=["first_tile", "num_tiles", "part"])
@@ -196,15 +206,15 @@ def paired_block_scores_kernel(
         half = index // 8 % 2
         if GROUP == 1:
             of_group = index * 0
-            query = index
+            place = index
         elif GROUP == 2:
             of_group = half
-            query = index // 16 * 8 + index % 8
+            place = index // 16 * 8 + index % 8
         else:
             tl.static_assert(GROUP == 4 and TURNS == 2)
             of_group = turn * 2 + half
-            query = index // 16 % WARPS * 8 + index % 8
-        row = first + query
+            place = index // 16 % WARPS * 8 + index % 8
+        row = first + place
         there = row < end
         q_heads = (head * GROUP + of_group).to(tl.int64)
         q_rows = Q + row * q_row + q_heads * q_head
@@ -217,7 +227,9 @@ def paired_block_scores_kernel(
         last = tl.load(CU_COMPRESSED + sequence + 1) - 1 - first_compressed.to(tl.int32)
         column = tl.arange(0, KEYS)
         key = 4 * (column % 8 * NEAR + column // 8 % NEAR) + column // BLOCKS
-        line = (tile.to(tl.int64) * num_kv_heads + head) * QUERIES + tl.arange(0, QUERIES)
+        query = tl.arange(0, QUERIES)
+        asked = (first + query < end)[:, None]
+        line = (tile.to(tl.int64) * num_kv_heads + head) * QUERIES + query
         own_rows = OWN + line[:, None] * width + tl.arange(0, BLOCKS)[None, :]
         spill_rows = SPILL + line[:, None] * (width // NEAR) + tl.arange(0, 8)[None, :]
         for step in range(begin, stop):
@@ -241,8 +253,8 @@ def paired_block_scores_kernel(
                 own = tl.reshape(tl.join(left, right + from_left), [QUERIES, BLOCKS])
             else:
                 tl.static_assert(NEAR == 1)
-            tl.store(own_rows + step * BLOCKS, own)
-            tl.store(spill_rows + step * 8, spill)
+            tl.store(own_rows + step * BLOCKS, own, mask=asked)
+            tl.store(spill_rows + step * 8, spill, mask=asked)
 
 
 @triton.jit

@@ -211,7 +211,7 @@ def topk_kernel(
                 forced = (place < INIT) | ((place >= INIT + FREE) & (place < TOPK))
                 tl.store(out + place, tl.where(place < INIT, place, current + 1 - TOPK + place), mask=forced)
         length = current - LOCAL + 1
-        for _ in tl.static_range(LEVEL):
+        for _level in tl.static_range(LEVEL):
             length = tl.cdiv(length, BEFORE) * SLOTS
         if FREE > 0 and (current >= TOPK) & (start < length):
             line = pair.to(tl.int64) * QUERIES + number

@@ -54,15 +54,17 @@ def select_blocks(
     group, batch_size = num_heads // num_kv_heads, cu_seqlens_q.shape[0] - 1
     alpha, beta = kernel_size // kernel_stride, block_size // kernel_stride
     free = topk - init_blocks - local_blocks
-    scoring = launch("block_scores", q.device, group_size=group, row_bytes=head_dim * q.element_size())
+    itemsize = q.element_size()
+    case = {"group_size": group, "row_bytes": head_dim * itemsize, "itemsize": itemsize}
+    scoring = launch("block_scores", q.device, **case, rows_per_sequence=ceil(total * group / batch_size))
     picking = launch("topk", q.device, free=free)
 
     queries = max(1, scoring["columns"] // power_of_two(group))
-    keys = max(scoring["keys"], beta)
+    keys = scoring["keys"]
     turns = scoring["columns"] // (16 * scoring.num_warps)
     paired = (alpha, beta) == (2, 4) and local_blocks > 1 and keys in (32, 64) and turns == 2 and group in (1, 2, 4)
     spill_every = 0 if alpha == 1 else keys // 32 if paired else 1
-    step = keys // beta
+    step = max(1, keys // beta)  # blocks
     tiles = count_tiles(total, batch_size, queries)
 
     def competing(longest: int) -> int:
@@ -73,7 +75,7 @@ def select_blocks(
     width = 32 * ceil(step * ceil(competing(max_seqlen_k) / step) / 32)
     slots = sum(level.next_width for level in _levels(competing(max_seqlen_k), free, picking["span"]))
     line_bytes = 4 * width + (4 * width // spill_every if spill_every else 0) + 8 * slots
-    most = max(1, SCORE_BYTES // (queries * num_kv_heads * line_bytes))
+    most = max(1, SCORE_BYTES // max(1, queries * num_kv_heads * line_bytes))
     chunk = ceil(tiles / ceil(tiles / most))
     lines = chunk * num_kv_heads * queries if competing(max_seqlen_k) else 0
     own = q.new_empty(lines * width, dtype=torch.float32)
@@ -86,7 +88,7 @@ def select_blocks(
         blocks = competing(max_seqlen_k - max(0, unseen))
         if blocks:
             steps = ceil(blocks / step)
-            part = max(4, ceil(steps * num_tiles * num_kv_heads / (2 * num_processors(q.device))))
+            part = ceil(steps * num_tiles * num_kv_heads / (2 * num_processors(q.device)))
             grid = num_tiles * num_kv_heads, ceil(steps / part)
             arguments = (
                 *(q, k_cmp, lse, own, spill, cu_seqlens_q, cu_seqlens_k, cu_compressed, batch_size),
