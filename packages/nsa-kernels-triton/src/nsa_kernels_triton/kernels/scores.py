@@ -1,17 +1,17 @@
 """Scores of selection blocks, Eq. 9 and 10.
 
-score[j] = sum over the heads of a group and compressed blocks i of overlap(i, j) / d * p_i, p_i = exp(scale q.k_i - lse).
-With BETA = l'/d and ALPHA = l/d, compressed block i = BETA * j + e gives min(ALPHA, BETA - e) * p_i to block j, its own,
-and what remains of ALPHA to block j + 1. So a score is made of two numbers, each a sum over one block's own compressed
-blocks alone, whatever the tile it falls into:
+score[j] = sum over the heads of a group and compressed blocks i of overlap(i, j) / d * p_i, where
+p_i = exp(scale q.k_i - lse). With BETA = l'/d and ALPHA = l/d, compressed block i = BETA * j + e gives
+min(ALPHA, BETA - e) * p_i to block j, its own, and what remains of ALPHA to block j + 1. So a score is made of two
+numbers, each a sum over one block's own compressed blocks alone, whatever the tile it falls into:
 
     score[j] = own + what block j - 1 leaves to j
 
 Every sum has the same shape for every j: equal probabilities give bitwise equal scores, and ties stay ties.
 
-The first number is OWN[j], the second SPILL[j - 1]. Where a kernel itself adds it to all but every n-th block, SPILL has
-only the others' places: SPILL[j / n - 1]. Rows are those of a chunk of query tiles, ((tile * Hk + head) * queries a tile +
-query); columns beyond the blocks that some query of the tile may choose hold anything.
+The first number is OWN[j], the second SPILL[j - 1]. Where a kernel itself adds it to all but every n-th block, SPILL
+has places for those alone: SPILL[j / n - 1]. Rows are those of a chunk of query tiles, (tile * Hk + head) * QUERIES +
+query; columns beyond the blocks that some query of the tile may choose hold anything.
 """
 
 import triton
@@ -83,7 +83,7 @@ def block_scores_kernel(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """OWN and SPILL [rows, width] fp32 of a chunk's tiles of QUERIES queries; program (tile and head, part of the blocks).
+    """OWN and SPILL [rows, width] fp32 of a chunk's tiles of QUERIES queries. Program (tile and head, part of blocks).
 
     A tile's rows are KEYS compressed blocks, its columns GROUP_WIDTH heads x QUERIES queries with the head outermost:
     thus a thread has all heads of a query, and Eq. 10 is a sum over its registers. `scale` contains log2(e).
@@ -125,7 +125,7 @@ def block_scores_kernel(
         for step in range(begin * TURNS, stop * TURNS):
             number = step // TURNS * BLOCKS
             offset = step * KEYS
-            k_base = K + (first_compressed + offset) * k_row + head * k_head
+            k_base = K + (first_compressed + offset) * k_row + head.to(tl.int64) * k_head
             k_rows = k_base + tl.minimum(key, last - offset) * k_row  # those beyond the last are of no block asked for
             k0 = load_piece(k_rows, None, 0, D0, DIM)
             k1 = load_piece(k_rows, None, D0, D1, DIM)
@@ -185,9 +185,9 @@ def paired_block_scores_kernel(
     """`block_scores_kernel` for groups of 1, 2 or 4 and the usual l' = 2 l = 4 d, with local_blocks >= 2.
 
     SPILL is [rows, width / 2] for KEYS = 64 and [rows, width] for 32. A tile's rows are queries x heads, its columns
-    KEYS compressed blocks, in an order that suits what a thread holds of a product: a row's eighths and, of each, the
-    same two columns; rows 8 apart and those 16 * WARPS apart. Heads take the latter, a block's four compressed blocks and
-    two neighbouring blocks the eighths. So all sums but one addition of neighbours stay within a thread.
+    KEYS compressed blocks, in an order that suits what a thread holds of a product: rows 8 apart and 16 * WARPS apart,
+    columns 8 apart. The heads of a group take such rows; a block's four compressed blocks, and two neighbouring blocks,
+    such columns. So all these sums stay within a thread.
 
     Limited by the exponentials, of which there are two per compressed block and head in groups of 1.
     """
@@ -197,7 +197,7 @@ def paired_block_scores_kernel(
     NEAR: tl.constexpr = BLOCKS // 8  # neighbouring blocks in a thread
     head = tl.program_id(0) % num_kv_heads
     tile = num_tiles - 1 - tl.program_id(0) // num_kv_heads
-    sequence, first, end, shift, begin, stop = blocks_of_tile(
+    sequence, first, end, _, begin, stop = blocks_of_tile(
         *(CU_SEQLENS_Q, CU_SEQLENS_K, first_tile + tile, part, batch_size, BLOCK_SIZE, TOPK, LOCAL, QUERIES, BLOCKS)
     )
     if begin < stop:
@@ -234,7 +234,7 @@ def paired_block_scores_kernel(
         spill_rows = SPILL + line[:, None] * (width // NEAR) + tl.arange(0, 8)[None, :]
         for step in range(begin, stop):
             offset = step * KEYS
-            k_base = K + (first_compressed + offset) * k_row + head * k_head
+            k_base = K + (first_compressed + offset) * k_row + head.to(tl.int64) * k_head
             k_rows = k_base + tl.minimum(key, last - offset) * k_row  # those beyond the last are of no block asked for
             k0 = load_piece(k_rows, None, 0, D0, DIM)
             k1 = load_piece(k_rows, None, D0, D1, DIM)
@@ -258,7 +258,9 @@ def paired_block_scores_kernel(
 
 
 @triton.jit
-def _sum_heads(x, GROUP: tl.constexpr, QUERIES: tl.constexpr, TURNS: tl.constexpr, WARPS: tl.constexpr, N: tl.constexpr):
+def _sum_heads(
+    x, GROUP: tl.constexpr, QUERIES: tl.constexpr, TURNS: tl.constexpr, WARPS: tl.constexpr, N: tl.constexpr
+):
     """[rows of `paired_block_scores_kernel`, N] -> [QUERIES, N]."""
     if GROUP > 1:
         x = tl.sum(tl.reshape(x, [TURNS, WARPS, 2, 8, N]), 2)
