@@ -1,17 +1,17 @@
 """Scores of selection blocks, Eq. 9 and 10.
 
-score[j] = sum over the heads of a group and compressed blocks i of overlap(i, j) / d * p_i, p_i = exp(scale q.k_i - lse).
-With BETA = l'/d and ALPHA = l/d, compressed block i = BETA * j + e gives min(ALPHA, BETA - e) * p_i to block j, its own,
-and what remains of ALPHA to block j + 1. So a score is made of two numbers, each a sum over one block's own compressed
-blocks alone, whatever the tile it falls into:
+score[j] = sum over the heads of a group and compressed blocks i of overlap(i, j) / d * p_i, where
+p_i = exp(scale q.k_i - lse). With BETA = l'/d and ALPHA = l/d, compressed block i = BETA * j + e gives
+min(ALPHA, BETA - e) * p_i to block j, its own, and what remains of ALPHA to block j + 1. So a score is made of two
+numbers, each a sum over one block's own compressed blocks alone, whatever the tile it falls into:
 
     score[j] = own + what block j - 1 leaves to j
 
 Every sum has the same shape for every j: equal probabilities give bitwise equal scores, and ties stay ties.
 
-The first number is OWN[j], the second SPILL[j - 1]. Where a kernel itself adds it to all but every n-th block, SPILL has
-only the others' places: SPILL[j / n - 1]. Rows are those of a chunk of query tiles, ((tile * Hk + head) * queries a tile +
-query); columns beyond the blocks that some query of the tile may choose hold anything.
+The first number is OWN[j], the second SPILL[j - 1]. Where a kernel itself adds it to all but every n-th block, SPILL
+has places for those alone: SPILL[j / n - 1]. Rows are those of a chunk of query tiles, (tile * Hk + head) * QUERIES +
+query; columns beyond the blocks that some query of the tile may choose hold anything.
 """
 
 import triton
@@ -83,7 +83,7 @@ def block_scores_kernel(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """OWN and SPILL [rows, width] fp32 of a chunk's tiles of QUERIES queries; program (tile and head, part of the blocks).
+    """OWN and SPILL [rows, width] fp32 of a chunk's tiles of QUERIES queries. Program (tile and head, part of blocks).
 
     A tile's rows are KEYS compressed blocks, its columns GROUP_WIDTH heads x QUERIES queries with the head outermost:
     thus a thread has all heads of a query, and Eq. 10 is a sum over its registers. `scale` contains log2(e).
@@ -92,7 +92,8 @@ def block_scores_kernel(
     longest rows and come first.
     """
     COLUMNS: tl.constexpr = GROUP_WIDTH * QUERIES
-    BLOCKS: tl.constexpr = KEYS // BETA
+    BLOCKS: tl.constexpr = KEYS // BETA if KEYS > BETA else 1
+    TURNS: tl.constexpr = BETA // KEYS if BETA > KEYS else 1  # tiles that make one block
     head = tl.program_id(0) % num_kv_heads
     tile = num_tiles - 1 - tl.program_id(0) // num_kv_heads
     sequence, first, end, shift, begin, stop = blocks_of_tile(
@@ -112,18 +113,19 @@ def block_scores_kernel(
         first_compressed = tl.load(CU_COMPRESSED + sequence).to(tl.int64)
         last = tl.load(CU_COMPRESSED + sequence + 1) - 1 - first_compressed.to(tl.int32)
         key = tl.arange(0, KEYS)
-        own = tl.minimum(BETA - key % BETA, ALPHA)
         query = tl.arange(0, QUERIES)
-        block = tl.arange(0, BLOCKS)
+        asked = (first + query < end)[None, :]
         line = (tile.to(tl.int64) * num_kv_heads + head) * QUERIES + query
-        scores = line[None, :] * width + block[:, None]
+        scores = line[None, :] * width + tl.arange(0, BLOCKS)[:, None]
         # Compressed blocks end d(ALPHA - 1) tokens behind their own block: only the current block's left neighbour may
         # have some that a query does not see yet.
         visible = (tl.maximum(first + query + shift + 1, 0) // (BLOCK_SIZE // BETA)).to(tl.int32) - ALPHA
-        for step in range(begin, stop):
-            number = step * BLOCKS
+        own_turns = tl.zeros([BLOCKS, QUERIES], tl.float32)
+        spill_turns = tl.zeros([BLOCKS, QUERIES], tl.float32)
+        for step in range(begin * TURNS, stop * TURNS):
+            number = step // TURNS * BLOCKS
             offset = step * KEYS
-            k_base = K + (first_compressed + offset) * k_row + head * k_head
+            k_base = K + (first_compressed + offset) * k_row + head.to(tl.int64) * k_head
             k_rows = k_base + tl.minimum(key, last - offset) * k_row  # those beyond the last are of no block asked for
             k0 = load_piece(k_rows, None, 0, D0, DIM)
             k1 = load_piece(k_rows, None, D0, D1, DIM)
@@ -131,11 +133,19 @@ def block_scores_kernel(
             p = tl.sum(tl.reshape(p, [KEYS, GROUP_WIDTH, QUERIES]), 1)
             if LOCAL == 1:
                 p = tl.where((offset + key)[:, None] <= visible[None, :], p, 0.0)
-            weighted = tl.reshape(p * own.to(tl.float32)[:, None], [BLOCKS, BETA, QUERIES])
-            tl.store(OWN + scores + number, tl.sum(weighted, 1))
+            own_weight = tl.minimum(BETA - (step % TURNS * KEYS + key) % BETA, ALPHA)
+            own = tl.sum(tl.reshape(p * own_weight.to(tl.float32)[:, None], [BLOCKS, KEYS // BLOCKS, QUERIES]), 1)
+            if TURNS > 1:
+                own += tl.where(step % TURNS > 0, own_turns, 0.0)
+                own_turns = own
+            tl.store(OWN + scores + number, own, mask=asked)
             if ALPHA > 1:
-                weighted = tl.reshape(p * (ALPHA - own).to(tl.float32)[:, None], [BLOCKS, BETA, QUERIES])
-                tl.store(SPILL + scores + number, tl.sum(weighted, 1))
+                weight = (ALPHA - own_weight).to(tl.float32)
+                spill = tl.sum(tl.reshape(p * weight[:, None], [BLOCKS, KEYS // BLOCKS, QUERIES]), 1)
+                if TURNS > 1:
+                    spill += tl.where(step % TURNS > 0, spill_turns, 0.0)
+                    spill_turns = spill
+                tl.store(SPILL + scores + number, spill, mask=asked)
 
 
 @triton.jit(do_not_specialize=["first_tile", "num_tiles", "part"])
@@ -175,9 +185,9 @@ def paired_block_scores_kernel(
     """`block_scores_kernel` for groups of 1, 2 or 4 and the usual l' = 2 l = 4 d, with local_blocks >= 2.
 
     SPILL is [rows, width / 2] for KEYS = 64 and [rows, width] for 32. A tile's rows are queries x heads, its columns
-    KEYS compressed blocks, in an order that suits what a thread holds of a product: a row's eighths and, of each, the
-    same two columns; rows 8 apart and those 16 * WARPS apart. Heads take the latter, a block's four compressed blocks and
-    two neighbouring blocks the eighths. So all sums but one addition of neighbours stay within a thread.
+    KEYS compressed blocks, in an order that suits what a thread holds of a product: rows 8 apart and 16 * WARPS apart,
+    columns 8 apart. The heads of a group take such rows; a block's four compressed blocks, and two neighbouring blocks,
+    such columns. So all these sums stay within a thread.
 
     Limited by the exponentials, of which there are two per compressed block and head in groups of 1.
     """
@@ -187,7 +197,7 @@ def paired_block_scores_kernel(
     NEAR: tl.constexpr = BLOCKS // 8  # neighbouring blocks in a thread
     head = tl.program_id(0) % num_kv_heads
     tile = num_tiles - 1 - tl.program_id(0) // num_kv_heads
-    sequence, first, end, shift, begin, stop = blocks_of_tile(
+    sequence, first, end, _, begin, stop = blocks_of_tile(
         *(CU_SEQLENS_Q, CU_SEQLENS_K, first_tile + tile, part, batch_size, BLOCK_SIZE, TOPK, LOCAL, QUERIES, BLOCKS)
     )
     if begin < stop:
@@ -196,15 +206,15 @@ def paired_block_scores_kernel(
         half = index // 8 % 2
         if GROUP == 1:
             of_group = index * 0
-            query = index
+            place = index
         elif GROUP == 2:
             of_group = half
-            query = index // 16 * 8 + index % 8
+            place = index // 16 * 8 + index % 8
         else:
             tl.static_assert(GROUP == 4 and TURNS == 2)
             of_group = turn * 2 + half
-            query = index // 16 % WARPS * 8 + index % 8
-        row = first + query
+            place = index // 16 % WARPS * 8 + index % 8
+        row = first + place
         there = row < end
         q_heads = (head * GROUP + of_group).to(tl.int64)
         q_rows = Q + row * q_row + q_heads * q_head
@@ -217,12 +227,14 @@ def paired_block_scores_kernel(
         last = tl.load(CU_COMPRESSED + sequence + 1) - 1 - first_compressed.to(tl.int32)
         column = tl.arange(0, KEYS)
         key = 4 * (column % 8 * NEAR + column // 8 % NEAR) + column // BLOCKS
-        line = (tile.to(tl.int64) * num_kv_heads + head) * QUERIES + tl.arange(0, QUERIES)
+        query = tl.arange(0, QUERIES)
+        asked = (first + query < end)[:, None]
+        line = (tile.to(tl.int64) * num_kv_heads + head) * QUERIES + query
         own_rows = OWN + line[:, None] * width + tl.arange(0, BLOCKS)[None, :]
         spill_rows = SPILL + line[:, None] * (width // NEAR) + tl.arange(0, 8)[None, :]
         for step in range(begin, stop):
             offset = step * KEYS
-            k_base = K + (first_compressed + offset) * k_row + head * k_head
+            k_base = K + (first_compressed + offset) * k_row + head.to(tl.int64) * k_head
             k_rows = k_base + tl.minimum(key, last - offset) * k_row  # those beyond the last are of no block asked for
             k0 = load_piece(k_rows, None, 0, D0, DIM)
             k1 = load_piece(k_rows, None, D0, D1, DIM)
@@ -241,12 +253,14 @@ def paired_block_scores_kernel(
                 own = tl.reshape(tl.join(left, right + from_left), [QUERIES, BLOCKS])
             else:
                 tl.static_assert(NEAR == 1)
-            tl.store(own_rows + step * BLOCKS, own)
-            tl.store(spill_rows + step * 8, spill)
+            tl.store(own_rows + step * BLOCKS, own, mask=asked)
+            tl.store(spill_rows + step * 8, spill, mask=asked)
 
 
 @triton.jit
-def _sum_heads(x, GROUP: tl.constexpr, QUERIES: tl.constexpr, TURNS: tl.constexpr, WARPS: tl.constexpr, N: tl.constexpr):
+def _sum_heads(
+    x, GROUP: tl.constexpr, QUERIES: tl.constexpr, TURNS: tl.constexpr, WARPS: tl.constexpr, N: tl.constexpr
+):
     """[rows of `paired_block_scores_kernel`, N] -> [QUERIES, N]."""
     if GROUP > 1:
         x = tl.sum(tl.reshape(x, [TURNS, WARPS, 2, 8, N]), 2)

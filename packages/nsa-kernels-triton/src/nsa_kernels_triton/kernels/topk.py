@@ -4,9 +4,9 @@ Non-negative floats order as their bits do, so the scores become int32 keys; -1 
 found by bisection on keys: bounds LO and HI such that at least `need` keys are >= LO and fewer are >= HI. It ends when
 exactly `need` are, or when LO is the value of the last one chosen; then ties at LO are settled by index.
 
-Long rows are a tournament. A first level chooses from each span of a row's blocks and leaves (key, block number) of the
-winners, in ascending order, in as many slots for every span; a next level chooses from those. Since slots keep the order
-of the blocks, ties are settled by position on every level.
+Long rows are a tournament. A first level chooses from each span of a row's blocks and leaves (key, block number) of
+the winners, in ascending order, in as many slots for every span; a next level chooses from those. Since slots keep the
+order of the blocks, ties are settled by position on every level.
 """
 
 import triton
@@ -59,9 +59,7 @@ def members(chosen, bit):
 
 
 @triton.jit
-def pick_few(
-    OWN, SPILL, KEYS, start, keys, need, SPAN: tl.constexpr, LEVEL: tl.constexpr, SPILL_EVERY: tl.constexpr
-):
+def pick_few(OWN, SPILL, KEYS, start, keys, need, SPAN: tl.constexpr, LEVEL: tl.constexpr, SPILL_EVERY: tl.constexpr):
     """Positions of the `need` <= 32 greatest of `keys` [SPAN / 4, 4], ascending in the first lanes of 32. For one warp.
 
     `keys` are those of positions from `start` of a row, which the pointers name.
@@ -141,7 +139,7 @@ def pick_many(keys, need, count, SPAN: tl.constexpr):
     """(keys, chosen, rank), each [SPAN]: which of keys [SPAN / 4, 4] are the `need` greatest of the `count` that are
     not -1, and how many chosen ones come before each. Any number of warps."""
     keys = tl.reshape(keys, [SPAN])
-    lo, hi, count = raise_bound(keys, need, tl.full([], 0, tl.int32), tl.max(keys, 0) + 1, count, 0)
+    lo, _, count = raise_bound(keys, need, tl.full([], 0, tl.int32), tl.max(keys, 0) + 1, count, 0)
     chosen = keys >= lo
     if count > need:  # ties at the threshold
         ties = need - tl.sum((keys > lo).to(tl.int32), 0)
@@ -180,12 +178,13 @@ def topk_kernel(
     QUERIES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One level of the top-k of a chunk's rows: program (ROWS rows of a tile and head, span of SPAN positions).
+    """One level of the top-k of a chunk's rows. Program (ROWS rows of a tile and head, span of SPAN positions).
 
-    Level 0 reads OWN [rows, width] and SPILL [rows, width / SPILL_EVERY], a later one KEYS and NUMBERS [rows, width]:
-    SLOTS of each span of BEFORE positions. The last level, of one span, writes OUT [Tq, Hk, TOPK], forced blocks and short rows included; others
-    write NEXT_KEYS and NEXT_NUMBERS [rows, next_width], SLOTS a span. FEW says that pick_few does it: one warp,
-    at most 32 free places, SPAN <= 1024.
+    Level 0 reads OWN [rows, width] and SPILL [rows, width / SPILL_EVERY] as `kernels.scores` leaves them (SPILL_EVERY
+    0: there is none), a later one KEYS and NUMBERS [rows, width]: SLOTS for each span of BEFORE positions. The last
+    level, of one span, writes OUT [Tq, Hk, TOPK], forced blocks and rows with places for all blocks included; others
+    write NEXT_KEYS and NEXT_NUMBERS [rows, next_width], SLOTS a span. FEW: `pick_few` does it, one warp, at most 32
+    free places, SPAN from 128 to 1024.
 
     Limited by latency: bisection is a chain of warp reductions. Many rows a multiprocessor hide it.
     """
@@ -211,7 +210,7 @@ def topk_kernel(
                 forced = (place < INIT) | ((place >= INIT + FREE) & (place < TOPK))
                 tl.store(out + place, tl.where(place < INIT, place, current + 1 - TOPK + place), mask=forced)
         length = current - LOCAL + 1
-        for _ in tl.static_range(LEVEL):
+        for _level in tl.static_range(LEVEL):
             length = tl.cdiv(length, BEFORE) * SLOTS
         if FREE > 0 and (current >= TOPK) & (start < length):
             line = pair.to(tl.int64) * QUERIES + number

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from nsa_kernels_triton.configurations import launch
-from nsa_kernels_triton.ops.launching import on_device, num_processors, rows
+from nsa_kernels_triton.ops.launching import num_processors, on_device, rows
 from nsa_kernels_triton.tiles import count_tiles, pieces, power_of_two
 
 SCORE_BYTES = 256 << 20
-"""Most memory for scores at a time; more queries are taken in chunks. One tile of queries is taken whatever it needs."""
-
-LOG2_E = 1.4426950408889634
+"""Most memory for scores at a time: more queries are taken in chunks, of at least one tile, whatever that needs."""
 
 FEW = 32
 """Most free places that one warp deals with in registers."""
+
+LOG2_E = 1.4426950408889634
 
 
 @torch.library.custom_op("nsa_kernels_triton::select_blocks", mutates_args=())
@@ -54,57 +54,63 @@ def select_blocks(
     group, batch_size = num_heads // num_kv_heads, cu_seqlens_q.shape[0] - 1
     alpha, beta = kernel_size // kernel_stride, block_size // kernel_stride
     free = topk - init_blocks - local_blocks
-    scoring = launch("block_scores", q.device, group_size=group, row_bytes=head_dim * q.element_size())
+    itemsize = q.element_size()
+    case = {"group_size": group, "row_bytes": head_dim * itemsize, "itemsize": itemsize}
+    scoring = launch("block_scores", q.device, **case, rows_per_sequence=ceil(total * group / batch_size))
     picking = launch("topk", q.device, free=free)
 
-    queries = max(1, scoring["columns"] // power_of_two(group))
-    keys = max(scoring["keys"], beta)
-    turns = scoring["columns"] // (16 * scoring.num_warps)
-    paired = (alpha, beta) == (2, 4) and local_blocks > 1 and keys in (32, 64) and turns == 2 and group in (1, 2, 4)
-    spill_every = 0 if alpha == 1 else keys // 32 if paired else 1
-    step = keys // beta
-    tiles = count_tiles(total, batch_size, queries)
-
     def competing(longest: int) -> int:
-        """Blocks that compete for places in so long a sequence; none where there are places for all, or none."""
+        """Blocks that compete for places in so long a sequence; none where there are places for all, or no places."""
         blocks = ceil(longest / block_size)
         return blocks - local_blocks if blocks > topk and free else 0
 
-    width = 32 * ceil(step * ceil(competing(max_seqlen_k) / step) / 32)
-    slots = sum(level.next_width for level in _levels(competing(max_seqlen_k), free, picking["span"]))
-    line_bytes = 4 * width + (4 * width // spill_every if spill_every else 0) + 8 * slots
-    most = max(1, SCORE_BYTES // (queries * num_kv_heads * line_bytes))
-    chunk = ceil(tiles / ceil(tiles / most))
-    lines = chunk * num_kv_heads * queries if competing(max_seqlen_k) else 0
-    own = q.new_empty(lines * width, dtype=torch.float32)
-    spill = q.new_empty(lines * width // spill_every if spill_every else 0, dtype=torch.float32)
+    queries, keys = max(1, scoring["columns"] // power_of_two(group)), scoring["keys"]
+    fits = keys in (32, 64) and scoring["columns"] == 32 * scoring.num_warps
+    paired = fits and group in (1, 2, 4) and (alpha, beta) == (2, 4) and local_blocks > 1
+    spill_every = 0 if alpha == 1 else keys // 32 if paired else 1
+    step = max(1, keys // beta)  # blocks
+    tiles = count_tiles(total, batch_size, queries)
+    lines = num_kv_heads * queries  # of scores, a tile
+
+    most_blocks = competing(max_seqlen_k)
+    width = 32 * ceil(step * ceil(most_blocks / step) / 32)
+    spill_width = width // spill_every if spill_every else 0
+    winners = sum(level.next_width for level in _levels(most_blocks, free, picking["span"]))
+    chunk = max(1, SCORE_BYTES // max(1, lines * (4 * (width + spill_width) + 8 * winners)))  # tiles
+    chunk = ceil(tiles / ceil(tiles / chunk))
+    own = q.new_empty(chunk * lines * width, dtype=torch.float32)
+    spill = q.new_empty(chunk * lines * spill_width, dtype=torch.float32)
+
+    constants: dict[str, int] = {"BLOCK_SIZE": block_size, "TOPK": topk, "LOCAL": local_blocks, "QUERIES": queries}
+    widths = dict(zip(("D0", "D1"), pieces(head_dim), strict=True))
+    score_constants = constants | widths | {"GROUP": group, "DIM": head_dim, "KEYS": keys}
+    if paired:
+        score_constants |= {"WARPS": scoring.num_warps}
+    else:
+        score_constants |= {"ALPHA": alpha, "BETA": beta, "GROUP_WIDTH": power_of_two(group)}
+    score = paired_block_scores_kernel if paired else block_scores_kernel
+    picked = min(picking["rows"], queries)
+    constants |= {"INIT": init_blocks, "SPILL_EVERY": spill_every, "FEW": free <= FEW, "ROWS": picked}
 
     for first_tile in range(0, tiles, chunk):
         num_tiles = min(chunk, tiles - first_tile)
-        # Of one sequence the host knows how many keys the chunk's last query is behind the end.
-        unseen = total - (first_tile + num_tiles) * queries if batch_size == 1 else 0
-        blocks = competing(max_seqlen_k - max(0, unseen))
+        # Of one sequence the host knows how many queries, and so keys, there are behind the chunk.
+        behind = max(0, total - (first_tile + num_tiles) * queries) if batch_size == 1 else 0
+        blocks = competing(max_seqlen_k - behind)
         if blocks:
             steps = ceil(blocks / step)
-            part = max(4, ceil(steps * num_tiles * num_kv_heads / (2 * num_processors(q.device))))
-            grid = num_tiles * num_kv_heads, ceil(steps / part)
-            arguments = (
+            part = ceil(steps * num_tiles * num_kv_heads / (2 * num_processors(q.device)))  # a few queries alone: split
+            score[num_tiles * num_kv_heads, ceil(steps / part)](
                 *(q, k_cmp, lse, own, spill, cu_seqlens_q, cu_seqlens_k, cu_compressed, batch_size),
                 *(first_tile, num_tiles, part, width, q.stride(0), q.stride(1), k_cmp.stride(0), k_cmp.stride(1)),
                 *(lse.stride(0), lse.stride(1), num_kv_heads, scale * LOG2_E),
+                **score_constants,
+                **scoring.options,
             )
-            constants = {"GROUP": group, "DIM": head_dim, "BLOCK_SIZE": block_size, "TOPK": topk, "LOCAL": local_blocks}
-            constants |= dict(zip(("D0", "D1"), pieces(head_dim), strict=True)) | {"QUERIES": queries, "KEYS": keys}
-            if paired:
-                paired_block_scores_kernel[grid](*arguments, **constants, WARPS=scoring.num_warps, **scoring.options)
-            else:
-                constants |= {"ALPHA": alpha, "BETA": beta, "GROUP_WIDTH": power_of_two(group)}
-                block_scores_kernel[grid](*arguments, **constants, **scoring.options)
-        picked = min(picking["rows"], queries)
         source, source_width, source_span = (out, out), width, 0
         for number, level in enumerate(_levels(blocks, free, picking["span"])):
-            size = num_tiles * num_kv_heads * queries * level.next_width
-            target = [q.new_empty(size, dtype=torch.int32) for _ in range(2)] if size else (out, out)
+            size = num_tiles * lines * level.next_width
+            target = (out.new_empty(size), out.new_empty(size)) if size else (out, out)
             topk_kernel[num_tiles * num_kv_heads * (queries // picked), level.spans](
                 *(own, spill, *source, *target, out, cu_seqlens_q, cu_seqlens_k, batch_size),
                 *(first_tile, source_width, level.next_width, num_kv_heads),
@@ -113,14 +119,7 @@ def select_blocks(
                 SPAN=level.span,
                 BEFORE=source_span,
                 SLOTS=level.slots,
-                FEW=free <= FEW,
-                BLOCK_SIZE=block_size,
-                SPILL_EVERY=spill_every,
-                TOPK=topk,
-                INIT=init_blocks,
-                LOCAL=local_blocks,
-                QUERIES=queries,
-                ROWS=picked,
+                **constants,
                 **picking.options,
             )
             source, source_width, source_span = target, level.next_width, level.span
