@@ -1,4 +1,4 @@
-"""The Triton kernels through routing, interpreted on the CPU: a request for them launches them, and nothing else does."""
+"""The Triton kernels through routing, interpreted on the CPU: a request launches them, and nothing else does."""
 
 import pkgutil
 from collections.abc import Callable, Iterator
@@ -30,8 +30,8 @@ class Case(NamedTuple):
     kernels: set[str]
     num_heads: int = 4
     num_kv_heads: int = 2
-    blocks: dict[str, int] = {}
-    configuration: dict[str, int] = {}
+    blocks: dict[str, int] | None = None
+    configuration: dict[str, int] | None = None
 
 
 SMALL = {"kernel_size": 8, "kernel_stride": 4, "block_size": 32, "topk": 4}
@@ -45,9 +45,7 @@ CASES = {
     "combine": Case("combine", {"combine_kernel"}),
     "choice": Case("select_blocks", {"block_scores_kernel", "topk_kernel"}, 8, 1, blocks=SMALL | {"topk": 3}),
     "paired choice": Case("select_blocks", {"paired_block_scores_kernel", "topk_kernel"}, blocks=PAIRED),
-    "by query": Case(
-        "selected_attention", {"union_kernel", "shared_kernel"}, blocks=SMALL, configuration=BY_QUERY
-    ),
+    "by query": Case("selected_attention", {"union_kernel", "shared_kernel"}, blocks=SMALL, configuration=BY_QUERY),
     "by block": Case(
         "selected_attention",
         {"count_kernel", "lay_out_kernel", "file_kernel", "filed_kernel", "merge_kernel"},
@@ -85,7 +83,7 @@ def check(case: Case) -> None:
         dtype=torch.float32,
         device="cpu",
     )
-    with configurations.overridden("selected_attention", **case.configuration), launches() as seen:
+    with configurations.overridden("selected_attention", **(case.configuration or {})), launches() as seen:
         found = getattr(ops, case.op)(*args, **kwargs, backend="triton", **determined(case))
     expected = getattr(reference, case.op)(*(x.double() if is_float(x) else x for x in args), **kwargs)
     assert seen == case.kernels

@@ -52,9 +52,9 @@ def filed_kernel(
     """Parts of one kv head: PARTS [chunk rows, num_slots, G, DV], PART_LSE [chunk rows, num_slots, G], in base 2.
 
     Persistent: a program takes every n-th tile, and reads what the next one is while it computes. Every key of these
-    blocks is visible to every query filed under them. Where DV is a power of two, V0 and V1 may be its halves: one after
-    the other they take half the registers, and more programs share an SM. Limited by the latency of dependent loads and by the bytes of q
-    and of the parts.
+    blocks is visible to every query filed under them. Where DV is a power of two, V0 and V1 may be its halves: one
+    after the other they take half the registers, and more programs share an SM. Limited by the latency of dependent
+    loads and by the bytes of q and of the parts.
     """
     base = chunk_start(CU_SEQLENS_Q, first_tile, batch_size, QUERIES)
     num_tiles = tl.load(NUM_TILES + head)

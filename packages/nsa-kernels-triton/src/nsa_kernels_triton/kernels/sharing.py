@@ -58,8 +58,8 @@ def union_kernel(
     BLOCKS, MEMBERS [tiles, Hk, QUERIES * num_slots]: those blocks, ascending, so that the wholly visible ones come
     first; bit i of MEMBERS is set for each query i of the tile that chose the block.
 
-    Each query's entries are sorted into ORDERED [tiles, Hk, QUERIES_2, SLOTS], then all queries' lists merged, a block a
-    step. Limited by latency: a step is a load and a minimum over the queries.
+    Each query's entries are sorted into ORDERED [tiles, Hk, QUERIES_2, SLOTS], then all queries' lists merged, block by
+    block. Limited by latency: a step is a load and a minimum over the queries.
     """
     program = tl.program_id(0)
     head = tl.program_id(1)

@@ -101,7 +101,7 @@ class _Call:
         }
 
     def _heads(self, queries: int, tile_rows: int, halves: bool = False) -> dict[str, int]:
-        """The constants that every attention kernel takes; `halves`: of values in two pieces where they could be one."""
+        """The constants that every attention kernel takes; `halves`: values in two pieces that could be one."""
         k0, k1 = pieces(self.head_dim)
         v0, v1 = pieces(self.v_head_dim)
         if halves and self._halves():
