@@ -31,11 +31,11 @@ class Case(NamedTuple):
     num_heads: int = 4
     num_kv_heads: int = 2
     blocks: dict[str, int] | None = None
-    configuration: dict[str, int] | None = None
+    configuration: tuple[str, dict[str, int]] | None = None
 
 
 SMALL = {"kernel_size": 8, "kernel_stride": 4, "block_size": 32, "topk": 4}
-PAIRED = {"kernel_size": 16, "kernel_stride": 8, "block_size": 32, "topk": 3}
+PAIRED = {"kernel_size": 16, "kernel_stride": 8, "block_size": 32, "topk": 4}
 BY_QUERY = {"by_block": 0, "tma": 0, "rows": 16, "keys": 16}
 BY_BLOCK = {"by_block": 1, "tma": 0, "halves": 0, "rows": 16, "chunk_rows": 4096, "programs": 2}
 CASES = {
@@ -43,14 +43,24 @@ CASES = {
     "compressed": Case("compressed_attention", {"interval_attention_kernel"}),
     "window": Case("window_attention", {"interval_attention_kernel"}, blocks={"window_size": 16}),
     "combine": Case("combine", {"combine_kernel"}),
-    "choice": Case("select_blocks", {"block_scores_kernel", "topk_kernel"}, 8, 1, blocks=SMALL | {"topk": 3}),
-    "paired choice": Case("select_blocks", {"paired_block_scores_kernel", "topk_kernel"}, blocks=PAIRED),
-    "by query": Case("selected_attention", {"union_kernel", "shared_kernel"}, blocks=SMALL, configuration=BY_QUERY),
+    "choice": Case("select_blocks", {"block_scores_kernel", "topk_kernel"}, 8, 1, blocks=SMALL),
+    "paired choice": Case(
+        "select_blocks",
+        {"paired_block_scores_kernel", "topk_kernel"},
+        blocks=PAIRED,
+        configuration=("block_scores", {"keys": 32, "columns": 128, "num_warps": 4}),
+    ),
+    "by query": Case(
+        "selected_attention",
+        {"union_kernel", "shared_kernel"},
+        blocks=SMALL,
+        configuration=("selected_attention", BY_QUERY),
+    ),
     "by block": Case(
         "selected_attention",
         {"count_kernel", "lay_out_kernel", "file_kernel", "filed_kernel", "merge_kernel"},
         blocks=SMALL,
-        configuration=BY_BLOCK,
+        configuration=("selected_attention", BY_BLOCK),
     ),
 }
 
@@ -83,7 +93,8 @@ def check(case: Case) -> None:
         dtype=torch.float32,
         device="cpu",
     )
-    with configurations.overridden("selected_attention", **(case.configuration or {})), launches() as seen:
+    table, numbers = case.configuration or ("combine", {})
+    with configurations.overridden(table, **numbers), launches() as seen:
         found = getattr(ops, case.op)(*args, **kwargs, backend="triton", **determined(case))
     expected = getattr(reference, case.op)(*(x.double() if is_float(x) else x for x in args), **kwargs)
     assert seen == case.kernels

@@ -27,7 +27,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 DIST = ROOT / "dist"
-BASE_REQUIREMENTS = ["torch", "numpy", "pytest>=9", "pytest-randomly", "hypothesis"]
+BASE_REQUIREMENTS = ["torch", "numpy", "pytest>=9", "pytest-randomly", "pytest-xdist", "hypothesis"]
 
 # Runs in the child. argv: package, its sibling dependencies, all packages (JSON); prints what went wrong, a line each.
 CHECK = """
@@ -170,7 +170,19 @@ def try_alone(package: Package, packages: dict[str, Package], base: Path, work: 
         raise Failure("it has no tests")
     shutil.copytree(package.folder / "tests", bench / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     report = bench / "report.xml"
-    pytest = [python_of(child), "-P", "-m", "pytest", "-q", "-m", "not slow", f"--junitxml={report}", "tests"]
+    pytest = [
+        python_of(child),
+        "-P",
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "auto",
+        "-m",
+        "not slow",
+        f"--junitxml={report}",
+        "tests",
+    ]
     code = run(pytest, cwd=bench).returncode
     if code:  # 5, no test collected, included
         raise Failure("no test was collected" if code == 5 else f"pytest exits {code}")

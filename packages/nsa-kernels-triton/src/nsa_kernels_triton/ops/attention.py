@@ -28,8 +28,8 @@ def compressed_attention(
     See `TritonBackend.compressed_attention`.
     """
     sizes = {"KERNEL_SIZE": kernel_size, "KERNEL_STRIDE": kernel_stride}
-    cu_seqlens = cu_seqlens_q, cu_seqlens_k, cu_compressed
-    return _attend("compressed_attention", q, k_cmp, v_cmp, cu_seqlens, 1, scale, sizes)
+    offsets = cu_seqlens_q, cu_seqlens_k, cu_compressed
+    return _attend("compressed_attention", q, k_cmp, v_cmp, offsets, 1, scale, sizes)
 
 
 @torch.library.custom_op("nsa_kernels_triton::window_attention", mutates_args=())
@@ -90,7 +90,7 @@ def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens: tuple[Tensor, Tensor, Tensor | None],
+    offsets: tuple[Tensor, Tensor, Tensor | None],
     window_size: int,
     scale: float,
     sizes: dict[str, int],
@@ -105,7 +105,7 @@ def _attend(
     total_q, num_heads, head_dim = q.shape
     num_kv_heads, v_head_dim = v.shape[1:]
     group_size = num_heads // num_kv_heads
-    batch_size = cu_seqlens[0].shape[0] - 1
+    batch_size = offsets[0].shape[0] - 1
     config = launch(
         *(name, q.device),
         row_bytes=max(sum(pieces(head_dim)), sum(pieces(v_head_dim))) * q.element_size(),
@@ -115,7 +115,7 @@ def _attend(
     )
     grid = count_tiles(total_q, batch_size, config["rows"] // group_size), num_kv_heads
     interval_attention_kernel[grid](
-        *(q, k, v, *_tiles(k, v, config), out, lse, *cu_seqlens),
+        *(q, k, v, *_tiles(k, v, config), out, lse, *offsets),
         *(batch_size, total_q, window_size, scale * 1.4426950408889634),
         *(q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
         **sizes,
