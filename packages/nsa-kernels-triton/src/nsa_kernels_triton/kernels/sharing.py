@@ -204,7 +204,8 @@ def shared_kernel(
                 v0 = V_TILES.load([start.to(tl.int32), head * DV])
                 v1 = None
             m, norm, acc0, acc1 = update_members(s, member, scale, m, norm, acc0, acc1, v0, v1)
-        for i in range(num_whole * parts, num_distinct * parts):  # of the one or two blocks that hold the queries
+        # Of the one or two blocks that hold the queries; one stage, for more would cost the other loop its registers.
+        for i in tl.range(num_whole * parts, num_distinct * parts, num_stages=1):
             block = tl.load(BLOCKS + i // parts)
             member = ((tl.load(MEMBERS + i // parts) >> query) & 1) != 0
             start = first_key + block * BLOCK_SIZE + i % parts * KEYS

@@ -197,7 +197,10 @@ class _Call:
         }
         halves = config["halves"] > 0
         tiles_kv = self._tiles(config, self.block_size, 1 + (halves and self._halves()))
-        filing, laying = launch("filing", self.q.device), launch("laying_out", self.q.device)
+        filing, laying = (
+            launch("filing", self.q.device, entries=queries * num_slots),
+            launch("laying_out", self.q.device),
+        )
         merging = launch("merging", self.q.device, **self.case)
         programs = min(most_tiles, num_processors(self.q.device) * config["programs"])
         sizes = self.batch_size, num_kv_heads, num_slots
