@@ -9,10 +9,11 @@ rows = 16
 num_warps = 4
 num_stages = 2
 maxnreg = 0 # registers a thread at most; 0 leaves them to the compiler
+measured = "2026-11-22, NVIDIA H100 80GB HBM3, ..." # where the numbers come from; those of a rule without are believed
 ```
 
 Every kernel has a last rule without `up_to`. Files name what they extend with `extends`; a kernel that a file lists is
-taken from it whole. The numbers of a file with `measured` come from that run; others are believed.
+taken from it whole. `bench/tune_triton.py` in the repository measures candidates and writes the fastest down.
 """
 
 import tomllib
@@ -27,6 +28,7 @@ import torch
 
 FAMILIES = {80: "sm80", 86: "sm89", 87: "sm80", 89: "sm89", 90: "sm90", 100: "sm100", 103: "sm100", 120: "sm89"}
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
+TOLD = ("up_to", "measured")  # what a rule says beside its numbers
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def choose(kernel: str, name: str, **case: int) -> Launch:
     """`launch`, for a file by its name."""
     for rule in table(name)[kernel]:
         if all(case[key] <= most for key, most in rule.get("up_to", {}).items()):
-            numbers = {key: value for key, value in rule.items() if key != "up_to"} | _overrides.get(kernel, {})
+            numbers = {key: value for key, value in rule.items() if key not in TOLD} | _overrides.get(kernel, {})
             options = {key: numbers.pop(key, 0) for key in OPTIONS}
             return Launch(numbers, **options)
     raise LookupError(f"configurations/{name}.toml: {kernel} has no rule for {case}")
