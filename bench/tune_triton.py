@@ -253,11 +253,12 @@ def taken(trial: Trial) -> dict[str, int]:
 
 
 def apply(source: Path, name: str) -> None:
-    """Write the fastest numbers of each case into the rule that it takes."""
+    """Write the fastest numbers of each case into the rule that it takes; where cases share one, the last holds."""
     import tomlkit
 
     path = FOLDER / f"{name}.toml"
     document = tomlkit.parse(path.read_text(encoding="utf-8"))
+    inherited = tomlkit.parse((FOLDER / "base.toml").read_text(encoding="utf-8"))
     with source.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
     best: dict[tuple[str, ...], dict[str, str]] = {}
@@ -267,12 +268,12 @@ def apply(source: Path, name: str) -> None:
             best[kind] = row
     for row in best.values():
         numbers, case = json.loads(row["numbers"]), json.loads(row["case"])
-        rule = next(
-            (r for r in document.get(row["table"], []) if all(case[k] <= v for k, v in r.get("up_to", {}).items())),
-            None,
-        )
-        if rule is None or not numbers:
+        if not numbers:  # what is in force is the fastest
             continue
+        if row["table"] not in document:
+            document[row["table"]] = inherited[row["table"]]
+        rules = document[row["table"]]
+        rule = next(r for r in rules if all(case[key] <= most for key, most in r.get("up_to", {}).items()))
         for key, value in numbers.items():
             rule[key] = value
         rule["measured"] = f"{datetime.date.today()}, {row['gpu']}, {row['versions']}, {source.name}"

@@ -36,7 +36,7 @@ def test_a_file_configures_the_kernels_of_base(name: str) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_numbers_are_sane(rule: dict[str, Any]) -> None:
-    numbers = {key: value for key, value in rule.items() if key != "up_to"}
+    numbers = {key: value for key, value in rule.items() if key not in configurations.TOLD}
     assert all(type(value) is int and value >= 0 for value in numbers.values())
     assert is_power_of_two(numbers["num_warps"])
     assert numbers["num_warps"] <= 16
