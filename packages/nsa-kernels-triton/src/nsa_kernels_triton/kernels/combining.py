@@ -6,7 +6,7 @@ import triton.language as tl
 from nsa_kernels_triton.kernels.pieces import load_piece, store_piece
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def combine_kernel(
     GATES,
     O_CMP,

@@ -13,7 +13,7 @@ from nsa_kernels_triton.kernels.softmax import empty, finish, update
 from nsa_kernels_triton.kernels.tiles import find_tile, key_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size", "total_q"])
 def interval_attention_kernel(
     Q,
     K,

@@ -67,7 +67,7 @@ def far_blocks(
     return first, end, block, far, own, number, first_key
 
 
-@triton.jit(do_not_specialize=["first_tile"])
+@triton.jit(do_not_specialize=["batch_size", "num_blocks", "first_tile"])
 def count_kernel(
     INDICES,
     CU_SEQLENS_Q,
@@ -122,7 +122,7 @@ def count_kernel(
         tl.store(META + row, meta + (tl.sum(far.to(tl.int32), 1) << FAR_SHIFT), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks", "most_tiles"])
 def lay_out_kernel(
     COUNTS, KEY_ROWS, OFFSETS, NUM_TILES, TILES, num_blocks, most_tiles, QUERIES: tl.constexpr, WIDTH: tl.constexpr
 ):
@@ -149,7 +149,7 @@ def lay_out_kernel(
     tl.store(NUM_TILES + head, laid)
 
 
-@triton.jit(do_not_specialize=["first_tile"])
+@triton.jit(do_not_specialize=["batch_size", "num_blocks", "most_tiles", "first_tile"])
 def file_kernel(
     INDICES,
     CU_SEQLENS_Q,

@@ -13,7 +13,7 @@ from nsa_kernels_triton.kernels.softmax import empty, finish, update
 from nsa_kernels_triton.kernels.tiles import find_tile, key_rows
 
 
-@triton.jit(do_not_specialize=["first_tile", "head"])
+@triton.jit(do_not_specialize=["batch_size", "most_tiles", "first_tile", "head"])
 def filed_kernel(
     Q,
     K,
@@ -109,7 +109,7 @@ def filed_kernel(
             tl.store(PART_LSE + part, top + tl.log2(total), mask=there)
 
 
-@triton.jit(do_not_specialize=["first_tile", "head"])
+@triton.jit(do_not_specialize=["batch_size", "total_q", "first_tile", "head"])
 def merge_kernel(
     Q,
     K,

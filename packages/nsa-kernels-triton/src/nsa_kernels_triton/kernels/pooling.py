@@ -6,7 +6,7 @@ import triton.language as tl
 from nsa_kernels_triton.kernels.tiles import find_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size"])
 def compress_mean_kernel(
     X,
     OUT,

@@ -47,7 +47,7 @@ def blocks_of_tile(
     return sequence, first, end, shift, begin, tl.minimum(stop, begin + part)
 
 
-@triton.jit(do_not_specialize=["first_tile", "num_tiles", "part"])
+@triton.jit(do_not_specialize=["batch_size", "first_tile", "num_tiles", "part", "lse_head"])
 def block_scores_kernel(
     Q,
     K,
@@ -148,7 +148,7 @@ def block_scores_kernel(
                 tl.store(SPILL + scores + number, spill, mask=asked)
 
 
-@triton.jit(do_not_specialize=["first_tile", "num_tiles", "part"])
+@triton.jit(do_not_specialize=["batch_size", "first_tile", "num_tiles", "part", "lse_head"])
 def paired_block_scores_kernel(
     Q,
     K,

@@ -32,7 +32,7 @@ def named_before(INDICES, block, row, there, position, slot, num_kv_heads, num_s
     return repeated
 
 
-@triton.jit(do_not_specialize=["first_tile", "tile_step"])
+@triton.jit(do_not_specialize=["batch_size", "first_tile", "tile_step"])
 def union_kernel(
     INDICES,
     CU_SEQLENS_Q,
@@ -122,7 +122,7 @@ def update_members(s, member, scale, m, norm, acc0, acc1, v0, v1):
     return top, norm, acc0, acc1
 
 
-@triton.jit(do_not_specialize=["first_tile"])
+@triton.jit(do_not_specialize=["batch_size", "total_q", "first_tile"])
 def shared_kernel(
     Q,
     K,

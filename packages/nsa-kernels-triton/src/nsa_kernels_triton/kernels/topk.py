@@ -148,7 +148,7 @@ def pick_many(keys, need, count, SPAN: tl.constexpr):
     return keys, chosen, tl.cumsum(chosen.to(tl.int32), 0) - 1
 
 
-@triton.jit(do_not_specialize=["first_tile"])
+@triton.jit(do_not_specialize=["batch_size", "first_tile"])
 def topk_kernel(
     OWN,
     SPILL,

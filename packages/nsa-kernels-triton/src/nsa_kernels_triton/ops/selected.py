@@ -215,7 +215,7 @@ class _Call:
             lay_out_kernel[(num_kv_heads,)](
                 *(counts, key_rows, offsets, num_tiles, described, num_blocks, most_tiles),
                 QUERIES=queries,
-                WIDTH=min(laying["width"], power_of_two(num_blocks)),
+                WIDTH=laying["width"],
                 **laying.options,
             )
             file_kernel[grid](
