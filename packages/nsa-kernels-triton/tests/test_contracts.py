@@ -32,6 +32,7 @@ class Problem:
     head_dim: int = 128
     v_head_dim: int = 128
     group_size: int = 16
+    topk: int = 16
     block_size: int = 64
     needs_grad: bool = False
     deterministic: bool | None = None
@@ -111,8 +112,17 @@ def test_head_dims(op: str, dims: tuple[int, int]) -> None:
 
 @EACH
 def test_group_sizes(op: str) -> None:
+    """Of the operations that have groups."""
     for size in (65, 128):
-        assert refusal(op, group_size=size) == f"needs at most 64 query heads a kv head, got {size}"
+        expected = f"needs at most 64 query heads a kv head, got {size}"
+        assert refusal(op, group_size=size) == (None if op in ("compress_mean", "combine") else expected)
+
+
+@EACH
+def test_topk(op: str) -> None:
+    """Of the operations that know lists of blocks."""
+    assert refusal(op, topk=256) is None
+    assert refusal(op, topk=257) == ("needs topk up to 256, got 257" if op in BY_BLOCK else None)
 
 
 @EACH
@@ -140,7 +150,11 @@ def test_what_a_problem_does_not_say_is_false(op: str) -> None:
 @EACH
 @pytest.mark.usefixtures("interpreted")
 def test_machines(op: str) -> None:
-    assert refusal(op, Machine(triton=None)) == "needs triton >= 3.0"
+    assert refusal(op, Machine(triton=None)) == "needs triton >= 3.6, got none"
+    for version in ("2.1.0", "3.5.1", "3.0.0.post1"):
+        assert refusal(op, Machine(triton=version)) == f"needs triton >= 3.6, got {version}"
+    for version in ("3.6.0", "3.7.1+git1", "3.10.0", "4.0"):
+        assert refusal(op, Machine(triton=version)) is None
     assert refusal(op, Machine(sm=None)) == "needs an NVIDIA GPU"
     assert refusal(op, Machine(sm=75)) == "needs SM 8.0 or newer, got 7.5"
     assert refusal(op, Machine(sm=61)) == "needs SM 8.0 or newer, got 6.1"
@@ -151,7 +165,7 @@ def test_machines(op: str) -> None:
 def test_a_machine_without_a_gpu(interpreted: bool) -> None:
     cpu = Machine(device="cpu", sm=None)
     assert contracts.missing(cpu) == (None if interpreted else "needs CUDA")
-    assert contracts.missing(Machine(device="cpu", sm=None, triton=None)) == "needs triton >= 3.0"
+    assert contracts.missing(Machine(device="cpu", sm=None, triton=None)) == "needs triton >= 3.6, got none"
 
 
 @EACH
@@ -159,7 +173,7 @@ def test_the_problem_is_refused_before_the_machine(op: str) -> None:
     """What no machine could do is said first."""
     nothing = Machine(device="cpu", sm=None, triton=None)
     assert refusal(op, nothing, dtype=torch.float64) == f"{DTYPES}, not float64"
-    assert refusal(op, nothing) == "needs triton >= 3.0"
+    assert refusal(op, nothing) == "needs triton >= 3.6, got none"
 
 
 BLOCKS = BlockGeometry(kernel_size=8, kernel_stride=4, block_size=32, topk=4, window_size=8)

@@ -231,3 +231,16 @@ def test_operator(branch: str) -> None:
         args[2:3] = [layout.compressed(BLOCKS).cu_seqlens, BLOCKS.kernel_size, BLOCKS.kernel_stride]
     operator = getattr(torch.ops.nsa_kernels_triton, branch).default
     torch.library.opcheck(operator, (q, k, v, *args), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("lengths", [([20], [10]), ([10], [30])], ids=str)
+@pytest.mark.parametrize("window", [2**31 - 1, 2**31, 2**40])
+def test_windows_of_any_size(window: int, lengths: tuple[list[int], list[int]]) -> None:
+    """A position before the first key, less the window, must not come out beyond the last."""
+    layout = VarlenLayout.from_lengths(*lengths, device=DEVICE)
+    blocks = BlockGeometry(window_size=window)
+    args = make_inputs("window_attention", layout)
+    found = BACKEND.window_attention(*args, layout, blocks)
+    exact = reference.window_attention(*(x.double() for x in args), layout, blocks)
+    for got, right in zip(found, exact, strict=True):
+        torch.testing.assert_close(got.double(), right, rtol=0, atol=5e-5)

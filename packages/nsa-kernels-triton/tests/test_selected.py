@@ -192,3 +192,86 @@ def test_a_rule_by_spread_is_obeyed_unless_results_must_repeat(monkeypatch: pyte
     for deterministic in (False, False, True):
         BACKEND.selected_attention(*inputs[:3], indices, layout, BLOCKS, deterministic=deterministic)
     assert taken == ["by_block", "by_query", "by_block"]
+
+
+@pytest.mark.usefixtures("organisation")
+@pytest.mark.parametrize("entry", [2**25, 2**26, 2**26 + 1, 2**30, 2**31 - 1, -(2**31)])
+def test_entries_of_any_size_are_ignored(entry: int) -> None:
+    """64 * 2^26 is 0 in 32 bits: such an entry must not become block 0."""
+    blocks = BlockGeometry()
+    layout = VarlenLayout.from_lengths([3], [200])
+    inputs = random_inputs(layout, heads=2, kv_heads=1, head_dim=16)
+    indices = torch.tensor([1, entry, -1], dtype=torch.int32).expand(3, 1, 3).contiguous()
+    found = BACKEND.selected_attention(*inputs.to(torch.float32)[:3], indices, layout, blocks)
+    exact = reference.selected_attention(*inputs[:3], indices, layout, blocks)
+    for got, right in zip(found, exact, strict=True):
+        torch.testing.assert_close(got.double(), right, rtol=0, atol=FP32)
+
+
+@pytest.mark.usefixtures("organisation")
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_logits_that_overflow_are_no_nan() -> None:
+    """-1e20 * 1e20 is -inf in fp32: a block of such logits weighs nothing."""
+    layout = VarlenLayout.from_lengths([2], [200])
+    q, k, v, _ = random_inputs(layout, heads=1, kv_heads=1, head_dim=16, dtype=torch.float32)
+    q[:], k[32:64] = 1e20, -1e20
+    k[:32], k[64:] = 0.0, 0.0
+    indices = torch.tensor([1, 6], dtype=torch.int32).expand(2, 1, 2).contiguous()
+    out, _ = BACKEND.selected_attention(q, k, v, indices, layout, BLOCKS)
+    exact, _ = reference.selected_attention(q, k, v, indices, layout, BLOCKS)
+    torch.testing.assert_close(out, exact, rtol=0, atol=FP32)
+
+
+def test_a_scale_below_what_fp32_holds_is_uniform() -> None:
+    layout = VarlenLayout.from_lengths([40])
+    inputs = random_inputs(layout, dtype=torch.float32)
+    indices = torch.zeros(40, 2, 1, dtype=torch.int32)
+    out, _ = BACKEND.selected_attention(*inputs[:3], indices, layout, BLOCKS, scale=1e-46)
+    exact, _ = reference.selected_attention(*inputs[:3], indices, layout, BLOCKS, scale=1e-46)
+    torch.testing.assert_close(out, exact, rtol=0, atol=FP32)
+
+
+def test_parts_take_no_more_than_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = VarlenLayout.from_lengths([64])
+    inputs = random_inputs(layout, dtype=torch.float32)
+    indices = listed(layout, 2, 8, BLOCKS)
+    most = 8 * 2 * 8 * (8 * 4 + 4)  # parts of one tile: 8 queries of 2 heads, 8 entries, rows of 8 values and an LSE
+    monkeypatch.setattr(selected, "WORKSPACE", most)
+    asked: list[int] = []
+    make = torch.Tensor.new_empty
+
+    def noted(self: Tensor, *size: int, **kwargs: object) -> Tensor:
+        made = make(self, *size, **kwargs)
+        asked.append(made.nbytes if made.dim() > 2 and made.is_floating_point() else 0)
+        return made
+
+    with configurations.overridden("selected_attention", **ORGANISATIONS["by-block"] | {"chunk_rows": 1 << 20}):
+        monkeypatch.setattr(torch.Tensor, "new_empty", noted)
+        BACKEND.selected_attention(*inputs[:3], indices, layout, BLOCKS, deterministic=True)
+    results = 64 * 4 * 8 * 4
+    assert sorted(asked)[-1] == results
+    assert sum(sorted(asked)[:-1]) <= most
+
+
+def test_a_sample_that_another_thread_takes_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = VarlenLayout.from_lengths([64])
+    same = torch.arange(2, dtype=torch.int32).expand(64, 2, 2).contiguous()
+    args = same, layout.cu_seqlens_q, layout.cu_seqlens_k, BLOCKS.block_size
+    spread._known.clear()
+    spread.spread_of(*args)
+    (known,) = spread._known.values()
+    assert known.pending is not None
+
+    def taken(self: object) -> bool:
+        known.pending = None  # as if another thread had come first
+        return True
+
+    monkeypatch.setattr(spread._Arrived, "query", taken)
+    assert spread.spread_of(*args) == 100
+
+
+def test_more_entries_than_are_sorted_at_once_are_refused() -> None:
+    layout = VarlenLayout.from_lengths([4])
+    inputs = random_inputs(layout, dtype=torch.float32)
+    with pytest.raises(ValueError, match="needs topk up to 256, got 257"):
+        BACKEND.selected_attention(*inputs[:3], torch.zeros(4, 2, 257, dtype=torch.int32), layout, BLOCKS)

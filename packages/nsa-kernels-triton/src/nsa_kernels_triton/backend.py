@@ -32,6 +32,7 @@ class _Asked:
     v_head_dim: int
     group_size: int
     block_size: int
+    topk: int
     needs_grad: bool
     paged: bool
 
@@ -40,8 +41,10 @@ class TritonBackend:
     """Every operation as Triton kernels. Arguments, results and errors are those of `nsa_varlen.reference`.
 
     Inputs are fp16, bf16 or fp32; sums are fp32, products of fp32 inputs IEEE. lse is fp32, [Hq, Tq]. Results are
-    bitwise equal across runs, whatever `deterministic` says. No operation waits for the device. Each is an operator of
-    `torch.library` (namespace `nsa_kernels_triton`), which torch.compile takes as it is.
+    bitwise equal across runs, of `selected_attention` with `deterministic=True`: else it may change its organisation by
+    what it has measured. A value that is not finite may spoil any query of the same tile of the same sequence. No
+    operation waits for the device. Each is an operator of `torch.library` (namespace `nsa_kernels_triton`), which
+    torch.compile takes as it is.
 
     Raises (every operation):
         TypeError, ValueError: as the reference; ValueError also for what the kernels do not do, in the words of
@@ -89,7 +92,7 @@ class TritonBackend:
         k_cmp, v_cmp = _check_contract("compressed_attention", q, k_cmp, v_cmp, blocks)
         return attention.compressed_attention(
             *(q, k_cmp, v_cmp, layout.cu_seqlens_q, layout.cu_seqlens_k, compressed.cu_seqlens),
-            *(blocks.kernel_size, blocks.kernel_stride, scale_or_default(scale, q.shape[-1])),
+            *(blocks.kernel_size, blocks.kernel_stride, _scale(scale, q)),
         )
 
     def select_blocks(
@@ -114,7 +117,7 @@ class TritonBackend:
         return selection.select_blocks(
             *(q, k_cmp, lse.float(), layout.cu_seqlens_q, layout.cu_seqlens_k, compressed.cu_seqlens),
             *(layout.max_seqlen_k, blocks.kernel_size, blocks.kernel_stride, blocks.block_size),
-            *(blocks.topk, blocks.init_blocks, blocks.local_blocks, scale_or_default(scale, q.shape[-1])),
+            *(blocks.topk, blocks.init_blocks, blocks.local_blocks, _scale(scale, q)),
         )
 
     def selected_attention(
@@ -133,10 +136,10 @@ class TritonBackend:
         check_layout(layout, blocks)
         check_attention(("k", "v"), q, k, v, layout.total_k, layout)
         check_block_indices(block_indices, heads_and_dim(k)[0], layout)
-        k, v = _check_contract("selected_attention", q, k, v, blocks)
+        k, v = _check_contract("selected_attention", q, k, v, blocks, listed=block_indices.shape[2])
         return selected.selected_attention(
             *(q, k, v, block_indices, layout.cu_seqlens_q, layout.cu_seqlens_k),
-            *(blocks.block_size, scale_or_default(scale, q.shape[-1]), _deterministic(deterministic)),
+            *(blocks.block_size, _scale(scale, q), _deterministic(deterministic)),
         )
 
     def window_attention(
@@ -156,7 +159,7 @@ class TritonBackend:
         k, v = _check_contract("window_attention", q, k, v, blocks)
         return attention.window_attention(
             *(q, k, v, layout.cu_seqlens_q, layout.cu_seqlens_k),
-            *(blocks.window_size, scale_or_default(scale, q.shape[-1])),
+            *(blocks.window_size, _scale(scale, q)),
         )
 
     def combine(self, gates: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor) -> Tensor:
@@ -166,12 +169,17 @@ class TritonBackend:
         return combining.combine(gates, o_cmp, o_slc, o_win)
 
 
+def _scale(scale: float | None, q: Tensor) -> float:
+    """The scale, no smaller than fp32 holds: a product of 0 and -inf is NaN."""
+    return max(scale_or_default(scale, q.shape[-1]), 2.0**-125)
+
+
 def _deterministic(asked: bool | None) -> bool:
     return torch.are_deterministic_algorithms_enabled() if asked is None else asked
 
 
 def _check_contract(
-    op: str, q: Tensor, k: KV, v: KV, blocks: BlockGeometry | None, *others: Tensor
+    op: str, q: Tensor, k: KV, v: KV, blocks: BlockGeometry | None, *others: Tensor, listed: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Raise unless the kernels do this call; k and v, now known to be packed."""
     tensors = [x.pages if isinstance(x, PagedKV) else x for x in (q, k, v, *others)]
@@ -185,6 +193,7 @@ def _check_contract(
             v_head_dim=heads_and_dim(v)[1],
             group_size=q.shape[1] // max(1, num_kv_heads),
             block_size=64 if blocks is None else blocks.block_size,
+            topk=listed if listed is not None else 0 if blocks is None else blocks.topk,
             needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in tensors),
             paged=isinstance(k, PagedKV) or isinstance(v, PagedKV),
         ),

@@ -1,6 +1,7 @@
 """Why the kernels cannot run an operation, in words: told before a call, never by an exception from inside one."""
 
 import os
+import re
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BLOCK_SIZES = (32, 64, 128)
 MAX_HEAD_DIM = 256
 MAX_GROUP_SIZE = 64
+MAX_TOPK = 256
+OLDEST_TRITON = (3, 6)  # with which all kernels were compiled
 OLDEST_SM = 80
 
 
@@ -25,8 +28,9 @@ def unmet(op: str, problem: Any) -> str | None:
 
     Args:
         op: the operation.
-        problem: with `device`, `dtype`, `head_dim`, `v_head_dim`, `group_size`, `block_size`, `needs_grad`, `paged` and
-            the reserved `softcap`, `sinks`, `fp8_scales`, as `nsa_routing.Problem` has them; what it lacks is false.
+        problem: with `device`, `dtype`, `head_dim`, `v_head_dim`, `group_size`, `block_size`, `topk`, `needs_grad`,
+            `paged` and the reserved `softcap`, `sinks`, `fp8_scales`, as `nsa_routing.Problem` has them; what it lacks
+            is false.
 
     Example:
         >>> from types import SimpleNamespace
@@ -48,10 +52,10 @@ def unmet(op: str, problem: Any) -> str | None:
     dims = problem.head_dim, problem.v_head_dim
     if min(dims) < 1 or max(dims) > MAX_HEAD_DIM:
         return f"needs head_dim and v_head_dim from 1 to {MAX_HEAD_DIM}, got {dims[0]} and {dims[1]}"
-    if problem.group_size > MAX_GROUP_SIZE:
-        return f"needs at most {MAX_GROUP_SIZE} query heads a kv head, got {problem.group_size}"
-    if op in ("select_blocks", "selected_attention") and problem.block_size not in BLOCK_SIZES:
-        return f"needs block_size 32, 64 or 128, got {problem.block_size}"
+    if op.endswith("attention") or op == "select_blocks":
+        reason = _unmet_lists(op, problem)
+        if reason is not None:
+            return reason
     if getattr(problem, "paged", False):
         return "does not take paged keys and values"
     if getattr(problem, "needs_grad", False):
@@ -59,10 +63,22 @@ def unmet(op: str, problem: Any) -> str | None:
     return None
 
 
+def _unmet_lists(op: str, problem: Any) -> str | None:
+    """What of the heads and blocks of an attention the kernels do not do."""
+    if problem.group_size > MAX_GROUP_SIZE:
+        return f"needs at most {MAX_GROUP_SIZE} query heads a kv head, got {problem.group_size}"
+    if op in ("select_blocks", "selected_attention") and problem.block_size not in BLOCK_SIZES:
+        return f"needs block_size 32, 64 or 128, got {problem.block_size}"
+    if op in ("select_blocks", "selected_attention") and getattr(problem, "topk", 0) > MAX_TOPK:
+        return f"needs topk up to {MAX_TOPK}, got {problem.topk}"
+    return None
+
+
 def missing(environment: Any) -> str | None:
     """Why a machine, as `nsa_routing.Environment` tells of it, cannot run the kernels; None if it can."""
-    if environment.triton is None:
-        return "needs triton >= 3.0"
+    version = re.match(r"(\d+)\.(\d+)", environment.triton or "")
+    if version is None or (int(version[1]), int(version[2])) < OLDEST_TRITON:
+        return f"needs triton >= {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}, got {environment.triton or 'none'}"
     if environment.device == "cpu":
         return None if interpreted() else "needs CUDA"
     if environment.sm is None:

@@ -37,7 +37,7 @@ def combine_kernel(
     there = first + row < total
     head = (first % num_heads).to(tl.int32) + row
     token = first // num_heads + head // num_heads
-    head = head % num_heads
+    head = (head % num_heads).to(tl.int64)
     gates = GATES + token * gates_row + head * gates_head
     g_cmp = tl.load(gates, mask=there, other=0.0).to(tl.float32)
     g_slc = tl.load(gates + gates_branch, mask=there, other=0.0).to(tl.float32)

@@ -13,7 +13,7 @@ from nsa_kernels_triton.kernels.softmax import empty, finish, update
 from nsa_kernels_triton.kernels.tiles import find_tile, key_rows
 
 
-@triton.jit(do_not_specialize=["batch_size", "total_q"])
+@triton.jit(do_not_specialize=["batch_size", "total_q", "window_size"])
 def interval_attention_kernel(
     Q,
     K,
@@ -69,7 +69,7 @@ def interval_attention_kernel(
         there = (query < ROWS // GROUP) & (first + query < end)
         kv_head = tl.program_id(1).to(tl.int64)
         num_heads = GROUP * tl.num_programs(1)
-        head = row % GROUP
+        head = (row % GROUP).to(tl.int64)
         queries = Q + first * q_row + kv_head * GROUP * q_head + query * q_row + head * q_head
         q0 = load_piece(queries, there, 0, K0, DIM)
         q1 = load_piece(queries, there, K0, K1, DIM)

@@ -57,9 +57,10 @@ def filed_kernel(
     loads and by the bytes of q and of the parts.
     """
     base = chunk_start(CU_SEQLENS_Q, first_tile, batch_size, QUERIES)
+    head = tl.cast(head, tl.int64)
     num_tiles = tl.load(NUM_TILES + head)
-    TILES += tl.cast(head, tl.int64) * most_tiles
-    FILED += tl.cast(head, tl.int64) * most_tiles * QUERIES
+    TILES += head * most_tiles
+    FILED += head * most_tiles * QUERIES
     row = tl.arange(0, ROWS)
     query = row // GROUP_SIZE
     member = row % GROUP_SIZE
@@ -76,7 +77,7 @@ def filed_kernel(
             start = described & 0xFFFFFFFF
             there = query < (described >> 32)
             place = tl.where(there, filed, 0)
-            q_rows = Q + (place // NUM_SLOTS).to(tl.int64) * q_row + member * q_head
+            q_rows = Q + (place // NUM_SLOTS).to(tl.int64) * q_row + member.to(tl.int64) * q_head
             q0 = load_piece(q_rows, there, 0, K0, DK)
             q1 = load_piece(q_rows, there, K0, K1, DK)
             if K_TILES is None:
@@ -86,19 +87,21 @@ def filed_kernel(
                 v0 = load_piece(v_rows, None, 0, V0, DV)
                 v1 = load_piece(v_rows, None, V0, V1, DV)
             else:
-                s = logits(q0, None, K_TILES.load([start.to(tl.int32), head * DK]), None)
-                v0 = V_TILES.load([start.to(tl.int32), head * DV])
+                s = logits(q0, None, K_TILES.load([start.to(tl.int32), (head * DK).to(tl.int32)]), None)
+                v0 = V_TILES.load([start.to(tl.int32), (head * DV).to(tl.int32)])
                 v1 = None
                 if V1 > 0:
-                    v1 = V_TILES.load([start.to(tl.int32), head * DV + V0])
+                    v1 = V_TILES.load([start.to(tl.int32), (head * DV + V0).to(tl.int32)])
             tile += tl.num_programs(0)
             following = tl.minimum(tile, num_tiles - 1)
             described = tl.load(TILES + following)
             filed = tl.load(FILED + following * QUERIES + filed_at)
             top = tl.max(s, 1) * scale
+            top = tl.where(top == float("-inf"), 0.0, top)  # logits that overflowed: weights of 0, no NaN
             p = tl.exp2(s * scale - top[:, None])
             total = tl.sum(p, 1)
-            inverse = (1.0 / total)[:, None]
+            weighed = tl.where(total > 0, total, 1.0)
+            inverse = (1.0 / weighed)[:, None]
             part = place.to(tl.int64) * GROUP_SIZE + member
             part_rows = PARTS + part * DV
             out0 = tl.dot(p.to(v0.dtype), v0, input_precision="ieee") * inverse
@@ -106,7 +109,8 @@ def filed_kernel(
             if v1 is not None:
                 out1 = tl.dot(p.to(v1.dtype), v1, input_precision="ieee") * inverse
                 store_piece(part_rows, out1, there, V0, V1, DV)
-            tl.store(PART_LSE + part, top + tl.log2(total), mask=there)
+            part_lse = tl.where(total > 0, top + tl.log2(weighed), float("-inf"))
+            tl.store(PART_LSE + part, part_lse, mask=there)
 
 
 @triton.jit(do_not_specialize=["batch_size", "total_q", "first_tile", "head"])
@@ -162,13 +166,14 @@ def merge_kernel(
         most = (tl.minimum(first + QUERIES, end) - 1 + shift - first_key).to(tl.int32)
         position = least + query
         own = tl.where(position >= 0, position // BLOCK_SIZE, -1)
-        heads = tl.cast(head, tl.int32) * GROUP_SIZE + member
+        kv_head = tl.cast(head, tl.int64)
+        heads = kv_head * GROUP_SIZE + member
         q_rows = Q + first * q_row + query * q_row + heads * q_head
         q0 = load_piece(q_rows, there, 0, K0, DK)
         q1 = load_piece(q_rows, there, K0, K1, DK)
-        K += head * k_head
-        V += head * v_head
-        meta = tl.load(META + (first - base + query) * NUM_KV_HEADS + head, mask=there, other=0)
+        K += kv_head * k_head
+        V += kv_head * v_head
+        meta = tl.load(META + (first - base + query) * NUM_KV_HEADS + kv_head, mask=there, other=0)
         m, norm, acc0, acc1 = empty(ROWS, V0, V1)
         lowest = tl.maximum(tl.maximum(least, 0) // BLOCK_SIZE - 1, 0)
         highest = tl.where(most >= 0, most // BLOCK_SIZE, -1)
@@ -210,4 +215,4 @@ def merge_kernel(
         store_piece(out_rows, acc0 * inverse, there, 0, V0, DV)
         if V1 > 0:
             store_piece(out_rows, acc1 * inverse, there, V0, V1, DV)
-        tl.store(LSE + heads.to(tl.int64) * total_q + first + query, lse, mask=there)
+        tl.store(LSE + heads * total_q + first + query, lse, mask=there)

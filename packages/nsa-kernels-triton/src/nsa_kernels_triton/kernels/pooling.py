@@ -28,7 +28,7 @@ def compress_mean_kernel(
     """
     sequence, first, end = find_tile(CU_COMPRESSED, tl.program_id(0), batch_size, ROWS)
     if first < end:
-        head = tl.program_id(1)
+        head = tl.program_id(1).to(tl.int64)
         row = tl.arange(0, ROWS)
         column = tl.arange(0, WIDTH)
         there = (first + row < end)[:, None] & (column < DIM)[None, :]

@@ -17,7 +17,8 @@ def chosen_blocks(INDICES, row, seen, position, slot, num_kv_heads, num_slots, B
     """Entries of block_indices at (row, slot): -1 where there is none, or it begins after `position`."""
     inside = seen & (slot < num_slots)
     block = tl.load(INDICES + row * (num_kv_heads * num_slots) + slot, mask=inside, other=-1)
-    return tl.where(block * BLOCK_SIZE <= position, tl.maximum(block, -1), -1)
+    known = (position >= 0) & (block <= position // BLOCK_SIZE)  # not block * BLOCK_SIZE: entries may be of any size
+    return tl.where(known, tl.maximum(block, -1), -1)
 
 
 @triton.jit
@@ -167,7 +168,7 @@ def shared_kernel(
     delivers where neighbours choose different blocks, by tensor-core issue where they share them.
     """
     program = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     sequence, first, end = find_tile(CU_SEQLENS_Q, first_tile + program, batch_size, QUERIES)
     if first < end:
         first_key, end_key, shift = key_rows(CU_SEQLENS_Q, CU_SEQLENS_K, sequence)
@@ -200,8 +201,8 @@ def shared_kernel(
                 v0 = load_piece(v_rows, None, 0, V0, DV)
                 v1 = load_piece(v_rows, None, V0, V1, DV)
             else:
-                s = logits(q0, None, K_TILES.load([start.to(tl.int32), head * DK]), None)
-                v0 = V_TILES.load([start.to(tl.int32), head * DV])
+                s = logits(q0, None, K_TILES.load([start.to(tl.int32), (head * DK).to(tl.int32)]), None)
+                v0 = V_TILES.load([start.to(tl.int32), (head * DV).to(tl.int32)])
                 v1 = None
             m, norm, acc0, acc1 = update_members(s, member, scale, m, norm, acc0, acc1, v0, v1)
         # Of the one or two blocks that hold the queries; one stage, for more would cost the other loop its registers.
@@ -223,4 +224,4 @@ def shared_kernel(
         store_piece(out_rows, acc0 * inverse, there, 0, V0, DV)
         if V1 > 0:
             store_piece(out_rows, acc1 * inverse, there, V0, V1, DV)
-        tl.store(LSE + heads.to(tl.int64) * total_q + first + query, lse, mask=there)
+        tl.store(LSE + heads * total_q + first + query, lse, mask=there)

@@ -18,7 +18,8 @@ from nsa_kernels_triton.ops.launching import num_processors, on_device, rows
 from nsa_kernels_triton.ops.spread import UNKNOWN, Spread, spread_of
 from nsa_kernels_triton.tiles import count_tiles, pieces, power_of_two
 
-WORKSPACE = 256 << 20  # bytes for lists, or for one head's parts; a tile's own may exceed it
+WORKSPACE = 256 << 20  # bytes for query by query's lists, or for one head's parts; a tile's own may exceed it
+ENTRIES = 1024  # of block_indices that one warp sorts and merges
 
 
 @torch.library.custom_op("nsa_kernels_triton::selected_attention", mutates_args=())
@@ -96,6 +97,7 @@ class _Call:
         self.case = {
             "group_size": self.group_size,
             "block_size": block_size,
+            "slots": self.num_slots,
             "row_bytes": widest * q.element_size(),
             "itemsize": q.element_size(),
         }
@@ -131,7 +133,7 @@ class _Call:
         from nsa_kernels_triton.kernels.sharing import shared_kernel, union_kernel
 
         tile_rows = max(config["rows"], power_of_two(self.group_size))
-        queries = min(tile_rows // self.group_size, 32)
+        queries = max(1, min(tile_rows // self.group_size, 32, ENTRIES // power_of_two(self.num_slots)))
         tiles = count_tiles(self.total_q, self.batch_size, queries)
         listed = self.num_kv_heads * queries * self.num_slots
         in_order = self.num_kv_heads * power_of_two(queries) * power_of_two(self.num_slots)
@@ -174,7 +176,8 @@ class _Call:
         num_kv_heads, num_slots = self.num_kv_heads, self.num_slots
         part = self.group_size * num_slots * (self.v_head_dim * self.q.element_size() + 4)
         tiles = count_tiles(self.total_q, self.batch_size, queries)
-        chunk = min(tiles, max(1, config["chunk_rows"] // (queries * self.group_size), WORKSPACE // (queries * part)))
+        most = min(config["chunk_rows"] // (queries * self.group_size), WORKSPACE // (queries * part))
+        chunk = min(tiles, max(1, most))
         chunk_rows = min(chunk * queries, self.total_q)
         num_blocks = count_tiles(self.total_k, self.batch_size, self.block_size)
         most_tiles = chunk_rows * num_slots // queries + min(num_blocks, chunk_rows * num_slots)

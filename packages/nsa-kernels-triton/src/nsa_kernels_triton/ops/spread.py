@@ -45,8 +45,9 @@ def spread_of(block_indices: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
     spread = _known.setdefault(kind, Spread())
     if block_indices.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return spread.percent  # a graph can neither ask an event nor read its answer
-    if spread.pending is not None and spread.pending[1].query():
-        spread.percent, spread.pending = _percent(spread.pending[0], num_slots), None
+    pending = spread.pending  # another thread may take it meanwhile
+    if pending is not None and pending[1].query():
+        spread.percent, spread.pending = _percent(pending[0], num_slots), None
     if spread.pending is None and spread.calls % EVERY == 0:
         spread.pending = _sample(block_indices, cu_seqlens_q, cu_seqlens_k, block_size)
     spread.calls += 1

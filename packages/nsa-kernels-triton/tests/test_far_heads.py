@@ -1,0 +1,64 @@
+"""Heads that lie 2^31 elements apart, as [H, T, D] memory of a long sequence has them: offsets are 64-bit."""
+
+import mmap
+import sys
+
+import pytest
+import torch
+from nsa_kernels_triton import configurations
+from nsa_kernels_triton.backend import BACKEND
+from nsa_kernels_triton.contracts import interpreted
+from nsa_varlen import BlockGeometry, VarlenLayout
+from nsa_varlen.testing import random_inputs
+from torch import Tensor
+
+pytestmark = [
+    pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1"),
+    pytest.mark.skipif(sys.platform != "linux", reason="needs memory that is mapped before it is there"),
+    pytest.mark.filterwarnings("ignore:The given buffer is not writable"),
+]
+
+BLOCKS = BlockGeometry(kernel_size=8, kernel_stride=4, block_size=32, topk=5, window_size=16)
+LAYOUT = VarlenLayout.from_lengths([8], [40])
+NO_RESERVE = 0x4000  # mmap.MAP_NORESERVE, which Python names from 3.13 on
+APART = 2**30  # elements; three heads are more than 2^31 apart
+ORGANISATIONS = {
+    "by query": {"by_block": 0, "tma": 0, "rows": 16, "keys": 16},
+    "by block": {"by_block": 1, "tma": 0, "halves": 0, "rows": 16, "chunk_rows": 96, "programs": 2},
+}
+
+
+def far(x: Tensor) -> Tensor:
+    """A copy whose heads lie APART; only the pages that are touched take memory."""
+    rows, heads, dim = x.shape
+    size = (APART * (heads - 1) + rows * dim) * x.element_size()
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
+    made = torch.frombuffer(memory, dtype=x.dtype).as_strided((rows, heads, dim), (dim, APART, 1))
+    return made.copy_(x)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("op", ["compress_mean", "window", "compressed", "by query", "by block", "choice", "combine"])
+def test_heads_far_apart(op: str, group: int) -> None:
+    inputs = random_inputs(LAYOUT, heads=3, kv_heads=3 // group, head_dim=16, dtype=torch.float16)
+    indices = torch.zeros(8, 3 // group, 1, dtype=torch.int32)
+    lse = torch.zeros(3, 8)
+    gates = torch.ones(8, 3, 3, dtype=torch.float16)
+    compressed = slice(0, LAYOUT.compressed(BLOCKS).total)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        args = LAYOUT, BLOCKS
+        if op == "compress_mean":
+            return BACKEND.compress_mean(k, *args)
+        if op == "window":
+            return BACKEND.window_attention(q, k, v, *args)[0]
+        if op == "compressed":
+            return BACKEND.compressed_attention(q, k[compressed], v[compressed], *args)[0]
+        if op == "choice":
+            return BACKEND.select_blocks(q, k[compressed], lse, *args)
+        if op == "combine":
+            return BACKEND.combine(gates, q, q, q)
+        return BACKEND.selected_attention(q, k, v, indices, *args, deterministic=True)[0]
+
+    with configurations.overridden("selected_attention", **ORGANISATIONS.get(op, {})):
+        assert torch.equal(run(*map(far, inputs[:3])), run(*inputs[:3]))
