@@ -1,5 +1,7 @@
 """How many programs a packed batch takes, and how a head is cut: the host's side of `kernels.tiles` and `pieces`."""
 
+LOG2_E = 1.4426950408889634  # exponentials are taken in base 2
+
 
 def count_tiles(total: int, batch_size: int, size: int) -> int:
     """Numbers that tiles of `size` rows of a packed batch may have, whatever its offsets: no device is read.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nsa_kernels_triton.configurations import Launch, launch
 from nsa_kernels_triton.ops.launching import on_device, rows
-from nsa_kernels_triton.tiles import count_tiles, pieces
+from nsa_kernels_triton.tiles import LOG2_E, count_tiles, pieces
 
 
 @torch.library.custom_op("nsa_kernels_triton::compressed_attention", mutates_args=())
@@ -117,7 +117,7 @@ def _attend(
     grid = count_tiles(total_q, batch_size, config["rows"] // group_size), num_kv_heads
     interval_attention_kernel[grid](
         *(q, k, v, *_tiles(k, v, config), out, lse, *offsets),
-        *(batch_size, total_q, window_size, scale * 1.4426950408889634),
+        *(batch_size, total_q, window_size, scale * LOG2_E),
         *(q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
         **sizes,
         GROUP=group_size,

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from nsa_kernels_triton.configurations import launch
 from nsa_kernels_triton.ops.launching import on_device, rows
+from nsa_kernels_triton.tiles import power_of_two
 
 
 @torch.library.custom_op("nsa_kernels_triton::combine", mutates_args=())
@@ -18,7 +19,7 @@ def combine(gates: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor) -> Tenso
     out = o_cmp.new_empty(total_q, num_heads, v_head_dim)
     if not out.numel():
         return out
-    width = max(16, 1 << (v_head_dim - 1).bit_length())
+    width = max(16, power_of_two(v_head_dim))
     config = launch("combine", out.device, row_bytes=width * out.element_size())
     total = total_q * num_heads
     grid = (-(-total // config["rows"]),)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from nsa_kernels_triton.configurations import launch
 from nsa_kernels_triton.ops.launching import on_device, rows
-from nsa_kernels_triton.tiles import count_tiles
+from nsa_kernels_triton.tiles import count_tiles, power_of_two
 
 
 @torch.library.custom_op("nsa_kernels_triton::compress_mean", mutates_args=())
@@ -28,7 +28,7 @@ def compress_mean(
             KERNEL_SIZE=kernel_size,
             KERNEL_STRIDE=kernel_stride,
             DIM=head_dim,
-            WIDTH=max(16, 1 << (head_dim - 1).bit_length()),
+            WIDTH=max(16, power_of_two(head_dim)),
             ROWS=config["rows"],
             **config.options,
         )

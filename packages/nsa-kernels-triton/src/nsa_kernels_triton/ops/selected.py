@@ -15,8 +15,8 @@ from torch import Tensor
 from nsa_kernels_triton.configurations import Launch, launch
 from nsa_kernels_triton.ops.descriptors import tiles_of
 from nsa_kernels_triton.ops.launching import num_processors, on_device, rows
-from nsa_kernels_triton.ops.spread import UNKNOWN, Spread, spread_of
-from nsa_kernels_triton.tiles import count_tiles, pieces, power_of_two
+from nsa_kernels_triton.ops.spread import UNKNOWN, spread_of
+from nsa_kernels_triton.tiles import LOG2_E, count_tiles, pieces, power_of_two
 
 WORKSPACE = 256 << 20  # bytes for query by query's lists, or for one head's parts; a tile's own may exceed it
 ENTRIES = 1024  # of block_indices that one warp sorts and merges
@@ -90,7 +90,7 @@ class _Call:
         self.batch_size = cu_seqlens_q.shape[0] - 1
         self.num_slots = block_indices.shape[2]
         self.block_size = block_size
-        self.scale = scale * 1.4426950408889634
+        self.scale = scale * LOG2_E
         self.out = q.new_empty(self.total_q, num_heads, self.v_head_dim)
         self.lse = q.new_empty(num_heads, self.total_q, dtype=torch.float32)
         widest = max(sum(pieces(self.head_dim)), sum(pieces(self.v_head_dim)))
@@ -142,6 +142,7 @@ class _Call:
         blocks, members = (self.indices.new_empty(chunk * listed) for _ in range(2))
         counts = self.indices.new_empty(chunk * self.num_kv_heads * 2)
         keys = min(config["keys"], self.block_size)
+        kv_tiles = self._tiles(config, keys)
         union = launch("union", self.q.device)
         for first in range(0, tiles, chunk):
             grid = min(chunk, tiles - first), self.num_kv_heads
@@ -156,7 +157,7 @@ class _Call:
                 **union.options,
             )
             shared_kernel[grid](
-                *(self.q, self.k, self.v, *self._tiles(config, keys), blocks, members, counts),
+                *(self.q, self.k, self.v, *kv_tiles, blocks, members, counts),
                 *(self.cu_seqlens_q, self.cu_seqlens_k),
                 *(self.out, self.lse, self.batch_size, self.total_q, self.num_slots, first, self.scale),
                 *self._strides(),
@@ -199,7 +200,7 @@ class _Call:
             "SLOTS": power_of_two(num_slots),
         }
         halves = config["halves"] > 0
-        tiles_kv = self._tiles(config, self.block_size, 1 + (halves and self._halves()))
+        kv_tiles = self._tiles(config, self.block_size, 1 + (halves and self._halves()))
         filing, laying = (
             launch("filing", self.q.device, entries=queries * num_slots),
             launch("laying_out", self.q.device),
@@ -228,7 +229,7 @@ class _Call:
             )
             for head in range(num_kv_heads):
                 filed_kernel[(programs,)](
-                    *(self.q, self.k, self.v, *tiles_kv, described, num_tiles, filed),
+                    *(self.q, self.k, self.v, *kv_tiles, described, num_tiles, filed),
                     *(self.cu_seqlens_q, parts, part_lse),
                     *(self.batch_size, most_tiles, first, head, self.scale),
                     *self._strides(),
@@ -245,6 +246,3 @@ class _Call:
                     **self._heads(queries, config["rows"]),
                     **merging.options,
                 )
-
-
-__all__ = ["Spread", "selected_attention"]

@@ -8,15 +8,13 @@ from torch import Tensor
 
 from nsa_kernels_triton.configurations import launch
 from nsa_kernels_triton.ops.launching import num_processors, on_device, rows
-from nsa_kernels_triton.tiles import count_tiles, pieces, power_of_two
+from nsa_kernels_triton.tiles import LOG2_E, count_tiles, pieces, power_of_two
 
 SCORE_BYTES = 256 << 20
 """Most memory for scores at a time: more queries are taken in chunks, of at least one tile, whatever that needs."""
 
 FEW = 32
 """Most free places that one warp deals with in registers."""
-
-LOG2_E = 1.4426950408889634
 
 
 @torch.library.custom_op("nsa_kernels_triton::select_blocks", mutates_args=())
