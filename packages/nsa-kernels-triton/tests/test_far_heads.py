@@ -24,7 +24,7 @@ NO_RESERVE = 0x4000  # mmap.MAP_NORESERVE, which Python names from 3.13 on
 APART = 2**30  # elements; three heads are more than 2^31 apart
 ORGANISATIONS = {
     "by query": {"by_block": 0, "tma": 0, "rows": 16, "keys": 16},
-    "by block": {"by_block": 1, "tma": 0, "halves": 0, "rows": 16, "chunk_rows": 96, "programs": 2},
+    "by block": {"by_block": 1, "tma": 0, "rows": 16, "chunk_rows": 96, "programs": 2, "turns": 2},
 }
 
 

@@ -37,7 +37,7 @@ FP32 = 5e-5
 SHAPES = {"g16": (64, 4), "g4": (32, 8), "g1": (16, 16)}
 ORGANISATIONS = {
     "by-query": {"by_block": 0, "tma": 0, "rows": 64, "keys": 32},
-    "by-block": {"by_block": 1, "tma": 1, "halves": 1, "rows": 64, "chunk_rows": 4096, "programs": 2},
+    "by-block": {"by_block": 1, "tma": 1, "rows": 64, "chunk_rows": 4096, "programs": 2, "turns": 3},
 }
 
 
@@ -284,8 +284,8 @@ def test_nothing_waits_for_the_device(no_waiting: None) -> None:
     torch.cuda.set_sync_debug_mode("error")
     results = [everything(inputs, layout)() for _ in range(40)]  # past the first samples of `ops.spread`
     torch.cuda.set_sync_debug_mode("default")
-    for found in results:
-        torch.testing.assert_close(found, expected)
+    for found in results:  # from one organisation of selected attention or the other, whose parts are in bf16
+        torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-7)
 
 
 def test_a_cuda_graph_replays_with_new_numbers() -> None:
@@ -294,12 +294,13 @@ def test_a_cuda_graph_replays_with_new_numbers() -> None:
         random_inputs(layout, heads=8, kv_heads=2, head_dim=64, dtype=torch.bfloat16, seed=s) for s in (0, 1)
     )
     run = everything(inputs, layout)
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
-    expected = everything(others, layout)()
+    with torch_deterministic():
+        run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = run()
+        expected = everything(others, layout)()
     for x, y in zip(inputs, others, strict=True):
         x.copy_(y)
     graph.replay()
@@ -310,6 +311,6 @@ def test_a_cuda_graph_replays_with_new_numbers() -> None:
 def test_compiled_code_has_no_graph_break() -> None:
     layout = VarlenLayout.from_lengths([600, 100], device="cuda")
     inputs = random_inputs(layout, heads=8, kv_heads=2, head_dim=64, dtype=torch.bfloat16)
-    expected = everything(inputs, layout)()
     compiled = torch.compile(lambda *x: run_ops(BACKEND, Inputs(*x), layout, BLOCKS).out, fullgraph=True)
-    torch.testing.assert_close(compiled(*inputs), expected)
+    with torch_deterministic():
+        torch.testing.assert_close(compiled(*inputs), everything(inputs, layout)())

@@ -15,13 +15,11 @@ BLOCKS = BlockGeometry(kernel_size=8, kernel_stride=4, block_size=32, topk=5)
 RAGGED = [35, 0, 3, 20, 9], [35, 5, 130, 20, 4]  # whole, empty, prefixed, more queries than keys
 ORGANISATIONS = {
     "by-query": {"by_block": 0, "tma": 0, "rows": 16, "keys": 16},
-    "by-block": {"by_block": 1, "tma": 0, "halves": 0, "rows": 16, "chunk_rows": 96, "programs": 2},
+    "by-block": {"by_block": 1, "tma": 0, "rows": 16, "chunk_rows": 96, "programs": 2, "turns": 2},
 }
 DESCRIBED = {
     "by-query": ORGANISATIONS["by-query"] | {"tma": 1},
     "by-block": ORGANISATIONS["by-block"] | {"tma": 1},
-    "by-block-in-halves": ORGANISATIONS["by-block"] | {"tma": 1, "halves": 1},
-    "by-block-in-halves-without": ORGANISATIONS["by-block"] | {"halves": 1},
 }
 FP32 = 5e-5  # the project's bound for fp32 kernels at unit-scale inputs
 
@@ -56,7 +54,7 @@ def test_any_list_over_a_ragged_batch(heads: int, kv_heads: int) -> None:
 
 
 @pytest.mark.parametrize("numbers", DESCRIBED.values(), ids=DESCRIBED)
-def test_descriptors_and_halves(numbers: dict[str, int]) -> None:
+def test_descriptors(numbers: dict[str, int]) -> None:
     """Where the copy engine could load k and v: heads side by side, whose width is a power of two."""
     with configurations.overridden("selected_attention", **numbers):
         check(VarlenLayout.from_lengths([40, 12], [40, 100]), 4, 2, (16, 32), entries=4)
@@ -141,7 +139,8 @@ def test_chunks_change_nothing(organisation: str, monkeypatch: pytest.MonkeyPatc
     inputs = random_inputs(layout, dtype=torch.float32)
     indices = listed(layout, 2, 5, BLOCKS)
     expected = BACKEND.selected_attention(*inputs[:3], indices, layout, BLOCKS)
-    monkeypatch.setattr(selected, "WORKSPACE", 1)  # one tile at a time
+    monkeypatch.setattr(selected, "LISTS", 1)  # one tile at a time
+    monkeypatch.setattr(selected, "PARTS", 1)
     found = BACKEND.selected_attention(*inputs[:3], indices, layout, BLOCKS)
     assert all(map(torch.equal, found, expected))
 
@@ -178,7 +177,7 @@ def test_a_rule_by_spread_is_obeyed_unless_results_must_repeat(monkeypatch: pyte
     common = {"num_warps": 4, "num_stages": 1, "rows": 16}
     rules = [
         {"up_to": {"spread": 200}, "by_block": 0, "tma": 0, "keys": 16, **common},
-        {"by_block": 1, "tma": 0, "halves": 0, "chunk_rows": 96, "programs": 1, **common},
+        {"by_block": 1, "tma": 0, "chunk_rows": 96, "programs": 1, "turns": 2, **common},
     ]
     table = configurations.table("sm90") | {"selected_attention": rules}
     monkeypatch.setattr(configurations, "table", lambda name: table)
@@ -235,8 +234,8 @@ def test_parts_take_no_more_than_the_workspace(monkeypatch: pytest.MonkeyPatch) 
     layout = VarlenLayout.from_lengths([64])
     inputs = random_inputs(layout, dtype=torch.float32)
     indices = listed(layout, 2, 8, BLOCKS)
-    most = 8 * 2 * 8 * (8 * 4 + 4)  # parts of one tile: 8 queries of 2 heads, 8 entries, rows of 8 values and an LSE
-    monkeypatch.setattr(selected, "WORKSPACE", most)
+    most = 8 * 2 * 9 * (8 * 4 + 4)  # parts of a tile: 8 queries of 2 heads, 8 entries and the near ones, 8 values and an LSE
+    monkeypatch.setattr(selected, "PARTS", most)
     asked: list[int] = []
     make = torch.Tensor.new_empty
 

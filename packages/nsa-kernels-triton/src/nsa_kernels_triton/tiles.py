@@ -30,3 +30,13 @@ def pieces(dim: int) -> tuple[int, int]:
 def power_of_two(count: int) -> int:
     """The least power of two that is at least `count`, 1 for none."""
     return 1 << max(0, count - 1).bit_length()
+
+
+def evenly(total: int, most: int) -> int:
+    """How many of `total` to take at a time, at most `most` and at least one, so that the turns are much the same.
+
+    Example:
+        >>> evenly(1025, 513), evenly(16, 7), evenly(5, 0)
+        (513, 6, 1)
+    """
+    return -(-total // -(-total // max(1, most)))

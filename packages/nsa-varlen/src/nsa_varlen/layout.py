@@ -326,7 +326,7 @@ class VarlenLayout:
             lengths = [blocks.num_compressed(end - start) for start, end in pairwise(self.host.cu_seqlens_k.tolist())]
             cu_seqlens = list(accumulate(lengths, initial=0))
             offsets = to_device(torch.tensor(cu_seqlens, dtype=torch.int32, device="cpu"), self.device)
-            return CompressedLayout(offsets, max(lengths, default=0), cu_seqlens[-1])
+            return CompressedLayout(offsets, max([0, *lengths]), cu_seqlens[-1])
 
         return self.derive(("compressed", blocks.kernel_size, blocks.kernel_stride), build)
 

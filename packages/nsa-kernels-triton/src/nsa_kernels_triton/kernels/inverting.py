@@ -1,8 +1,9 @@
 """Selected attention, block by block, first half: which queries chose each block.
 
-A chunk of query tiles is inverted at a time: counted, its counts turned into tiles of at most QUERIES queries a block,
-and the queries filed under their block. Three of a query's blocks are left out: block 0, its own and the one before,
-which most queries choose and which are attended densely (`kernels.merging`); META says which of them it chose.
+A chunk of query tiles is inverted at a time: counted, its counts turned into tiles of at most QUERIES queries a block
+and items of some tiles, and the queries filed under their block. Three of a query's blocks are left out: block 0, its
+own and the one before, which most queries choose and which `kernels.parts` attends to densely; META says which of them
+it chose.
 
 Blocks of all sequences are numbered like tiles: block j of sequence b is cu_seqlens_k[b] // BLOCK_SIZE + b + j.
 """
@@ -86,17 +87,17 @@ def count_kernel(
     QUERIES_2: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """How many queries of the chunk chose each block, and the how-manieth each is. Grid (tiles, Hk).
+    """How many queries of the chunk chose each block, and the how-manieth each is. Grid (Hk, tiles).
 
     COUNTS [Hk, num_blocks], zero before. RANKS [chunk rows, Hk, num_slots]. META [chunk rows, Hk]: what `CHOSE_*` and
     `FAR_SHIFT` say. KEY_ROWS [num_blocks]: first packed key row of each block that was chosen.
     """
-    head = tl.program_id(1)
+    head = tl.program_id(0)
     first, end, block, far, own, number, first_key = far_blocks(
         INDICES,
         CU_SEQLENS_Q,
         CU_SEQLENS_K,
-        first_tile + tl.program_id(0),
+        first_tile + tl.program_id(1),
         head,
         batch_size,
         num_kv_heads,
@@ -122,31 +123,48 @@ def count_kernel(
         tl.store(META + row, meta + (tl.sum(far.to(tl.int32), 1) << FAR_SHIFT), mask=there)
 
 
-@triton.jit(do_not_specialize=["num_blocks", "most_tiles"])
+@triton.jit(do_not_specialize=["num_blocks", "most_items"])
 def lay_out_kernel(
-    COUNTS, KEY_ROWS, OFFSETS, NUM_TILES, TILES, num_blocks, most_tiles, QUERIES: tl.constexpr, WIDTH: tl.constexpr
+    COUNTS,
+    KEY_ROWS,
+    OFFSETS,
+    NUM_ITEMS,
+    ITEMS,
+    ITEM_TILES,
+    num_blocks,
+    most_items,
+    QUERIES: tl.constexpr,
+    TURNS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """Tiles of at most QUERIES queries of one block. Grid (Hk,).
+    """Tiles of at most QUERIES queries of one block, and items of at most TURNS of its tiles. Grid (Hk,).
 
-    OFFSETS [Hk, num_blocks]: each block's first tile. TILES [Hk, most_tiles]: key row | queries << 32.
+    OFFSETS [Hk, num_blocks]: each block's first tile. ITEMS [Hk, most_items]: key row | queries << 32. ITEM_TILES
+    likewise: an item's first tile.
     """
     head = tl.program_id(0)
     COUNTS += head * num_blocks
     OFFSETS += head * num_blocks
-    TILES += head.to(tl.int64) * most_tiles
+    ITEMS += head.to(tl.int64) * most_items
+    ITEM_TILES += head.to(tl.int64) * most_items
     laid = 0
+    told = 0
     for first in range(0, num_blocks, WIDTH):
         block = first + tl.arange(0, WIDTH)
         count = tl.load(COUNTS + block, mask=block < num_blocks, other=0)
         key_row = tl.load(KEY_ROWS + block, mask=count > 0, other=0).to(tl.int64)
         tiles = (count + QUERIES - 1) // QUERIES
-        offset = laid + tl.cumsum(tiles, 0) - tiles
-        tl.store(OFFSETS + block, offset, mask=block < num_blocks)
-        for i in range(tl.max(tiles, 0)):
-            queries = tl.minimum(QUERIES, count - i * QUERIES).to(tl.int64)
-            tl.store(TILES + offset + i, key_row | (queries << 32), mask=i < tiles)
+        items = (tiles + TURNS - 1) // TURNS
+        tile = laid + tl.cumsum(tiles, 0) - tiles
+        item = told + tl.cumsum(items, 0) - items
+        tl.store(OFFSETS + block, tile, mask=block < num_blocks)
+        for i in range(tl.max(items, 0)):
+            queries = tl.minimum(TURNS * QUERIES, count - i * (TURNS * QUERIES)).to(tl.int64)
+            tl.store(ITEMS + item + i, key_row | (queries << 32), mask=i < items)
+            tl.store(ITEM_TILES + item + i, tile + i * TURNS, mask=i < items)
         laid += tl.sum(tiles, 0)
-    tl.store(NUM_TILES + head, laid)
+        told += tl.sum(items, 0)
+    tl.store(NUM_ITEMS + head, told)
 
 
 @triton.jit(do_not_specialize=["batch_size", "num_blocks", "most_tiles", "first_tile"])
@@ -168,13 +186,13 @@ def file_kernel(
     QUERIES_2: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """FILED [Hk, tiles, QUERIES]: chunk row * num_slots + number among its query's far blocks. Grid (tiles, Hk)."""
-    head = tl.program_id(1)
+    """FILED [Hk, tiles, QUERIES]: chunk row * num_slots + number among its query's far blocks. Grid (Hk, tiles)."""
+    head = tl.program_id(0)
     first, end, block, far, _, number, _ = far_blocks(
         INDICES,
         CU_SEQLENS_Q,
         CU_SEQLENS_K,
-        first_tile + tl.program_id(0),
+        first_tile + tl.program_id(1),
         head,
         batch_size,
         num_kv_heads,

@@ -27,15 +27,18 @@ def load_piece(ROWS, there, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.co
 
 
 @triton.jit
-def store_piece(ROWS, values, there, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
-    """The inverse of `load_piece`; a WIDTH of 0 stores nothing."""
+def store_piece(
+    ROWS, values, there, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, CACHE: tl.constexpr = tl.constexpr("")
+):
+    """The inverse of `load_piece`; a WIDTH of 0 stores nothing. CACHE: `tl.store`'s cache_modifier."""
     if WIDTH > 0:
         column = START + tl.arange(0, WIDTH)
         pointers = ROWS[:, None] + column[None, :]
         if START + WIDTH > DIM:
-            tl.store(pointers, values.to(ROWS.dtype.element_ty), mask=there[:, None] & (column < DIM)[None, :])
+            inside = there[:, None] & (column < DIM)[None, :]
+            tl.store(pointers, values.to(ROWS.dtype.element_ty), mask=inside, cache_modifier=CACHE)
         else:
-            tl.store(pointers, values.to(ROWS.dtype.element_ty), mask=there[:, None])
+            tl.store(pointers, values.to(ROWS.dtype.element_ty), mask=there[:, None], cache_modifier=CACHE)
 
 
 @triton.jit

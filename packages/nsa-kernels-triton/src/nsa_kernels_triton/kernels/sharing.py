@@ -23,13 +23,22 @@ def chosen_blocks(INDICES, row, seen, position, slot, num_kv_heads, num_slots, B
 
 @triton.jit
 def named_before(INDICES, block, row, there, position, slot, num_kv_heads, num_slots, BLOCK_SIZE: tl.constexpr):
-    """Whether an earlier slot of the same row holds the same block: duplicates count once. [rows, slots]"""
+    """Whether an earlier slot of the same row holds the same block: duplicates count once. [rows, slots]
+
+    Rows that ascend, with none before the end, hold no duplicates; where all do, the slots are not compared.
+    """
+    behind = there[:, None] & (slot > 0)[None, :]
+    before = chosen_blocks(
+        *(INDICES, row[:, None], behind, position[:, None], (slot - 1)[None, :], num_kv_heads, num_slots, BLOCK_SIZE)
+    )
+    falls = behind & (block >= 0) & ((before < 0) | (block <= before))
     repeated = block < -1
-    for other in range(num_slots):
-        named = chosen_blocks(
-            INDICES, row, there, position, other + tl.zeros_like(position), num_kv_heads, num_slots, BLOCK_SIZE
-        )
-        repeated = repeated | ((block == named[:, None]) & (other < slot)[None, :])
+    if tl.max(tl.max(falls.to(tl.int32), 1), 0) > 0:
+        for other in range(num_slots):
+            named = chosen_blocks(
+                INDICES, row, there, position, other + tl.zeros_like(position), num_kv_heads, num_slots, BLOCK_SIZE
+            )
+            repeated = repeated | ((block == named[:, None]) & (other < slot)[None, :])
     return repeated
 
 
@@ -205,21 +214,31 @@ def shared_kernel(
                 v0 = V_TILES.load([start.to(tl.int32), (head * DV).to(tl.int32)])
                 v1 = None
             m, norm, acc0, acc1 = update_members(s, member, scale, m, norm, acc0, acc1, v0, v1)
-        # Of the one or two blocks that hold the queries; one stage, for more would cost the other loop its registers.
-        for i in tl.range(num_whole * parts, num_distinct * parts, num_stages=1):
-            block = tl.load(BLOCKS + i // parts)
-            member = ((tl.load(MEMBERS + i // parts) >> query) & 1) != 0
-            start = first_key + block * BLOCK_SIZE + i % parts * KEYS
-            near = tl.minimum(key, (end_key - 1 - start).to(tl.int32))  # beyond the sequence its last key stands in
+        # Of the one or two blocks that hold the queries: in one stage, and of a large tile by a quarter of the keys at a time,
+        # for more would cost the other loop its registers.
+        NEAR: tl.constexpr = KEYS // 4 if ROWS > 64 and KEYS > 32 else KEYS
+        near_parts: tl.constexpr = BLOCK_SIZE // NEAR
+        near_key = tl.arange(0, NEAR)
+        for i in tl.range(num_whole * near_parts, num_distinct * near_parts, num_stages=1):
+            block = tl.load(BLOCKS + i // near_parts)
+            member = ((tl.load(MEMBERS + i // near_parts) >> query) & 1) != 0
+            ahead = block * BLOCK_SIZE + i % near_parts * NEAR
+            start = first_key + ahead
+            near = tl.minimum(near_key, (end_key - 1 - start).to(tl.int32))  # beyond the end the last key stands in
             k_rows = K + start * k_row + near * k_row
             v_rows = V + start * v_row + near * v_row
             s = logits(q0, q1, load_piece(k_rows, None, 0, K0, DK), load_piece(k_rows, None, K0, K1, DK))
-            visible = member[:, None] & ((start - first_key + key)[None, :] <= position[:, None])
+            visible = member[:, None] & ((ahead + near_key)[None, :] <= position[:, None])
             s = tl.where(visible, s, float("-inf"))
             v0 = load_piece(v_rows, None, 0, V0, DV)
             v1 = load_piece(v_rows, None, V0, V1, DV)
             m, norm, acc0, acc1 = update(s, scale, m, norm, acc0, acc1, v0, v1)
         lse, inverse = finish(m, norm)
+        # The rows once more, from a 0 that the compiler does not know: kept until here they would cost the loops registers.
+        row += tl.minimum(num_distinct, 0)
+        query = row // GROUP_SIZE
+        there = (query < QUERIES) & (first + query < end)
+        heads = head * GROUP_SIZE + row % GROUP_SIZE
         out_rows = OUT + ((first + query) * (NUM_KV_HEADS * GROUP_SIZE) + heads) * DV
         store_piece(out_rows, acc0 * inverse, there, 0, V0, DV)
         if V1 > 0:

@@ -36,9 +36,15 @@ def update(s, scale, m, norm, acc0, acc1, v0, v1):
 
 
 @triton.jit
-def finish(m, norm):
-    """(lse, inverse): the natural logarithm of the sum of exponentials, -inf of nothing; what turns acc into a mean."""
+def mean(m, norm):
+    """(lse, inverse): the logarithm, base 2, of the sum of exponentials, -inf of nothing; what makes acc a mean."""
     seen = norm > 0
     total = tl.where(seen, norm, 1.0)
-    lse = tl.where(seen, (m + tl.log2(total)) * 0.6931471805599453, float("-inf"))
-    return lse, (1.0 / total)[:, None]
+    return tl.where(seen, m + tl.log2(total), float("-inf")), (1.0 / total)[:, None]
+
+
+@triton.jit
+def finish(m, norm):
+    """`mean` with the natural logarithm."""
+    lse, inverse = mean(m, norm)
+    return lse * 0.6931471805599453, inverse

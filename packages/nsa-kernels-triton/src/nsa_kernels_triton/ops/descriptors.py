@@ -7,8 +7,8 @@ from torch import Tensor
 from nsa_kernels_triton.tiles import pieces
 
 
-def tiles_of(x: Tensor, rows: int, parts: int = 1) -> Any:
-    """A descriptor of tiles [rows, D / parts] of `x` [T, H, D] as [T, H * D]; None where the engine cannot address it.
+def tiles_of(x: Tensor, rows: int) -> Any:
+    """A descriptor of tiles [rows, D] of `x` [T, H, D] as [T, H * D]; None where the engine cannot address it.
 
     It takes 16-byte steps, int32 coordinates and heads side by side, whose D columns are a power of two.
     """
@@ -19,4 +19,4 @@ def tiles_of(x: Tensor, rows: int, parts: int = 1) -> Any:
         return None
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(x, [total, num_heads * dim], [x.stride(0), 1], [rows, dim // parts])
+    return TensorDescriptor(x, [total, num_heads * dim], [x.stride(0), 1], [rows, dim])

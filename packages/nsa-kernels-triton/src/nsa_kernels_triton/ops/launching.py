@@ -1,6 +1,6 @@
 """What every launch has in common."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, wraps
 from typing import ParamSpec, TypeVar
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 def on_device(function: Callable[P, R]) -> Callable[P, R]:
@@ -34,3 +35,33 @@ def rows(x: Tensor) -> Tensor:
 def num_processors(device: torch.device) -> int:
     """Multiprocessors of a CUDA device; a few for the interpreter, where persistent programs then take turns too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+STREAMS = 2
+"""Side streams of a device; three were no faster."""
+
+
+@cache
+def _side_streams(device: torch.device) -> list[torch.cuda.Stream]:
+    return [torch.cuda.Stream(device) for _ in range(STREAMS)]
+
+
+def side_streams(device: torch.device, wanted: bool) -> list[torch.cuda.Stream | None]:
+    """The streams that chunks of work take turns on: None is the current one, alone unless more are wanted and exist."""
+    return [*_side_streams(device)] if wanted and device.type == "cuda" else [None]
+
+
+def take_turns(streams: list[torch.cuda.Stream | None], work: Iterable[T], run: Callable[[int, T], None]) -> None:
+    """Call run(n, item) for each item of work on stream n, in turns: after all that is on the current stream.
+
+    What follows on the current stream comes after all of it. Memory that `run` uses, made before, may be freed then.
+    """
+    sides = [stream for stream in streams if stream is not None]
+    for stream in sides:
+        stream.wait_stream(torch.cuda.current_stream())
+    for number, item in enumerate(work):
+        turn = number % len(streams)
+        with torch.cuda.stream(streams[turn]):
+            run(turn, item)
+    for stream in sides:
+        torch.cuda.current_stream().wait_stream(stream)

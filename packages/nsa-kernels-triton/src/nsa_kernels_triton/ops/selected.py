@@ -1,7 +1,7 @@
 """Selected attention in one of two organisations, chosen by data: `configurations`, table `selected_attention`.
 
 Query by query (`kernels.sharing`): neighbouring queries share the blocks that they chose. For large groups, and
-wherever neighbours choose much the same. Block by block (`kernels.inverting`, `kernels.merging`): the queries that
+wherever neighbours choose much the same. Block by block (`kernels.inverting`, `parts`, `merging`): the queries that
 chose a block attend to it as one dense tile. For small groups, whose few rows would leave the tensor cores idle.
 
 How much neighbours share is measured on the device (`ops.spread`) and known to a later call, so that nobody waits.
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from nsa_kernels_triton.configurations import Launch, launch
 from nsa_kernels_triton.ops.descriptors import tiles_of
-from nsa_kernels_triton.ops.launching import num_processors, on_device, rows
+from nsa_kernels_triton.ops.launching import num_processors, on_device, rows, side_streams, take_turns
 from nsa_kernels_triton.ops.spread import UNKNOWN, spread_of
-from nsa_kernels_triton.tiles import LOG2_E, count_tiles, pieces, power_of_two
+from nsa_kernels_triton.tiles import LOG2_E, count_tiles, evenly, pieces, power_of_two
 
-WORKSPACE = 256 << 20  # bytes for query by query's lists, or for one head's parts; a tile's own may exceed it
+LISTS = 256 << 20  # bytes, about, for query by query's lists; a tile's own may exceed it
+PARTS = 2 << 30  # bytes for block by block's parts; those of a tile and a head may exceed it
 ENTRIES = 1024  # of block_indices that one warp sorts and merges
 
 
@@ -102,12 +103,10 @@ class _Call:
             "itemsize": q.element_size(),
         }
 
-    def _heads(self, queries: int, tile_rows: int, halves: bool = False) -> dict[str, int]:
-        """The constants that every attention kernel takes; `halves`: values in two pieces that could be one."""
+    def _heads(self, queries: int, tile_rows: int) -> dict[str, int]:
+        """The constants that every attention kernel takes."""
         k0, k1 = pieces(self.head_dim)
         v0, v1 = pieces(self.v_head_dim)
-        if halves and self._halves():
-            v0 = v1 = self.v_head_dim // 2
         return {
             "GROUP_SIZE": self.group_size,
             "BLOCK_SIZE": self.block_size,
@@ -116,13 +115,9 @@ class _Call:
             **{"DK": self.head_dim, "K0": k0, "K1": k1, "DV": self.v_head_dim, "V0": v0, "V1": v1},
         }
 
-    def _halves(self) -> bool:
-        """Whether a value's row is a power of two that can be cut in halves."""
-        return self.v_head_dim >= 32 and pieces(self.v_head_dim) == (self.v_head_dim, 0)
-
-    def _tiles(self, config: Launch, keys: int, parts: int = 1) -> tuple[Any, Any]:
+    def _tiles(self, config: Launch, keys: int) -> tuple[Any, Any]:
         """Descriptors of `keys` rows of k and v where the configuration asks for them and both can have them."""
-        described = (tiles_of(self.k, keys), tiles_of(self.v, keys, parts)) if config["tma"] else (None, None)
+        described = (tiles_of(self.k, keys), tiles_of(self.v, keys)) if config["tma"] else (None, None)
         return (None, None) if any(x is None for x in described) else described
 
     def _strides(self) -> tuple[int, ...]:
@@ -137,7 +132,7 @@ class _Call:
         tiles = count_tiles(self.total_q, self.batch_size, queries)
         listed = self.num_kv_heads * queries * self.num_slots
         in_order = self.num_kv_heads * power_of_two(queries) * power_of_two(self.num_slots)
-        chunk = min(tiles, max(1, WORKSPACE // (8 * listed + 4 * in_order)))
+        chunk = min(tiles, max(1, LISTS // (8 * listed + 4 * in_order)))
         ordered = self.indices.new_empty(chunk * in_order)
         blocks, members = (self.indices.new_empty(chunk * listed) for _ in range(2))
         counts = self.indices.new_empty(chunk * self.num_kv_heads * 2)
@@ -169,80 +164,124 @@ class _Call:
             )
 
     def by_block(self, config: Launch) -> None:
-        """Block by block: `config` has the rows of a tile and how many rows of one kv head a chunk may have."""
-        from nsa_kernels_triton.kernels.inverting import count_kernel, file_kernel, lay_out_kernel
-        from nsa_kernels_triton.kernels.merging import filed_kernel, merge_kernel
+        """Block by block: `config` has the rows of a tile and how many rows of one kv head a chunk may have.
 
+        Chunks take turns on side streams: while one waits for memory, another multiplies.
+        """
         queries = config["rows"] // self.group_size
-        num_kv_heads, num_slots = self.num_kv_heads, self.num_slots
-        part = self.group_size * num_slots * (self.v_head_dim * self.q.element_size() + 4)
+        part_bytes = self.group_size * (self.num_slots + 1) * (self.v_head_dim * self.q.element_size() + 4)
         tiles = count_tiles(self.total_q, self.batch_size, queries)
-        most = min(config["chunk_rows"] // (queries * self.group_size), WORKSPACE // (queries * part))
-        chunk = min(tiles, max(1, most))
+        most = config["chunk_rows"] // config["rows"] + 1  # 2^n queries may be one tile more than 2^n / queries
+        chunk = evenly(tiles, min(most, PARTS // (queries * part_bytes)))
         chunk_rows = min(chunk * queries, self.total_q)
-        num_blocks = count_tiles(self.total_k, self.batch_size, self.block_size)
-        most_tiles = chunk_rows * num_slots // queries + min(num_blocks, chunk_rows * num_slots)
+        streams = side_streams(self.q.device, chunk < tiles)
+        heads = evenly(self.num_kv_heads, PARTS // (len(streams) * chunk_rows * part_bytes))
+        chunks = [_Chunk(self, config, chunk_rows, heads) for _ in streams]
+        take_turns(
+            streams, range(0, tiles, chunk), lambda turn, first: chunks[turn].run(first, min(first + chunk, tiles))
+        )
+
+
+class _Chunk:
+    """The lists and parts of a chunk of query tiles of the organisation block by block, and its launches."""
+
+    def __init__(self, call: _Call, config: Launch, chunk_rows: int, heads: int) -> None:
+        self.call, self.config, self.heads = call, config, heads
+        self.queries = queries = config["rows"] // call.group_size
+        num_kv_heads, num_slots, turns = call.num_kv_heads, call.num_slots, config["turns"]
+        query_parts = call.group_size * (num_slots + 1)
+        num_blocks = count_tiles(call.total_k, call.batch_size, call.block_size)
+        chosen = min(num_blocks, chunk_rows * num_slots)  # most different blocks
+        most_tiles = chunk_rows * num_slots // queries + chosen
+        most_items = chunk_rows * num_slots // (queries * turns) + chosen
 
         def ints(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return self.indices.new_empty(shape, dtype=dtype)
+            return call.indices.new_empty(shape, dtype=dtype)
 
-        counts, offsets = ints(num_kv_heads, num_blocks), ints(num_kv_heads, num_blocks)
-        key_rows, num_tiles = ints(num_blocks), ints(num_kv_heads)
-        ranks, meta = ints(chunk_rows, num_kv_heads, num_slots), ints(chunk_rows, num_kv_heads)
-        described = ints(num_kv_heads, most_tiles, dtype=torch.int64)
-        filed = ints(num_kv_heads, most_tiles, queries)
-        parts = self.q.new_empty(chunk_rows, num_slots, self.group_size, self.v_head_dim)
-        part_lse = self.lse.new_empty(chunk_rows, num_slots, self.group_size)
+        self.counts, self.offsets = ints(num_kv_heads, num_blocks), ints(num_kv_heads, num_blocks)
+        self.key_rows, self.num_items = ints(num_blocks), ints(num_kv_heads)
+        self.ranks, self.meta = ints(chunk_rows, num_kv_heads, num_slots), ints(chunk_rows, num_kv_heads)
+        self.items = ints(num_kv_heads, most_items, dtype=torch.int64)
+        self.item_tiles = ints(num_kv_heads, most_items)
+        self.filed = ints(num_kv_heads, most_tiles, queries)
+        self.parts = call.q.new_empty(heads, chunk_rows, query_parts, call.v_head_dim)
+        self.part_lse = call.lse.new_empty(heads, chunk_rows, query_parts)
+        self.kv_tiles = call._tiles(config, call.block_size)
+
+    def run(self, first: int, end: int) -> None:
+        """Tiles `first` to `end`."""
+        self._invert(first, end)
+        for first_head in range(0, self.call.num_kv_heads, self.heads):
+            self._attend(first, end, first_head, min(self.heads, self.call.num_kv_heads - first_head))
+
+    def _invert(self, first: int, end: int) -> None:
+        from nsa_kernels_triton.kernels.inverting import count_kernel, file_kernel, lay_out_kernel
+
+        call, num_slots = self.call, self.call.num_slots
+        (num_kv_heads, num_blocks), most_items = self.counts.shape, self.items.shape[1]
+        filing = launch("filing", call.q.device, entries=self.queries * num_slots)
+        laying = launch("laying_out", call.q.device)
         entries = {
-            "BLOCK_SIZE": self.block_size,
-            "QUERIES": queries,
-            "QUERIES_2": power_of_two(queries),
+            "BLOCK_SIZE": call.block_size,
+            "QUERIES": self.queries,
+            "QUERIES_2": power_of_two(self.queries),
             "SLOTS": power_of_two(num_slots),
+            **filing.options,
         }
-        halves = config["halves"] > 0
-        kv_tiles = self._tiles(config, self.block_size, 1 + (halves and self._halves()))
-        filing, laying = (
-            launch("filing", self.q.device, entries=queries * num_slots),
-            launch("laying_out", self.q.device),
+        chosen = call.indices, call.cu_seqlens_q, call.cu_seqlens_k
+        sizes = call.batch_size, num_kv_heads, num_slots
+        self.counts.zero_()
+        count_kernel[num_kv_heads, end - first](
+            *(*chosen, self.counts, self.ranks, self.meta, self.key_rows, *sizes, num_blocks, first),
+            **entries,
         )
-        merging = launch("merging", self.q.device, **self.case)
-        programs = min(most_tiles, num_processors(self.q.device) * config["programs"])
-        sizes = self.batch_size, num_kv_heads, num_slots
-        for first in range(0, tiles, chunk):
-            grid = min(chunk, tiles - first), num_kv_heads
-            counts.zero_()
-            count_kernel[grid](
-                *(self.indices, self.cu_seqlens_q, self.cu_seqlens_k, counts, ranks, meta, key_rows),
-                *(*sizes, num_blocks, first),
-                **(entries | filing.options),
-            )
-            lay_out_kernel[(num_kv_heads,)](
-                *(counts, key_rows, offsets, num_tiles, described, num_blocks, most_tiles),
-                QUERIES=queries,
-                WIDTH=laying["width"],
-                **laying.options,
-            )
-            file_kernel[grid](
-                *(self.indices, self.cu_seqlens_q, self.cu_seqlens_k, ranks, offsets, filed),
-                *(*sizes, num_blocks, most_tiles, first),
-                **(entries | filing.options),
-            )
-            for head in range(num_kv_heads):
-                filed_kernel[(programs,)](
-                    *(self.q, self.k, self.v, *kv_tiles, described, num_tiles, filed),
-                    *(self.cu_seqlens_q, parts, part_lse),
-                    *(self.batch_size, most_tiles, first, head, self.scale),
-                    *self._strides(),
-                    NUM_SLOTS=num_slots,
-                    **self._heads(queries, config["rows"], halves),
-                    **config.options,
-                )
-                merge_kernel[grid[:1]](
-                    *(self.q, self.k, self.v, parts, part_lse, meta, self.cu_seqlens_q, self.cu_seqlens_k),
-                    *(self.out, self.lse, self.batch_size, self.total_q, num_slots, first, head, self.scale),
-                    *self._strides(),
-                    NUM_KV_HEADS=num_kv_heads,
-                    STAGES=merging.num_stages,
-                    **self._heads(queries, config["rows"]),
-                    **merging.options,
-                )
+        lay_out_kernel[(num_kv_heads,)](
+            *(self.counts, self.key_rows, self.offsets, self.num_items, self.items, self.item_tiles),
+            *(num_blocks, most_items),
+            QUERIES=self.queries,
+            TURNS=self.config["turns"],
+            WIDTH=laying["width"],
+            **laying.options,
+        )
+        file_kernel[num_kv_heads, end - first](
+            *(*chosen, self.ranks, self.offsets, self.filed, *sizes, num_blocks, self.filed.shape[1], first),
+            **entries,
+        )
+
+    def _attend(self, first: int, end: int, first_head: int, num_heads: int) -> None:
+        from nsa_kernels_triton.kernels.merging import merge_kernel
+        from nsa_kernels_triton.kernels.parts import filed_kernel, near_kernel
+
+        call, config = self.call, self.config
+        near, merging = (launch(name, call.q.device) for name in ("near", "merging"))
+        constants = call._heads(self.queries, config["rows"])
+        merged = {name: constants[name] for name in ("GROUP_SIZE", "QUERIES", "DV", "V0", "V1")}
+        head_parts, most_items = self.part_lse[0].numel(), self.items.shape[1]
+        programs = min(most_items * num_heads, num_processors(call.q.device) * config["programs"])
+        near_kernel[end - first, num_heads](
+            *(call.q, call.k, call.v, self.parts, self.part_lse, self.meta, call.cu_seqlens_q, call.cu_seqlens_k),
+            *(call.batch_size, call.num_kv_heads, call.num_slots, first, first_head, head_parts, call.scale),
+            *call._strides(),
+            STAGES=near.num_stages,
+            **constants,
+            **near.options,
+        )
+        filed_kernel[(programs,)](
+            *(call.q, call.k, call.v, *self.kv_tiles, self.items, self.item_tiles, self.num_items, self.filed),
+            *(call.cu_seqlens_q, self.parts, self.part_lse, call.batch_size, most_items, self.filed.shape[1]),
+            *(first, first_head, num_heads, head_parts, call.scale),
+            *call._strides(),
+            NUM_SLOTS=call.num_slots,
+            WIDE=self.meta.shape[0] * call.q.stride(0) + call.group_size * call.q.stride(1) >= 2**31,
+            STAGES=config.num_stages,
+            **constants,
+            **config.options,
+        )
+        merge_kernel[-(-self.meta.shape[0] * call.group_size // merging["rows"]), num_heads](
+            *(self.parts, self.part_lse, self.meta, call.cu_seqlens_q, call.out, call.lse, call.batch_size),
+            *(call.total_q, call.num_kv_heads, call.num_slots, first, end, first_head, head_parts),
+            ROWS=merging["rows"],
+            STAGES=merging.num_stages,
+            **merged,
+            **merging.options,
+        )

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from nsa_kernels_triton.configurations import launch
-from nsa_kernels_triton.ops.launching import num_processors, on_device, rows
-from nsa_kernels_triton.tiles import LOG2_E, count_tiles, pieces, power_of_two
+from nsa_kernels_triton.ops.launching import num_processors, on_device, rows, side_streams, take_turns
+from nsa_kernels_triton.tiles import LOG2_E, count_tiles, evenly, pieces, power_of_two
 
-SCORE_BYTES = 256 << 20
+SCORE_BYTES = 1 << 30
 """Most memory for scores at a time: more queries are taken in chunks, of at least one tile, whatever that needs."""
 
 FEW = 32
@@ -37,8 +37,9 @@ def select_blocks(
 ) -> Tensor:
     """q [Tq, Hq, D], k_cmp [Tc, Hk, D], lse fp32 [Hq, Tq] -> int32 [Tq, Hk, topk]: see `TritonBackend.select_blocks`.
 
-    Two kernels for each chunk of query tiles: the scores, [tile, head, query, block], and their top-k. All sizes follow
-    from the host's numbers: a row has room for the blocks of the longest sequence.
+    Two kernels for each chunk of query tiles: the scores, [tile, head, query, block], and their top-k. Chunks take turns
+    on side streams: while the scores of one are multiplied, those of another are sorted out. All sizes follow from the
+    host's numbers: a row has room for the blocks of the longest sequence.
     """
     from nsa_kernels_triton.kernels.scores import block_scores_kernel, paired_block_scores_kernel
     from nsa_kernels_triton.kernels.topk import topk_kernel
@@ -74,10 +75,12 @@ def select_blocks(
     width = 32 * ceil(step * ceil(most_blocks / step) / 32)
     spill_width = width // spill_every if spill_every else 0
     winners = sum(level.next_width for level in _levels(most_blocks, free, picking["span"]))
-    chunk = max(1, SCORE_BYTES // max(1, lines * (4 * (width + spill_width) + 8 * winners)))  # tiles
-    chunk = ceil(tiles / ceil(tiles / chunk))
-    own = q.new_empty(chunk * lines * width, dtype=torch.float32)
-    spill = q.new_empty(chunk * lines * spill_width, dtype=torch.float32)
+    tile_bytes = lines * (4 * (width + spill_width) + 8 * winners)
+    streams = side_streams(q.device, tiles * tile_bytes > SCORE_BYTES)
+    chunk = evenly(tiles, SCORE_BYTES // max(1, len(streams) * tile_bytes))  # tiles
+    buffers = [
+        [q.new_empty(chunk * lines * size, dtype=torch.float32) for size in (width, spill_width)] for _ in streams
+    ]
 
     constants: dict[str, int] = {"BLOCK_SIZE": block_size, "TOPK": topk, "LOCAL": local_blocks, "QUERIES": queries}
     widths = dict(zip(("D0", "D1"), pieces(head_dim), strict=True))
@@ -90,7 +93,7 @@ def select_blocks(
     picked = min(picking["rows"], queries)
     constants |= {"INIT": init_blocks, "SPILL_EVERY": spill_every, "FEW": free <= FEW, "ROWS": picked}
 
-    for first_tile in range(0, tiles, chunk):
+    def select(first_tile: int, own: Tensor, spill: Tensor) -> None:
         num_tiles = min(chunk, tiles - first_tile)
         # Of one sequence the host knows how many queries, and so keys, there are behind the chunk.
         behind = max(0, total - (first_tile + num_tiles) * queries) if batch_size == 1 else 0
@@ -121,6 +124,8 @@ def select_blocks(
                 **picking.options,
             )
             source, source_width, source_span = target, level.next_width, level.span
+
+    take_turns(streams, range(0, tiles, chunk), lambda turn, first_tile: select(first_tile, *buffers[turn]))
     return out
 
 
