@@ -37,7 +37,7 @@ class Case(NamedTuple):
 SMALL = {"kernel_size": 8, "kernel_stride": 4, "block_size": 32, "topk": 4}
 PAIRED = {"kernel_size": 16, "kernel_stride": 8, "block_size": 32, "topk": 4}
 BY_QUERY = {"by_block": 0, "tma": 0, "rows": 16, "keys": 16}
-BY_BLOCK = {"by_block": 1, "tma": 0, "halves": 0, "rows": 16, "chunk_rows": 4096, "programs": 2}
+BY_BLOCK = {"by_block": 1, "tma": 0, "rows": 16, "chunk_rows": 4096, "programs": 2, "turns": 2}
 CASES = {
     "pooling": Case("compress_mean", {"compress_mean_kernel"}),
     "compressed": Case("compressed_attention", {"interval_attention_kernel"}),
@@ -58,7 +58,7 @@ CASES = {
     ),
     "by block": Case(
         "selected_attention",
-        {"count_kernel", "lay_out_kernel", "file_kernel", "filed_kernel", "merge_kernel"},
+        {"count_kernel", "lay_out_kernel", "file_kernel", "near_kernel", "filed_kernel", "merge_kernel"},
         blocks=SMALL,
         configuration=("selected_attention", BY_BLOCK),
     ),

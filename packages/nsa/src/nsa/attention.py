@@ -1,7 +1,10 @@
 """The whole of Native Sparse Attention on projected inputs."""
 
+from contextlib import nullcontext
 from typing import Literal, NamedTuple, overload
 
+import torch
+from nsa_routing import judged_once
 from nsa_varlen import BlockGeometry, VarlenLayout
 from nsa_varlen.arguments import (
     KV,
@@ -143,16 +146,18 @@ def nsa_attention(
     check_gates(gates, {"q": q})
     if block_indices is not None:
         check_block_indices(block_indices, heads["k_slc"], layout)
-    o_cmp, lse_cmp = ops.compressed_attention(
-        q_cmp, k_cmp, v_cmp, layout, blocks, scale=scale, deterministic=deterministic, backend=backend
-    )
-    if block_indices is None:
-        block_indices = ops.select_blocks(q_cmp, k_cmp, lse_cmp, layout, blocks, scale=scale, backend=backend)
-    o_slc, lse_slc = ops.selected_attention(
-        q, k_slc, v_slc, block_indices, layout, blocks, scale=scale, deterministic=deterministic, backend=backend
-    )
-    o_win, lse_win = ops.window_attention(
-        q, k_win, v_win, layout, blocks, scale=scale, deterministic=deterministic, backend=backend
-    )
-    out = ops.combine(gates, o_cmp, o_slc, o_win, backend=backend)
+    # q goes through four operations, and each branch's output through two.
+    with nullcontext() if torch.compiler.is_compiling() else judged_once():
+        o_cmp, lse_cmp = ops.compressed_attention(
+            q_cmp, k_cmp, v_cmp, layout, blocks, scale=scale, deterministic=deterministic, backend=backend
+        )
+        if block_indices is None:
+            block_indices = ops.select_blocks(q_cmp, k_cmp, lse_cmp, layout, blocks, scale=scale, backend=backend)
+        o_slc, lse_slc = ops.selected_attention(
+            q, k_slc, v_slc, block_indices, layout, blocks, scale=scale, deterministic=deterministic, backend=backend
+        )
+        o_win, lse_win = ops.window_attention(
+            q, k_win, v_win, layout, blocks, scale=scale, deterministic=deterministic, backend=backend
+        )
+        out = ops.combine(gates, o_cmp, o_slc, o_win, backend=backend)
     return (out, NSAAux(block_indices, lse_cmp, lse_slc, lse_win)) if return_aux else out
