@@ -45,8 +45,12 @@ INTERVAL = [
     *grid(rows=(64,), keys=(64,), num_warps=(4,), num_stages=(2, 3), maxnreg=(0, 168)),
     *grid(rows=(128,), keys=(64, 128), num_warps=(8,), num_stages=(2, 3), maxnreg=(0, 128)),
 ]
-BY_QUERY = {"by_block": 0, "keys": 64, "maxnreg": 0}
-BY_BLOCK = {"by_block": 1, "rows": 64, "num_warps": 4, "num_stages": 2}
+BY_QUERY = {"by_block": 0, "keys": 64, "tma": 1}
+SMALL_TILES = [
+    BY_QUERY | x for x in grid(rows=(64,), num_warps=(4,), num_stages=(2, 3), maxnreg=(0, 168))
+]
+LARGE_TILES = [BY_QUERY | x for x in grid(rows=(128,), num_warps=(8,), num_stages=(2, 3), maxnreg=(128,))]
+BY_BLOCK = {"by_block": 1, "tma": 1, "rows": 64, "chunk_rows": 65_536, "programs": 3, "turns": 8}
 # table: (operation, its candidates by shape; "" is any)
 CANDIDATES: dict[str, tuple[str, dict[str, list[dict[str, int]]]]] = {
     "compress_mean": ("compress_mean", {"": grid(rows=(8, 16, 32), num_warps=(2, 4))}),
@@ -66,29 +70,19 @@ CANDIDATES: dict[str, tuple[str, dict[str, list[dict[str, int]]]]] = {
     "selected_attention": (
         "selected_attention",
         {
-            "g16": [
-                *(BY_QUERY | x for x in grid(rows=(64,), num_warps=(4,), num_stages=(2, 3, 4), tma=(0, 1))),
-                *(
-                    BY_QUERY | x
-                    for x in grid(rows=(128,), num_warps=(8,), num_stages=(2, 3), tma=(1,), maxnreg=(0, 128))
-                ),
-            ],
+            "g16": [*SMALL_TILES, *LARGE_TILES],
             "": [
-                *(BY_QUERY | x for x in grid(rows=(64,), num_warps=(4,), num_stages=(2, 3, 4), tma=(0, 1))),
-                *(
-                    BY_BLOCK | x
-                    for x in grid(halves=(0, 1), tma=(0, 1), maxnreg=(0, 128), programs=(3, 4), chunk_rows=(32_768,))
-                ),
-                *(
-                    BY_BLOCK | x
-                    for x in grid(
-                        halves=(1,), tma=(1,), maxnreg=(128,), programs=(4,), chunk_rows=(8_192, 16_384, 65_536)
-                    )
-                ),
+                *SMALL_TILES,
+                *LARGE_TILES,
+                *(BY_BLOCK | x for x in grid(num_stages=(1, 3), programs=(2, 3))),
+                *(BY_BLOCK | x for x in grid(num_stages=(1,), turns=(4, 16))),
+                *(BY_BLOCK | x for x in grid(num_stages=(1,), chunk_rows=(16_384, 32_768))),
+                *(BY_BLOCK | x for x in grid(num_stages=(1,), tma=(0,))),
             ],
         },
     ),
-    "merging": ("selected_attention", {"": grid(num_warps=(4, 8), num_stages=(1, 2, 3), maxnreg=(0, 168))}),
+    "near": ("selected_attention", {"": grid(num_stages=(1, 2, 3))}),
+    "merging": ("selected_attention", {"": grid(rows=(8, 16, 32), num_warps=(4,), num_stages=(1, 3, 5))}),
     "filing": ("selected_attention", {"": grid(num_warps=(4, 8))}),
     "combine": ("combine", {"": grid(rows=(8, 16, 32), num_warps=(2, 4, 8))}),
 }
@@ -113,7 +107,7 @@ def trials(tables: list[str], shapes: list[str]) -> list[Trial]:
         op, by_shape = CANDIDATES[table]
         kinds = ("random", "smooth") if op == "selected_attention" else ("random",)
         for kind in kinds:
-            if table in ("merging", "filing") and (shape == "g16" or kind == "smooth"):
+            if table in ("near", "merging", "filing") and (shape == "g16" or kind == "smooth"):
                 continue
             found += [
                 Trial(table, shape, kind, numbers) for numbers in [{}, *by_shape.get(shape, by_shape.get("", []))]

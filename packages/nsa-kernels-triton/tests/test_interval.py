@@ -117,15 +117,12 @@ def test_heads(branch: str, dtype: torch.dtype, heads: int, kv_heads: int, dims:
     "sizes",
     [
         {"rows": 16, "keys": 16},
-        {"rows": 16, "keys": 16, "split": 1},
-        {"rows": 32, "keys": 16, "split": 1, "tma": 1},
+        {"rows": 32, "keys": 16},
         {"rows": 64, "keys": 128},
     ],
     ids=str,
 )
-def test_every_way_to_stream(branch: str, sizes: dict[str, int]) -> None:
-    if sizes.get("tma") and DEVICE == "cuda" and torch.cuda.get_device_capability()[0] < 9:
-        pytest.skip("no copy engine")
+def test_sizes_of_tiles(branch: str, sizes: dict[str, int]) -> None:
     layout = make_layout(MIXED)
     for dims in ((16, 24), (48, 16)):
         with overridden(branch, **sizes):
@@ -195,11 +192,9 @@ def test_later_keys_change_nothing(branch: str) -> None:
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
-@pytest.mark.parametrize("sizes", [{}, {"split": 1}, {"keys": 16, "split": 1, "tma": 1}], ids=str)
+@pytest.mark.parametrize("sizes", [{}, {"keys": 16}], ids=str)
 def test_unseen_keys_may_be_nan(branch: str, sizes: dict[str, int]) -> None:
     """Sequences without queries lie before, between and after; of the first with some, the window has passed most."""
-    if sizes.get("tma") and DEVICE == "cuda" and torch.cuda.get_device_capability()[0] < 9:
-        pytest.skip("no copy engine")
     layout = make_layout(([0, 20, 0, 9, 0], [40, 70, 40, 9, 40]))
     q, k, v = make_inputs(branch, layout)
     unseen = ~make_mask(branch, layout)[:, 0].any(0)

@@ -1,5 +1,7 @@
 """How many programs a packed batch takes, and how a head is cut: the host's side of `kernels.tiles` and `pieces`."""
 
+from torch import Tensor
+
 LOG2_E = 1.4426950408889634  # exponentials are taken in base 2
 
 
@@ -25,6 +27,11 @@ def pieces(dim: int) -> tuple[int, int]:
         return first, 0
     second = max(16, 1 << (dim - first - 1).bit_length())
     return (2 * first, 0) if second == first else (first, second)
+
+
+def row_bytes(q: Tensor, v: Tensor) -> int:
+    """Bytes of one row of a head, padded as `pieces` says: of q and k or of v, whichever is wider."""
+    return max(sum(pieces(x.shape[2])) for x in (q, v)) * q.element_size()
 
 
 def power_of_two(count: int) -> int:

@@ -18,8 +18,6 @@ def interval_attention_kernel(
     Q,
     K,
     V,
-    K_TILES,
-    V_TILES,
     OUT,
     LSE,
     CU_SEQLENS_Q,
@@ -46,16 +44,14 @@ def interval_attention_kernel(
     V1: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    SPLIT: tl.constexpr,
 ):
     """OUT = softmax(scale' Q K^T) V over each query's interval, LSE its logarithm: OUT [Tq, Hq, V_DIM], LSE [Hq, Tq].
 
     The query at position t sees rows 0..num_compressed(t + 1) - 1 of its sequence in CU_COMPRESSED; without that,
     positions (t - w, t]. `scale` contains log2(e). Grid (tiles, Hk): neighbouring programs share keys.
 
-    SPLIT 0 streams in one loop that asks of each tile whether it needs a mask: one pipeline, filled once. SPLIT 1 has a
-    loop each for the left, the unmasked and the right tiles; the middle one loads through the tensor descriptors
-    K_TILES and V_TILES where given (one piece only). Such a tile may run into the next sequence: masked ones cannot.
+    One loop asks of each tile whether it needs a mask: one pipeline, filled once. Loops of their own for the left, the
+    unmasked and the right tiles were slower, with tensor descriptors in the middle one too.
 
     Limited by the tensor cores: 2 (Dk + Dv) operations for each query head and key of a visited tile.
     """
@@ -96,49 +92,27 @@ def interval_attention_kernel(
         K += kv_head * k_head
         V += kv_head * v_head
 
-        middle = any_start + tl.cdiv(all_start - any_start, KEYS) * KEYS
-        right = tl.maximum(any_start + (all_stop - any_start) // KEYS * KEYS, middle)
         key = tl.arange(0, KEYS)
         top, total, acc0, acc1 = empty(ROWS, V0, V1)
-        for part in tl.static_range(3 if SPLIT else 1):
-            if SPLIT == 0:
-                begin, past = any_start, any_stop
-            elif part == 0:
-                begin, past = any_start, tl.minimum(middle, any_stop)
-            elif part == 1:
-                begin, past = middle, right
-            else:
-                begin, past = right, any_stop
-            for tile_start in tl.range(begin, past, KEYS):
-                packed = key_first + tile_start
-                if SPLIT and part == 1:
-                    near = key
-                else:
-                    # Rows beyond any_stop may hold anything, NaN included: the last key is loaded in their place.
-                    near = tl.minimum(key, any_stop - 1 - tile_start)
-                if SPLIT and part == 1 and K_TILES is not None:
-                    k0 = K_TILES.load([packed.to(tl.int32), tl.program_id(1), 0]).reshape(KEYS, K0)
-                    k1 = None
-                else:
-                    k_rows = K + packed * k_row + near * k_row
-                    k0 = load_piece(k_rows, None, 0, K0, DIM)
-                    k1 = load_piece(k_rows, None, K0, K1, DIM)
-                s = logits(q0, q1, k0, k1)
-                if SPLIT == 0:
-                    if (tile_start < all_start) | (tile_start + KEYS > all_stop):
-                        s = hide(s, key + tile_start, start, stop)
-                elif part != 1:
-                    s = hide(s, key + tile_start, start, stop)
-                if SPLIT and part == 1 and V_TILES is not None:
-                    v0 = V_TILES.load([packed.to(tl.int32), tl.program_id(1), 0]).reshape(KEYS, V0)
-                    v1 = None
-                else:
-                    v_rows = V + packed * v_row + near * v_row
-                    v0 = load_piece(v_rows, None, 0, V0, V_DIM)
-                    v1 = load_piece(v_rows, None, V0, V1, V_DIM)
-                top, total, acc0, acc1 = update(s, scale, top, total, acc0, acc1, v0, v1)
+        for tile_start in tl.range(any_start, any_stop, KEYS):
+            # Rows beyond any_stop may hold anything, NaN included: the last key is loaded in their place.
+            near = tl.minimum(key, any_stop - 1 - tile_start)
+            packed = key_first + tile_start
+            k_rows = K + packed * k_row + near * k_row
+            v_rows = V + packed * v_row + near * v_row
+            s = logits(q0, q1, load_piece(k_rows, None, 0, K0, DIM), load_piece(k_rows, None, K0, K1, DIM))
+            if (tile_start < all_start) | (tile_start + KEYS > all_stop):
+                s = hide(s, key + tile_start, start, stop)
+            v0 = load_piece(v_rows, None, 0, V0, V_DIM)
+            v1 = load_piece(v_rows, None, V0, V1, V_DIM)
+            top, total, acc0, acc1 = update(s, scale, top, total, acc0, acc1, v0, v1)
 
         lse, inverse = finish(top, total)
+        # The rows once more, from a 0 that the compiler does not know: kept until here they would cost the loop registers.
+        row += tl.minimum(total_q, 0)
+        query = row // GROUP
+        there = (query < ROWS // GROUP) & (first + query < end)
+        head = (row % GROUP).to(tl.int64)
         outs = OUT + (first * num_heads + kv_head * GROUP) * V_DIM + (query * num_heads + head) * V_DIM
         store_piece(outs, acc0 * inverse, there, 0, V0, V_DIM)
         if V1 > 0:

@@ -212,6 +212,12 @@ def near_kernel(
             v1 = load_piece(v_rows, None, V0, V1, DV)
             m, norm, acc0, acc1 = update(s, scale, m, norm, acc0, acc1, v0, v1)
         lse, inverse = mean(m, norm)
+        # The rows once more, from a 0 that the compiler does not know: kept until here they would cost the loop registers.
+        row += tl.minimum(batch_size, 0)
+        query = row // GROUP_SIZE
+        member = row % GROUP_SIZE
+        there = (query < QUERIES) & (first + query < end)
+        meta = tl.load(META + (first - base + query) * num_kv_heads + kv_head, mask=there, other=0)
         number = (first - base + query) * (num_slots + 1) + (meta >> FAR_SHIFT)
         part = tl.program_id(1).to(tl.int64) * head_parts + number * GROUP_SIZE + member
         part_rows = PARTS + part * DV

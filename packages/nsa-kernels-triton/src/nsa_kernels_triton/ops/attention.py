@@ -1,13 +1,11 @@
 """Attention over compressed blocks and over a window: two cases of one kernel, see `kernels.interval`."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from nsa_kernels_triton.configurations import Launch, launch
+from nsa_kernels_triton.configurations import launch
 from nsa_kernels_triton.ops.launching import on_device, rows
-from nsa_kernels_triton.tiles import LOG2_E, count_tiles, pieces
+from nsa_kernels_triton.tiles import LOG2_E, count_tiles, pieces, row_bytes
 
 
 @torch.library.custom_op("nsa_kernels_triton::compressed_attention", mutates_args=())
@@ -109,14 +107,14 @@ def _attend(
     batch_size = offsets[0].shape[0] - 1
     config = launch(
         *(name, q.device),
-        row_bytes=max(sum(pieces(head_dim)), sum(pieces(v_head_dim))) * q.element_size(),
+        row_bytes=row_bytes(q, v),
         itemsize=q.element_size(),
         group_size=group_size,
         rows_per_sequence=-(-total_q // batch_size) * group_size,
     )
     grid = count_tiles(total_q, batch_size, config["rows"] // group_size), num_kv_heads
     interval_attention_kernel[grid](
-        *(q, k, v, *_tiles(k, v, config), out, lse, *offsets),
+        *(q, k, v, out, lse, *offsets),
         *(batch_size, total_q, window_size, scale * LOG2_E),
         *(q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
         **sizes,
@@ -127,26 +125,7 @@ def _attend(
         **dict(zip(("V0", "V1"), pieces(v_head_dim), strict=True)),
         ROWS=config["rows"],
         KEYS=config["keys"],
-        SPLIT=config["split"],
         **config.options,
     )
     return out, lse
 
-
-def _tiles(k: Tensor, v: Tensor, config: Launch) -> tuple[Any, Any]:
-    """Tensor descriptors of tiles [keys, 1, head_dim] of k and v, where the configuration asks and the engine can."""
-    if not (config["split"] and config["tma"] and _describable(k) and _describable(v)):
-        return None, None
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    def describe(x: Tensor) -> Any:
-        return TensorDescriptor(x, list(x.shape), list(x.stride()), [config["keys"], 1, pieces(x.shape[2])[0]])
-
-    return describe(k), describe(v)
-
-
-def _describable(x: Tensor) -> bool:
-    """Whether the copy engine can load rows of `x`: one piece, 16-byte steps, int32 coordinates."""
-    steps = [stride * x.element_size() for stride in x.stride()[:2]]
-    aligned = all(steps) and not any(step % 16 for step in (x.data_ptr(), *steps))
-    return aligned and 0 < x.shape[0] < 2**31 and pieces(x.shape[2])[1] == 0

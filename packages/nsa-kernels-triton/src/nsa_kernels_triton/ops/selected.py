@@ -16,7 +16,7 @@ from nsa_kernels_triton.configurations import Launch, launch
 from nsa_kernels_triton.ops.descriptors import tiles_of
 from nsa_kernels_triton.ops.launching import num_processors, on_device, rows, side_streams, take_turns
 from nsa_kernels_triton.ops.spread import UNKNOWN, spread_of
-from nsa_kernels_triton.tiles import LOG2_E, count_tiles, evenly, pieces, power_of_two
+from nsa_kernels_triton.tiles import LOG2_E, count_tiles, evenly, pieces, power_of_two, row_bytes
 
 LISTS = 256 << 20  # bytes, about, for query by query's lists; a tile's own may exceed it
 PARTS = 2 << 30  # bytes for block by block's parts; those of a tile and a head may exceed it
@@ -94,12 +94,11 @@ class _Call:
         self.scale = scale * LOG2_E
         self.out = q.new_empty(self.total_q, num_heads, self.v_head_dim)
         self.lse = q.new_empty(num_heads, self.total_q, dtype=torch.float32)
-        widest = max(sum(pieces(self.head_dim)), sum(pieces(self.v_head_dim)))
         self.case = {
             "group_size": self.group_size,
             "block_size": block_size,
             "slots": self.num_slots,
-            "row_bytes": widest * q.element_size(),
+            "row_bytes": row_bytes(q, v),
             "itemsize": q.element_size(),
         }
 
