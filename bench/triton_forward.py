@@ -1,9 +1,9 @@
 """The Triton forward on a GPU beside dense attention, in one run: `python bench/triton_forward.py --out FILE`.
 
 `whole` is one `nsa_attention` call and the mean pooling of its keys and values, routed in preset perf as it ships
-(NSA_CHECK_FINITE=off leaves out the look at every result); `graph` is that in a CUDA graph, without the host's part. The
-other rows are single operations of backend `triton` (and, for the compressed branch, of `cudnn`). Dense attention is
-torch's FlashAttention-2 and cuDNN. One sequence, bf16, head_dim 128, default block sizes.
+(NSA_CHECK_FINITE=off leaves out the look at every result); `graph` is that in a CUDA graph, without the host's part.
+The other rows are single operations of backend `triton` (and, for the compressed branch, of `cudnn`). Dense attention
+is torch's FlashAttention-2 and cuDNN. One sequence, bf16, head_dim 128, default block sizes.
 
 Random inputs: neighbouring queries are independent, so they choose unrelated blocks. Smooth inputs: each query is the
 average of the last `SMOOTHED` of a random walk's steps, so neighbours choose much the same; `union8` says how many

@@ -46,9 +46,7 @@ INTERVAL = [
     *grid(rows=(128,), keys=(64, 128), num_warps=(8,), num_stages=(2, 3), maxnreg=(0, 128)),
 ]
 BY_QUERY = {"by_block": 0, "keys": 64, "tma": 1}
-SMALL_TILES = [
-    BY_QUERY | x for x in grid(rows=(64,), num_warps=(4,), num_stages=(2, 3), maxnreg=(0, 168))
-]
+SMALL_TILES = [BY_QUERY | x for x in grid(rows=(64,), num_warps=(4,), num_stages=(2, 3), maxnreg=(0, 168))]
 LARGE_TILES = [BY_QUERY | x for x in grid(rows=(128,), num_warps=(8,), num_stages=(2, 3), maxnreg=(128,))]
 BY_BLOCK = {"by_block": 1, "tma": 1, "rows": 64, "chunk_rows": 65_536, "programs": 3, "turns": 8}
 # table: (operation, its candidates by shape; "" is any)

@@ -234,7 +234,7 @@ def test_parts_take_no_more_than_the_workspace(monkeypatch: pytest.MonkeyPatch) 
     layout = VarlenLayout.from_lengths([64])
     inputs = random_inputs(layout, dtype=torch.float32)
     indices = listed(layout, 2, 8, BLOCKS)
-    most = 8 * 2 * 9 * (8 * 4 + 4)  # parts of a tile: 8 queries of 2 heads, 8 entries and the near ones, 8 values and an LSE
+    most = 8 * 2 * 9 * (8 * 4 + 4)  # a tile's: 8 queries of 2 heads, 8 entries and the near ones, 8 values and an LSE
     monkeypatch.setattr(selected, "PARTS", most)
     asked: list[int] = []
     make = torch.Tensor.new_empty

@@ -108,7 +108,7 @@ def interval_attention_kernel(
             top, total, acc0, acc1 = update(s, scale, top, total, acc0, acc1, v0, v1)
 
         lse, inverse = finish(top, total)
-        # The rows once more, from a 0 that the compiler does not know: kept until here they would cost the loop registers.
+        # The rows once more, from a 0 that the compiler does not know: kept, they would cost the loop registers.
         row += tl.minimum(total_q, 0)
         query = row // GROUP
         there = (query < ROWS // GROUP) & (first + query < end)

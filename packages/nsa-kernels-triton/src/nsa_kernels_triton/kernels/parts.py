@@ -14,7 +14,9 @@ from nsa_kernels_triton.kernels.softmax import empty, mean, update
 from nsa_kernels_triton.kernels.tiles import find_tile, key_rows
 
 
-@triton.jit(do_not_specialize=["batch_size", "most_items", "most_tiles", "first_tile", "first_head", "num_heads", "head_parts"])
+@triton.jit(
+    do_not_specialize=["batch_size", "most_items", "most_tiles", "first_tile", "first_head", "num_heads", "head_parts"]
+)
 def filed_kernel(
     Q,
     K,
@@ -61,8 +63,8 @@ def filed_kernel(
     Of `num_heads` kv heads from `first_head` on; `head_parts` is how many parts one of them has room for. Persistent:
     every n-th item is a program's, one head's after the other, so that all are at much the same place and one head's
     keys, values and queries stay in the L2 cache. An item's keys and values are loaded once for all its tiles. Every
-    key of these blocks is visible to every query filed under them. WIDE: a chunk's queries may be 2^31 elements apart; a
-    head's parts are not.
+    key of these blocks is visible to every query filed under them. WIDE: a chunk's queries may be 2^31 elements apart;
+    a head's parts are not.
 
     Limited by the bytes of the parts, where queries arrive in time.
     """
@@ -212,7 +214,7 @@ def near_kernel(
             v1 = load_piece(v_rows, None, V0, V1, DV)
             m, norm, acc0, acc1 = update(s, scale, m, norm, acc0, acc1, v0, v1)
         lse, inverse = mean(m, norm)
-        # The rows once more, from a 0 that the compiler does not know: kept until here they would cost the loop registers.
+        # The rows once more, from a 0 that the compiler does not know: kept, they would cost the loop registers.
         row += tl.minimum(batch_size, 0)
         query = row // GROUP_SIZE
         member = row % GROUP_SIZE

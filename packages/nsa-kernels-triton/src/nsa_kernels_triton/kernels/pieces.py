@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+PLAIN = tl.constexpr("")
+
 
 @triton.jit
 def load_piece(ROWS, there, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
@@ -28,7 +30,7 @@ def load_piece(ROWS, there, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.co
 
 @triton.jit
 def store_piece(
-    ROWS, values, there, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, CACHE: tl.constexpr = tl.constexpr("")
+    ROWS, values, there, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, CACHE: tl.constexpr = PLAIN
 ):
     """The inverse of `load_piece`; a WIDTH of 0 stores nothing. CACHE: `tl.store`'s cache_modifier."""
     if WIDTH > 0:

@@ -214,8 +214,8 @@ def shared_kernel(
                 v0 = V_TILES.load([start.to(tl.int32), (head * DV).to(tl.int32)])
                 v1 = None
             m, norm, acc0, acc1 = update_members(s, member, scale, m, norm, acc0, acc1, v0, v1)
-        # Of the one or two blocks that hold the queries: in one stage, and of a large tile by a quarter of the keys at a time,
-        # for more would cost the other loop its registers.
+        # Of the one or two blocks that hold the queries: in one stage, and of a large tile by a quarter of the keys at
+        # a time, for more would cost the other loop its registers.
         NEAR: tl.constexpr = KEYS // 4 if ROWS > 64 and KEYS > 32 else KEYS
         near_parts: tl.constexpr = BLOCK_SIZE // NEAR
         near_key = tl.arange(0, NEAR)
@@ -234,7 +234,7 @@ def shared_kernel(
             v1 = load_piece(v_rows, None, V0, V1, DV)
             m, norm, acc0, acc1 = update(s, scale, m, norm, acc0, acc1, v0, v1)
         lse, inverse = finish(m, norm)
-        # The rows once more, from a 0 that the compiler does not know: kept until here they would cost the loops registers.
+        # The rows once more, from a 0 that the compiler does not know: kept, they would cost the loops registers.
         row += tl.minimum(num_distinct, 0)
         query = row // GROUP_SIZE
         there = (query < QUERIES) & (first + query < end)

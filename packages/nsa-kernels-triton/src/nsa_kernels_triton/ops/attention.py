@@ -128,4 +128,3 @@ def _attend(
         **config.options,
     )
     return out, lse
-

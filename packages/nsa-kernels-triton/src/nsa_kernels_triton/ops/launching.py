@@ -38,30 +38,36 @@ def num_processors(device: torch.device) -> int:
 
 
 STREAMS = 2
-"""Side streams of a device; three were no faster."""
+"""Side streams beside a stream; three were no faster."""
 
 
 @cache
-def _side_streams(device: torch.device) -> list[torch.cuda.Stream]:
+def _beside(device: torch.device, stream: int) -> list[torch.cuda.Stream]:
+    """Side streams of a stream: another's may be under capture for a graph, which would take in what they are given."""
     return [torch.cuda.Stream(device) for _ in range(STREAMS)]
 
 
 def side_streams(device: torch.device, wanted: bool) -> list[torch.cuda.Stream | None]:
-    """The streams that chunks of work take turns on: None is the current one, alone unless more are wanted and exist."""
-    return [*_side_streams(device)] if wanted and device.type == "cuda" else [None]
+    """The streams that chunks of work take turns on; None is the current one, alone unless others are wanted."""
+    if not wanted or device.type != "cuda":
+        return [None]
+    return [*_beside(device, torch.cuda.current_stream(device).cuda_stream)]
 
 
 def take_turns(streams: list[torch.cuda.Stream | None], work: Iterable[T], run: Callable[[int, T], None]) -> None:
     """Call run(n, item) for each item of work on stream n, in turns: after all that is on the current stream.
 
-    What follows on the current stream comes after all of it. Memory that `run` uses, made before, may be freed then.
+    What follows on the current stream comes after all of it, whether `run` raises or not: memory that it used may be
+    given away then.
     """
     sides = [stream for stream in streams if stream is not None]
     for stream in sides:
         stream.wait_stream(torch.cuda.current_stream())
-    for number, item in enumerate(work):
-        turn = number % len(streams)
-        with torch.cuda.stream(streams[turn]):
-            run(turn, item)
-    for stream in sides:
-        torch.cuda.current_stream().wait_stream(stream)
+    try:
+        for number, item in enumerate(work):
+            turn = number % len(streams)
+            with torch.cuda.stream(streams[turn]):
+                run(turn, item)
+    finally:
+        for stream in sides:
+            torch.cuda.current_stream().wait_stream(stream)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nsa_kernels_triton.configurations import Launch, launch
 from nsa_kernels_triton.ops.descriptors import tiles_of
-from nsa_kernels_triton.ops.launching import num_processors, on_device, rows, side_streams, take_turns
+from nsa_kernels_triton.ops.launching import STREAMS, num_processors, on_device, rows, side_streams, take_turns
 from nsa_kernels_triton.ops.spread import UNKNOWN, spread_of
 from nsa_kernels_triton.tiles import LOG2_E, count_tiles, evenly, pieces, power_of_two, row_bytes
 
@@ -171,7 +171,7 @@ class _Call:
         part_bytes = self.group_size * (self.num_slots + 1) * (self.v_head_dim * self.q.element_size() + 4)
         tiles = count_tiles(self.total_q, self.batch_size, queries)
         most = config["chunk_rows"] // config["rows"] + 1  # 2^n queries may be one tile more than 2^n / queries
-        chunk = evenly(tiles, min(most, PARTS // (queries * part_bytes)))
+        chunk = evenly(tiles, min(most, PARTS // (STREAMS * queries * part_bytes)))
         chunk_rows = min(chunk * queries, self.total_q)
         streams = side_streams(self.q.device, chunk < tiles)
         heads = evenly(self.num_kv_heads, PARTS // (len(streams) * chunk_rows * part_bytes))

@@ -37,9 +37,9 @@ def select_blocks(
 ) -> Tensor:
     """q [Tq, Hq, D], k_cmp [Tc, Hk, D], lse fp32 [Hq, Tq] -> int32 [Tq, Hk, topk]: see `TritonBackend.select_blocks`.
 
-    Two kernels for each chunk of query tiles: the scores, [tile, head, query, block], and their top-k. Chunks take turns
-    on side streams: while the scores of one are multiplied, those of another are sorted out. All sizes follow from the
-    host's numbers: a row has room for the blocks of the longest sequence.
+    Two kernels for each chunk of query tiles: the scores, [tile, head, query, block], and their top-k. Chunks take
+    turns on side streams: while the scores of one are computed, those of another are chosen from. All sizes follow
+    from the host's numbers: a row has room for the blocks of the longest sequence.
     """
     from nsa_kernels_triton.kernels.scores import block_scores_kernel, paired_block_scores_kernel
     from nsa_kernels_triton.kernels.topk import topk_kernel
