@@ -139,8 +139,8 @@ def test_chunks_change_nothing(organisation: str, monkeypatch: pytest.MonkeyPatc
     inputs = random_inputs(layout, dtype=torch.float32)
     indices = listed(layout, 2, 5, BLOCKS)
     expected = BACKEND.selected_attention(*inputs[:3], indices, layout, BLOCKS)
-    monkeypatch.setattr(selected, "LISTS", 1)  # one tile at a time
-    monkeypatch.setattr(selected, "PARTS", 1)
+    monkeypatch.setattr("nsa_kernels_triton.ops.by_query.LISTS", 1)  # one tile at a time
+    monkeypatch.setattr("nsa_kernels_triton.ops.by_block.PARTS", 1)
     found = BACKEND.selected_attention(*inputs[:3], indices, layout, BLOCKS)
     assert all(map(torch.equal, found, expected))
 
@@ -183,7 +183,7 @@ def test_a_rule_by_spread_is_obeyed_unless_results_must_repeat(monkeypatch: pyte
     monkeypatch.setattr(configurations, "table", lambda name: table)
     taken: list[str] = []
     for name in ("by_block", "by_query"):
-        monkeypatch.setattr(selected._Call, name, lambda self, config, name=name: taken.append(name))
+        monkeypatch.setattr(selected, name, lambda call, config, name=name: taken.append(name))
     layout = VarlenLayout.from_lengths([64], [32 * 64])
     inputs = random_inputs(layout, dtype=torch.float32)
     indices = torch.arange(4, dtype=torch.int32).expand(64, 2, 4).contiguous()
@@ -235,7 +235,7 @@ def test_parts_take_no_more_than_the_workspace(monkeypatch: pytest.MonkeyPatch) 
     inputs = random_inputs(layout, dtype=torch.float32)
     indices = listed(layout, 2, 8, BLOCKS)
     most = 8 * 2 * 9 * (8 * 4 + 4)  # a tile's: 8 queries of 2 heads, 8 entries and the near ones, 8 values and an LSE
-    monkeypatch.setattr(selected, "PARTS", most)
+    monkeypatch.setattr("nsa_kernels_triton.ops.by_block.PARTS", most)
     asked: list[int] = []
     make = torch.Tensor.new_empty
 
