@@ -241,7 +241,7 @@ def taken(trial: Trial) -> dict[str, int]:
     case = {"head_dim": DIM, "group_size": heads // kv_heads, "row_bytes": 2 * DIM, "itemsize": 2}
     case |= {"block_size": BLOCKS.block_size, "rows_per_sequence": TOKENS * heads // kv_heads, "entries": 1024}
     free = BLOCKS.topk - BLOCKS.init_blocks - BLOCKS.local_blocks
-    return case | {"free": free, "spread": 130 if trial.inputs == "smooth" else 1 << 20}
+    return case | {"free": free, "slots": BLOCKS.topk, "spread": 130 if trial.inputs == "smooth" else 1 << 20}
 
 
 def apply(source: Path, name: str) -> None:
