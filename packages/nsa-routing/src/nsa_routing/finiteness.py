@@ -1,7 +1,7 @@
 """Are results finite? A log-sum-exp of -inf is: it says that a query sees no key."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -11,11 +11,10 @@ from torch import Tensor
 _verdicts: ContextVar[dict[int, tuple[Tensor, Tensor]] | None] = ContextVar("verdicts", default=None)
 
 
-@contextmanager
-def judged_once() -> Iterator[None]:
+def judged_once() -> AbstractContextManager[None]:
     """Within, a tensor is looked at once, however many operations take or return it. Nobody may write to one meanwhile.
 
-    The tensors stay alive until the end. Code that is traced by torch.compile does not enter.
+    The tensors stay alive until the end. In code that is traced by torch.compile it does nothing.
 
     Example:
         >>> q = torch.ones(2, 3)
@@ -24,6 +23,11 @@ def judged_once() -> Iterator[None]:
         >>> first is second
         True
     """
+    return nullcontext() if torch.compiler.is_compiling() else _remembering()
+
+
+@contextmanager
+def _remembering() -> Iterator[None]:
     known = _verdicts.get()
     token = _verdicts.set({} if known is None else known)
     try:

@@ -1,9 +1,7 @@
 """The whole of Native Sparse Attention on projected inputs."""
 
-from contextlib import nullcontext
 from typing import Literal, NamedTuple, overload
 
-import torch
 from nsa_routing import judged_once
 from nsa_varlen import BlockGeometry, VarlenLayout
 from nsa_varlen.arguments import (
@@ -147,7 +145,7 @@ def nsa_attention(
     if block_indices is not None:
         check_block_indices(block_indices, heads["k_slc"], layout)
     # q goes through four operations, and each branch's output through two.
-    with nullcontext() if torch.compiler.is_compiling() else judged_once():
+    with judged_once():
         o_cmp, lse_cmp = ops.compressed_attention(
             q_cmp, k_cmp, v_cmp, layout, blocks, scale=scale, deterministic=deterministic, backend=backend
         )

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from nsa_kernels_triton.kernels.pieces import load_piece, logits, store_piece
 from nsa_kernels_triton.kernels.softmax import empty, finish, update
-from nsa_kernels_triton.kernels.tiles import find_tile, key_rows
+from nsa_kernels_triton.kernels.tiles import anew, find_tile, key_rows
 
 
 @triton.jit(do_not_specialize=["batch_size", "total_q", "window_size"])
@@ -108,8 +108,7 @@ def interval_attention_kernel(
             top, total, acc0, acc1 = update(s, scale, top, total, acc0, acc1, v0, v1)
 
         lse, inverse = finish(top, total)
-        # The rows once more, from a 0 that the compiler does not know: kept, they would cost the loop registers.
-        row += tl.minimum(total_q, 0)
+        row = anew(row, total_q)
         query = row // GROUP
         there = (query < ROWS // GROUP) & (first + query < end)
         head = (row % GROUP).to(tl.int64)

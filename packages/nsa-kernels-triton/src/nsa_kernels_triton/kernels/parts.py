@@ -11,7 +11,7 @@ import triton.language as tl
 from nsa_kernels_triton.kernels.inverting import CHOSE_FIRST, CHOSE_OWN, CHOSE_PREVIOUS, FAR_SHIFT, chunk_start
 from nsa_kernels_triton.kernels.pieces import load_piece, logits, store_piece
 from nsa_kernels_triton.kernels.softmax import empty, mean, update
-from nsa_kernels_triton.kernels.tiles import find_tile, key_rows
+from nsa_kernels_triton.kernels.tiles import anew, find_tile, key_rows
 
 
 @triton.jit(
@@ -120,7 +120,7 @@ def filed_kernel(
                 top = tl.where(top == float("-inf"), 0.0, top)  # logits that overflowed: weights of 0, no NaN
                 p = tl.exp2(s * scale - top[:, None])
                 total = tl.sum(p, 1)
-                weighed = tl.where(total > 0, total, 1.0)
+                weighed = tl.where(total > 0, total, 1.0)  # not `mean`: in its order a tile takes 33 registers more
                 inverse = (1.0 / weighed)[:, None]
                 part = (place + chunk_row) * GROUP_SIZE + member
                 part_rows = parts + part * DV
@@ -214,8 +214,7 @@ def near_kernel(
             v1 = load_piece(v_rows, None, V0, V1, DV)
             m, norm, acc0, acc1 = update(s, scale, m, norm, acc0, acc1, v0, v1)
         lse, inverse = mean(m, norm)
-        # The rows once more, from a 0 that the compiler does not know: kept, they would cost the loop registers.
-        row += tl.minimum(batch_size, 0)
+        row = anew(row, batch_size)
         query = row // GROUP_SIZE
         member = row % GROUP_SIZE
         there = (query < QUERIES) & (first + query < end)

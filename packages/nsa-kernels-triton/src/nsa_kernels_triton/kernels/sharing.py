@@ -9,7 +9,7 @@ import triton.language as tl
 
 from nsa_kernels_triton.kernels.pieces import load_piece, logits, store_piece
 from nsa_kernels_triton.kernels.softmax import empty, finish, update
-from nsa_kernels_triton.kernels.tiles import find_tile, key_rows
+from nsa_kernels_triton.kernels.tiles import anew, find_tile, key_rows
 
 
 @triton.jit
@@ -234,8 +234,7 @@ def shared_kernel(
             v1 = load_piece(v_rows, None, V0, V1, DV)
             m, norm, acc0, acc1 = update(s, scale, m, norm, acc0, acc1, v0, v1)
         lse, inverse = finish(m, norm)
-        # The rows once more, from a 0 that the compiler does not know: kept, they would cost the loops registers.
-        row += tl.minimum(num_distinct, 0)
+        row = anew(row, num_distinct)
         query = row // GROUP_SIZE
         there = (query < QUERIES) & (first + query < end)
         heads = head * GROUP_SIZE + row % GROUP_SIZE

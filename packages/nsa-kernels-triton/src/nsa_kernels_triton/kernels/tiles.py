@@ -29,3 +29,12 @@ def key_rows(CU_SEQLENS_Q, CU_SEQLENS_K, sequence):
     first = tl.load(CU_SEQLENS_K + sequence).to(tl.int64)
     end = tl.load(CU_SEQLENS_K + sequence + 1).to(tl.int64)
     return first, end, end - tl.load(CU_SEQLENS_Q + sequence + 1)
+
+
+@triton.jit
+def anew(row, count):
+    """`row`, as numbers that the compiler takes for others: `count` >= 0 is not known to it.
+
+    For what is computed from rows before a loop and after it: kept in between, it would cost the loop registers.
+    """
+    return row + tl.minimum(count, 0)

@@ -2,7 +2,7 @@
 
 from nsa_kernels_triton.configurations import Launch, launch
 from nsa_kernels_triton.ops.selected_call import SelectedCall
-from nsa_kernels_triton.tiles import count_tiles, power_of_two
+from nsa_kernels_triton.tiles import count_tiles, evenly, power_of_two
 
 LISTS = 256 << 20  # bytes, about, for the shared lists; a tile's own may exceed it
 ENTRIES = 1024  # of block_indices that one warp sorts and merges
@@ -17,7 +17,7 @@ def by_query(call: SelectedCall, config: Launch) -> None:
     tiles = count_tiles(call.total_q, call.batch_size, queries)
     listed = call.num_kv_heads * queries * call.num_slots
     in_order = call.num_kv_heads * power_of_two(queries) * power_of_two(call.num_slots)
-    chunk = min(tiles, max(1, LISTS // (8 * listed + 4 * in_order)))
+    chunk = evenly(tiles, LISTS // (8 * listed + 4 * in_order))
     ordered = call.indices.new_empty(chunk * in_order)
     blocks, members = (call.indices.new_empty(chunk * listed) for _ in range(2))
     counts = call.indices.new_empty(chunk * call.num_kv_heads * 2)
