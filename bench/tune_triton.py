@@ -79,7 +79,15 @@ CANDIDATES: dict[str, tuple[str, dict[str, list[dict[str, int]]]]] = {
             ],
         },
     ),
-    "near": ("selected_attention", {"": grid(num_stages=(1, 2, 3))}),
+    "near": (
+        "selected_attention",
+        {
+            "": [
+                *grid(num_warps=(4,), num_stages=(1, 2, 3)),
+                *grid(num_warps=(8,), num_stages=(1, 2, 3), maxnreg=(0, 128)),
+            ]
+        },
+    ),
     "merging": ("selected_attention", {"": grid(rows=(8, 16, 32), num_warps=(4,), num_stages=(1, 3, 5))}),
     "filing": ("selected_attention", {"": grid(num_warps=(4, 8))}),
     "combine": ("combine", {"": grid(rows=(8, 16, 32), num_warps=(2, 4, 8))}),

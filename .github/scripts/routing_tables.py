@@ -73,13 +73,22 @@ def adr_page(number: str) -> str:
 
 def thresholds() -> str:
     """Since when a backend pays, and how that is known."""
-    rows = [
+    return table(("profile", "operation", "backend", "pays for", "known by"), *bounded("thresholds"))
+
+
+def prefer() -> str:
+    """Where a backend is tried before the others."""
+    return table(("profile", "operation", "backend", "goes first for", "known by"), *bounded("prefer"))
+
+
+def bounded(field: str) -> list[tuple[str, ...]]:
+    """What the profiles say by operation and backend in this field."""
+    return [
         (profile.name, op, name, bounds(threshold), source(threshold))
         for profile in shipped()
-        for op, known in profile.thresholds.items()
+        for op, known in getattr(profile, field).items()
         for name, threshold in known.items()
     ]
-    return table(("profile", "operation", "backend", "pays for", "known by"), *rows)
 
 
 def bounds(threshold: Threshold) -> str:
@@ -104,7 +113,7 @@ def versions() -> str:
 
 def filled(page: str) -> str:
     """The page with each `<!-- table: name -->` ... `<!-- end -->` written anew."""
-    for make in (flags, order, presets, denials, thresholds, versions):
+    for make in (flags, order, presets, denials, thresholds, prefer, versions):
         before, start, rest = page.partition(f"<!-- table: {make.__name__} -->\n")
         _, end, after = rest.partition("<!-- end -->")
         if not start or not end:

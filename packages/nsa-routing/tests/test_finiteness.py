@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from nsa_routing.finiteness import all_finite, inputs_finite, judged_once, result_finite
+from nsa_routing.finiteness import all_finite, each_once, inputs_finite, result_finite
 
 INF, NAN = torch.inf, torch.nan
 HALF, BF16, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -87,34 +87,34 @@ def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-def test_a_tensor_is_judged_once_within_and_anew_without(looked_at: list[int]) -> None:
+def test_a_tensor_is_each_once_within_and_anew_without(looked_at: list[int]) -> None:
     q, out = torch.ones(3), torch.ones(4)
-    with judged_once():
+    with each_once():
         assert result_finite((out, torch.zeros(1, 4))).item() is True
         assert inputs_finite((q, out)).item() is True
         assert inputs_finite((out, q)).item() is True
     assert sorted(looked_at) == [3, 4]
     q[0] = NAN
     assert inputs_finite((q,)).item() is False
-    with judged_once():
+    with each_once():
         assert inputs_finite((q,)).item() is False
         assert inputs_finite((torch.ones(3),)).item() is True, "another tensor"
     assert len(looked_at) == 5
 
 
 def test_what_is_judged_stays_alive_so_that_no_other_takes_its_place(looked_at: list[int]) -> None:
-    with judged_once():
+    with each_once():
         for value in (1.0, NAN, 1.0, INF):
             finite = inputs_finite((torch.full((5,), value),))  # freed at once, its place may be the next one's
             assert finite.item() is (value == 1.0)
     assert len(looked_at) == 4
 
 
-def test_judging_once_may_be_nested(looked_at: list[int]) -> None:
+def test_looking_once_may_be_nested(looked_at: list[int]) -> None:
     q = torch.ones(3)
-    with judged_once():
+    with each_once():
         inputs_finite((q,))
-        with judged_once():
+        with each_once():
             inputs_finite((q,))
         inputs_finite((q,))
     assert len(looked_at) == 1

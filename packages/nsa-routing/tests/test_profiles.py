@@ -87,6 +87,7 @@ def test_everything_a_profile_can_say(write: Callable, good: dict) -> None:
                 "triton": {"not_measured": "nobody had one"},
             },
         },
+        "prefer": {"window_attention": {"fa2": {"at_most": {"max_seqlen_k": 5}, "measured": MEASURED}}},
         "denials": {
             "select_blocks": {"triton": {"adr": "0001", "reason": "off", "lifted_by": "NSA_TRITON_SEL_FORCE"}},
         },
@@ -98,6 +99,7 @@ def test_everything_a_profile_can_say(write: Callable, good: dict) -> None:
     assert threshold.measured.date == datetime.date(2026, 11, 22)
     assert (threshold.measured.gpu, threshold.measured.csv, threshold.not_measured) == ("H100", "sm90.csv", None)
     assert profile.thresholds["window_attention"]["triton"].not_measured == "nobody had one"
+    assert profile.prefer["window_attention"]["fa2"].at_most.max_seqlen_k == 5
     assert profile.denials["select_blocks"]["triton"].lifted_by == "NSA_TRITON_SEL_FORCE"
     assert profile.presets["perf"] == {"triton": "always", "fa2": "opt-in"}
     assert profile.pins == {"nsa-fa2": "==0.1.*", "torch": ">=2.4,<3"}
@@ -388,6 +390,22 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     (
         {"thresholds": {"combine": {"fa2": {"at_least": {"max_seqlen_k": 9}, **NEVER["fa2"]}}}},
         r"thresholds.combine.fa2: expected one that can trigger, but combine knows no sequences, only total_q",
+    ),
+    (
+        {"prefer": {"combine": {"triton": {"at_most": {"total_q": 8}, "not_measured": "x"}}}},
+        r"prefer.combine.triton: expected a backend between the first of order.combine and the last",
+    ),
+    (
+        {"prefer": {"combine": {"sdpa": {"at_most": {"total_q": 8}, "not_measured": "x"}}}},
+        r"prefer.combine.sdpa: expected a backend between the first of order.combine and the last",
+    ),
+    (
+        {"prefer": {"combine": {"fa2": {"not_measured": "x"}}}},
+        r"prefer.combine.fa2: expected bounds; without any it comes first in order.combine",
+    ),
+    (
+        {"prefer": {"combine": {"fa2": {"at_most": {"max_seqlen_k": 8}, "not_measured": "x"}}}},
+        r"prefer.combine.fa2: expected bounds of total_q, combine knows no sequences",
     ),
 ]
 

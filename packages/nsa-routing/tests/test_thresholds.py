@@ -163,6 +163,26 @@ def test_one_route_per_interval(bounded: dict, problem: Problem) -> None:
     assert len(runs) == 6
 
 
+@pytest.mark.parametrize("taken", ["always", None])
+def test_a_preferred_backend_goes_first_where_its_preset_takes_it(
+    taken: str | None, install: Callable, order: Callable, problem: Problem
+) -> None:
+    """Up to 50 keys other is preferred to fast, whichever was asked for before; the rest keeps its order."""
+    made = install("fast", "other", "spare", "sdpa")
+    modes = dict.fromkeys(("fast", "spare"), "always") | ({"other": taken} if taken else {})
+    prefer = {"window_attention": {"other": {"at_most": {"max_seqlen_k": 50}, **BELIEVED}}}
+    order("fast", "other", "spare", presets={"safe": modes, "perf": {"other": "always"}}, prefer=prefer)
+    x = torch.ones(2, 1, 4)
+    for keys in (51, 50, 51, 0):
+        asked = replace(problem, max_seqlen_k=keys)
+        first = ("other", "fast") if keys <= 50 else ("fast", "other")
+        expected = [*(name for name in first if taken or name != "other"), "spare", "sdpa"]
+        assert list(dispatching.plan_for(asked).accepted) == expected
+        before = len(made[expected[0]].calls)
+        dispatch("window_attention", asked)(x)
+        assert len(made[expected[0]].calls) == before + 1
+
+
 def test_ops_without_thresholds_have_one_plan(bounded: dict, problem: Problem) -> None:
     runs = {
         id(dispatch("combine", replace(problem, op="combine", total_q=length, max_seqlen_k=length)))

@@ -4,11 +4,11 @@ from nsa_routing.__about__ import __version__
 from nsa_routing.breaker import closed, failure_counts
 from nsa_routing.dispatching import dispatch, plan_for, poll, reset
 from nsa_routing.environment import Environment, probe
-from nsa_routing.finiteness import judged_once
 from nsa_routing.planning import Accepted, Plan, Rejected, explain, plan
 from nsa_routing.policy import FLAGS, Policy
 from nsa_routing.problem import OPS, Problem
 from nsa_routing.profile import Profile, load_profile
+from nsa_routing.together import judged_together, outcome
 
 __all__ = [
     "FLAGS",
@@ -25,8 +25,9 @@ __all__ = [
     "dispatch",
     "explain",
     "failure_counts",
-    "judged_once",
+    "judged_together",
     "load_profile",
+    "outcome",
     "plan",
     "plan_for",
     "poll",

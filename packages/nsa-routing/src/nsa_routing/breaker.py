@@ -4,26 +4,14 @@ import threading
 from collections import Counter
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether a graph is being captured there: nothing may wait, and memory that is taken is the graph's.
-
-    Example:
-        >>> capturing(torch.device("cpu"))
-        False
-    """
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+from nsa_routing.device_flag import DeviceFlag
 
 
 @dataclass(eq=False)
-class Breaker:
+class Breaker(DeviceFlag):
     """Whether one backend may run one operation on one device.
 
-    `failures` counts what went wrong, by kind. Results that are checked without waiting for them leave their verdict in
-    `flag`, on the device; `mirror` is a copy in pinned memory that arrives some time later and costs nothing to read.
+    `failures` counts what went wrong, by kind. Results that are checked without waiting for them raise the flag.
     """
 
     backend: str
@@ -31,32 +19,6 @@ class Breaker:
     device: str
     closed: bool = False
     failures: Counter[str] = field(default_factory=Counter)
-    flag: Tensor | None = None
-    mirror: Tensor | None = None
-
-    def prepare(self, device: torch.device) -> None:
-        """Make the flag, outside any graph capture: memory taken inside one is the graph's."""
-        if self.flag is not None or capturing(device):
-            return
-        with torch.inference_mode(False):  # a tensor made in inference mode cannot be updated outside it
-            self.flag = torch.zeros((), dtype=torch.bool, device=device)
-            if device.type == "cuda":
-                self.mirror = torch.zeros((), dtype=torch.bool, pin_memory=True)
-
-    def note(self, bad: Tensor) -> None:
-        """Remember on the device that a result was bad; no synchronisation, and it may be captured in a graph."""
-        if self.flag is None and not torch.compiler.is_compiling():
-            self.prepare(bad.device)  # the route was planned inside a capture
-        if self.flag is not None:
-            self.flag.logical_or_(bad)
-            if self.mirror is not None and not torch.compiler.is_compiling():
-                self.mirror.copy_(self.flag, non_blocking=True)
-
-    def noted(self, *, wait: bool) -> bool:
-        """Whether a bad result has been noted; `wait` synchronises with the device, else the news may be late."""
-        if self.flag is None:
-            return False
-        return bool(self.flag if wait or self.mirror is None else self.mirror)
 
 
 _breakers: dict[tuple[str, str, str], Breaker] = {}
@@ -103,7 +65,4 @@ def forget() -> None:
     for found in all_breakers():
         found.closed = False
         found.failures.clear()
-        if found.flag is not None:
-            found.flag.zero_()
-            if found.mirror is not None:
-                found.mirror.copy_(found.flag)
+        found.lower()

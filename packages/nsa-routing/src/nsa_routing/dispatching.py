@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nsa_routing import breaker, events
+from nsa_routing import breaker, events, together
 from nsa_routing.backends import load_backend
 from nsa_routing.environment import Environment, probe
 from nsa_routing.planning import BROKEN, Plan, Rejected, explain, plan
@@ -191,6 +191,7 @@ def reset() -> None:
     """
     _the_router.cache_clear()
     breaker.forget()
+    together.forget()
     events.forget()
     load_profile.cache_clear()
     load_backend.cache_clear()
@@ -202,12 +203,14 @@ def poll() -> frozenset[tuple[str, str, str]]:
     """Read the flags that unfinished checks left on devices, close their routes, and return all closed ones.
 
     Synchronises with each device that has a flag. Ordinary calls read theirs by themselves, a call or more later;
-    compiled code and replayed graphs never do: there `poll` is the only way for the news to arrive.
+    compiled code and replayed graphs never do: there `poll` is the only way for the news to arrive. An alarm (see
+    `judged_together`) is told, and closes nothing yet.
 
     Example:
         >>> poll()
         frozenset()
     """
+    together.read_alarms()
     for found in breaker.all_breakers():
         if not found.closed and found.noted(wait=True):
             found.closed = True
@@ -244,7 +247,7 @@ def _guarded(chosen: Plan, policy: Policy, exact: Run | None) -> Run:
 def _cuts(profile: Profile) -> dict[str, tuple[tuple[int, ...], ...]]:
     found = {}
     for op in OPS:
-        thresholds = profile.thresholds.get(op, {}).values()
+        thresholds = [*profile.thresholds.get(op, {}).values(), *profile.prefer.get(op, {}).values()]
         by_length = []
         for name in LENGTHS:
             least = {getattr(threshold.at_least, name) for threshold in thresholds} - {None}

@@ -1,8 +1,9 @@
 """Are results finite? A log-sum-exp of -inf is: it says that a query sees no key."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import reduce
 from typing import Any
 
 import torch
@@ -11,23 +12,19 @@ from torch import Tensor
 _verdicts: ContextVar[dict[int, tuple[Tensor, Tensor]] | None] = ContextVar("verdicts", default=None)
 
 
-def judged_once() -> AbstractContextManager[None]:
+@contextmanager
+def each_once() -> Iterator[None]:
     """Within, a tensor is looked at once, however many operations take or return it. Nobody may write to one meanwhile.
 
-    The tensors stay alive until the end. In code that is traced by torch.compile it does nothing.
+    The tensors stay alive until the end.
 
     Example:
         >>> q = torch.ones(2, 3)
-        >>> with judged_once():
+        >>> with each_once():
         ...     first, second = all_finite((q,)), all_finite((q,))
         >>> first is second
         True
     """
-    return nullcontext() if torch.compiler.is_compiling() else _remembering()
-
-
-@contextmanager
-def _remembering() -> Iterator[None]:
     known = _verdicts.get()
     token = _verdicts.set({} if known is None else known)
     try:
@@ -61,14 +58,15 @@ def _finite(x: Tensor) -> Tensor:
 
 
 def result_finite(result: Any) -> Tensor | None:
-    """`all_finite` of what an operation returns: a tensor, or (out, lse), where an lse may also be -inf."""
+    """`all_finite` of what operations return: a tensor, or (out, lse, ...), where an lse may also be -inf."""
     if isinstance(result, Tensor):
         return all_finite((result,))
-    out, lse = result
+    out, *lses = result
     verdict = all_finite((out,))
     if verdict is None:
         return None
-    return verdict & (lse.detach().amax() < torch.inf)  # NaN compares false and survives amax
+    # NaN survives amax and maximum, and compares false.
+    return verdict & (reduce(torch.maximum, (lse.detach().amax() for lse in lses)) < torch.inf)
 
 
 def inputs_finite(args: Iterable[Any]) -> Tensor | None:

@@ -83,7 +83,7 @@ def plan(
     """Rank the backends for one problem. Pure and total: equal arguments give equal plans, and none raises.
 
     A backend that the policy requests is the only candidate: denials and the backend's own refusal still hold, presets
-    and thresholds do not. Otherwise the profile's order is gone through.
+    and thresholds do not. Otherwise the profile's order is gone through, after those that it prefers for such lengths.
 
     Args:
         closed: (backend, op, device) routes that must not be taken.
@@ -97,9 +97,19 @@ def plan(
         Rejected(backend='sdpa', reason='not installed (installed: none)', fatal=False)
     """
     requested = policy.backend_for(problem.op)
-    names = (requested,) if requested is not None else profile.order[problem.op]
+    names = (requested,) if requested is not None else _order(profile, problem)
     judged = tuple(_judge(name, environment, profile, problem, policy, closed, requested is None) for name in names)
     return Plan(problem, judged, requested, profile.name, policy.preset)
+
+
+def _order(profile: Profile, problem: Problem) -> tuple[str, ...]:
+    preferred = profile.prefer.get(problem.op, {})
+    return tuple(
+        sorted(
+            profile.order[problem.op],
+            key=lambda name: name not in preferred or _outside(preferred[name], problem) is not None,
+        )
+    )
 
 
 def _judge(

@@ -138,6 +138,7 @@ class _File(_Frozen):
     order: dict[Op, list[str]] = {}
     presets: dict[Preset, dict[str, Mode | None]] = {}
     thresholds: dict[Op, dict[str, Threshold | None]] = {}
+    prefer: dict[Op, dict[str, Threshold | None]] = {}
     denials: dict[Op, dict[str, Denial | None]] = {}
     pins: dict[Distribution, Specifier | None] = {}
 
@@ -153,6 +154,7 @@ class Profile(_Frozen):
             allows it; `measured`, where a measured threshold does; `opt-in`, where a threshold allows it once
             `NSA_FA2=1`. A backend that is not named is not taken, but may be requested. `sdpa` needs no entry.
         thresholds: by op and backend.
+        prefer: by op and backend, for which lengths it is tried before the others, whatever its place in `order`.
         denials: by op and backend.
         pins: version specifiers of the distributions to install on such a device, by name.
 
@@ -170,6 +172,7 @@ class Profile(_Frozen):
     order: Mapping[str, tuple[str, ...]]
     presets: Mapping[str, Mapping[str, Mode]] = Field(default_factory=dict)
     thresholds: Mapping[str, Mapping[str, Threshold]] = Field(default_factory=dict)
+    prefer: Mapping[str, Mapping[str, Threshold]] = Field(default_factory=dict)
     denials: Mapping[str, Mapping[str, Denial]] = Field(default_factory=dict)
     pins: Mapping[str, str] = Field(default_factory=dict)
 
@@ -204,7 +207,16 @@ class Profile(_Frozen):
                     never = "combine knows no sequences, only total_q"
                 if never:
                     raise ValueError(f"thresholds.{op}.{name}: expected one that can trigger, but {never}")
-        for field in ("order", "presets", "thresholds", "denials", "pins"):  # loaded once, shared by all
+        for op, preferred in self.prefer.items():
+            for name, bounds in preferred.items():
+                if name not in self.order[op][1:-1]:
+                    between = f"between the first of order.{op} and the last"
+                    raise ValueError(f"prefer.{op}.{name}: expected a backend {between}")
+                if bounds.at_least == bounds.at_most == Lengths():
+                    raise ValueError(f"prefer.{op}.{name}: expected bounds; without any it comes first in order.{op}")
+                if op == "combine" and _bounds_sequences(bounds):
+                    raise ValueError(f"prefer.{op}.{name}: expected bounds of total_q, combine knows no sequences")
+        for field in ("order", "presets", "thresholds", "prefer", "denials", "pins"):  # loaded once, shared by all
             object.__setattr__(self, field, _read_only(getattr(self, field)))
         return self
 

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa_routing.breaker import Breaker, capturing
+from nsa_routing.breaker import Breaker
+from nsa_routing.device_flag import capturing
 from nsa_routing.events import tell
 from nsa_routing.failures import OUT_OF_MEMORY, failure_kind
 from nsa_routing.finiteness import inputs_finite, result_finite
+from nsa_routing.together import postponed
 
 Run = Callable[..., Any]
 NOT_FINITE = "returned non-finite values for finite inputs"
@@ -57,6 +59,8 @@ class GuardedRun:
         return self._instead(args, kwargs)
 
     def _checked(self, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.check == "flag" and postponed(result):
+            return result
         finite = result_finite(result)
         if finite is None:
             return result

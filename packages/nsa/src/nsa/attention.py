@@ -2,7 +2,7 @@
 
 from typing import Literal, NamedTuple, overload
 
-from nsa_routing import judged_once
+from nsa_routing import judged_together, outcome
 from nsa_varlen import BlockGeometry, VarlenLayout
 from nsa_varlen.arguments import (
     KV,
@@ -144,8 +144,7 @@ def nsa_attention(
     check_gates(gates, {"q": q})
     if block_indices is not None:
         check_block_indices(block_indices, heads["k_slc"], layout)
-    # q goes through four operations, and each branch's output through two.
-    with judged_once():
+    with judged_together():
         o_cmp, lse_cmp = ops.compressed_attention(
             q_cmp, k_cmp, v_cmp, layout, blocks, scale=scale, deterministic=deterministic, backend=backend
         )
@@ -157,5 +156,5 @@ def nsa_attention(
         o_win, lse_win = ops.window_attention(
             q, k_win, v_win, layout, blocks, scale=scale, deterministic=deterministic, backend=backend
         )
-        out = ops.combine(gates, o_cmp, o_slc, o_win, backend=backend)
+        out = outcome(ops.combine(gates, o_cmp, o_slc, o_win, backend=backend))
     return (out, NSAAux(block_indices, lse_cmp, lse_slc, lse_win)) if return_aux else out

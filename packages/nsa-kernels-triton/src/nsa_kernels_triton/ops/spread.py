@@ -15,7 +15,8 @@ from nsa_kernels_triton.tiles import count_tiles, power_of_two
 
 NEIGHBOURS = 8
 SAMPLES = 256  # tiles
-EVERY = 16  # calls between two samples
+LONG = 16_384  # queries: beside such a call a sample costs nothing, and every call begins one
+EVERY = 16  # calls between two samples of shorter ones
 UNKNOWN = 1 << 20
 
 
@@ -48,7 +49,7 @@ def spread_of(block_indices: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
     pending = spread.pending  # another thread may take it meanwhile
     if pending is not None and pending[1].query():
         spread.percent, spread.pending = _percent(pending[0], num_slots), None
-    if spread.pending is None and spread.calls % EVERY == 0:
+    if spread.pending is None and (total_q >= LONG or spread.calls % EVERY == 0):
         spread.pending = _sample(block_indices, cu_seqlens_q, cu_seqlens_k, block_size)
     spread.calls += 1
     return spread.percent
