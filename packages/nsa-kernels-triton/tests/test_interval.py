@@ -3,11 +3,14 @@
 Runs on a GPU, or in Triton's interpreter with TRITON_INTERPRET=1.
 """
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from nsa_kernels_triton.backend import BACKEND
 from nsa_kernels_triton.configurations import overridden
 from nsa_kernels_triton.contracts import interpreted
+from nsa_kernels_triton.ops import attention
 from nsa_varlen import BlockGeometry, VarlenLayout, masks, reference
 from nsa_varlen.testing import assert_within_budget, errors, plain_attention, poisoned_empty
 from torch import Tensor
@@ -27,6 +30,14 @@ LAYOUTS = {
     "ragged": ([33, 0, 7, 70, 1], [50, 3, 2, 70, 90]),
 }
 MIXED = ([33, 0, 7, 50], [50, 3, 2, 90])
+
+
+@pytest.fixture(params=[0, 1], ids=["pointers", "descriptors"])
+def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tiles of 16 keys, fewer than any query's interval has, loaded either way."""
+    numbers = {"rows": 16, "keys": 16, "tma": request.param}
+    with overridden("compressed_attention", **numbers), overridden("window_attention", **numbers):
+        yield
 
 
 def make_inputs(
@@ -83,6 +94,7 @@ def assert_close(branch: str, q: Tensor, k: Tensor, v: Tensor, layout: VarlenLay
         assert_within_budget(out, plain_attention(q, k, v, make_mask(branch, layout), **options), exact)
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.parametrize("lengths", LAYOUTS.values(), ids=LAYOUTS)
 def test_layouts(branch: str, lengths: tuple[list[int], list[int]]) -> None:
@@ -129,6 +141,7 @@ def test_sizes_of_tiles(branch: str, sizes: dict[str, int]) -> None:
             assert_close(branch, *make_inputs(branch, layout, dims=dims), layout)
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.parametrize("group_size", [3, 5])
 def test_rows_that_no_query_fills(branch: str, group_size: int) -> None:
@@ -138,6 +151,7 @@ def test_rows_that_no_query_fills(branch: str, group_size: int) -> None:
         assert_close(branch, *make_inputs(branch, layout, heads=group_size, kv_heads=1), layout)
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_strides(branch: str) -> None:
     layout = make_layout(MIXED)
@@ -164,6 +178,7 @@ def test_scale_and_large_logits(branch: str) -> None:
     torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-2)
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_number_of_keys(branch: str) -> None:
     """q = 0 weighs all keys alike: the LSE counts them, and values that are positions tell which they are."""
@@ -177,6 +192,7 @@ def test_number_of_keys(branch: str) -> None:
     torch.testing.assert_close(out[:, 0, 0].double(), mean, rtol=0, atol=1e-4)
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_later_keys_change_nothing(branch: str) -> None:
     layout = make_layout(([60], [60]))
@@ -192,7 +208,7 @@ def test_later_keys_change_nothing(branch: str) -> None:
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
-@pytest.mark.parametrize("sizes", [{}, {"keys": 16}], ids=str)
+@pytest.mark.parametrize("sizes", [{}, {"keys": 16}, {"rows": 16, "keys": 16, "tma": 1}], ids=str)
 def test_unseen_keys_may_be_nan(branch: str, sizes: dict[str, int]) -> None:
     """Sequences without queries lie before, between and after; of the first with some, the window has passed most."""
     layout = make_layout(([0, 20, 0, 9, 0], [40, 70, 40, 9, 40]))
@@ -206,6 +222,21 @@ def test_unseen_keys_may_be_nan(branch: str, sizes: dict[str, int]) -> None:
         actual = attend(branch, q, k, v, layout)
     for x, y in zip(actual, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_descriptors_are_made_where_they_can_be(branch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    real = attention.tiles_of
+    monkeypatch.setattr(attention, "tiles_of", lambda *args: made.append(real(*args)) or made[-1])
+    layout = make_layout(MIXED)
+    with overridden(branch, rows=16, keys=16, tma=1):
+        attend(branch, *make_inputs(branch, layout), layout)
+        assert len(made) == 2
+        assert None not in made
+        made.clear()
+        assert_close(branch, *make_inputs(branch, layout, dims=(24, 16)), layout)
+        assert None in made, "24 columns are no power of two"
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
@@ -228,6 +259,7 @@ def test_operator(branch: str) -> None:
     torch.library.opcheck(operator, (q, k, v, *args), test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("lengths", [([20], [10]), ([10], [30])], ids=str)
 @pytest.mark.parametrize("window", [2**31 - 1, 2**31, 2**40])
 def test_windows_of_any_size(window: int, lengths: tuple[list[int], list[int]]) -> None:

@@ -18,6 +18,8 @@ def interval_attention_kernel(
     Q,
     K,
     V,
+    K_TILES,
+    V_TILES,
     OUT,
     LSE,
     CU_SEQLENS_Q,
@@ -51,7 +53,7 @@ def interval_attention_kernel(
     positions (t - w, t]. `scale` contains log2(e). Grid (tiles, Hk): neighbouring programs share keys.
 
     One loop asks of each tile whether it needs a mask: one pipeline, filled once. Loops of their own for the left, the
-    unmasked and the right tiles were slower, with tensor descriptors in the middle one too.
+    unmasked and the right tiles were slower. K_TILES and V_TILES: see `ops.descriptors`; None of what has none.
 
     Limited by the tensor cores: 2 (Dk + Dv) operations for each query head and key of a visited tile.
     """
@@ -92,20 +94,38 @@ def interval_attention_kernel(
         K += kv_head * k_head
         V += kv_head * v_head
 
-        key = tl.arange(0, KEYS)
         top, total, acc0, acc1 = empty(ROWS, V0, V1)
-        for tile_start in tl.range(any_start, any_stop, KEYS):
-            # Rows beyond any_stop may hold anything, NaN included: the last key is loaded in their place.
+        # Rows outside of any_start..any_stop may hold anything, NaN included. The copy engine's last tile ends with the
+        # last key instead, and hides what it has in common with the one before. Where there is less than a tile, or no
+        # engine, the last key is loaded in their place.
+        described: tl.constexpr = K_TILES is not None
+        NEAR: tl.constexpr = KEYS // 4 if described and KEYS > 32 else KEYS
+        engine_start = any_stop
+        if described:
+            engine_start = tl.where(any_stop - any_start < KEYS, any_stop, any_start)
+        key = tl.arange(0, NEAR)
+        for tile_start in tl.range(any_start, engine_start, NEAR, num_stages=1 if described else None):
             near = tl.minimum(key, any_stop - 1 - tile_start)
             packed = key_first + tile_start
             k_rows = K + packed * k_row + near * k_row
             v_rows = V + packed * v_row + near * v_row
             s = logits(q0, q1, load_piece(k_rows, None, 0, K0, DIM), load_piece(k_rows, None, K0, K1, DIM))
-            if (tile_start < all_start) | (tile_start + KEYS > all_stop):
+            if (tile_start < all_start) | (tile_start + NEAR > all_stop):
                 s = hide(s, key + tile_start, start, stop)
             v0 = load_piece(v_rows, None, 0, V0, V_DIM)
             v1 = load_piece(v_rows, None, V0, V1, V_DIM)
             top, total, acc0, acc1 = update(s, scale, top, total, acc0, acc1, v0, v1)
+        if described:
+            key = tl.arange(0, KEYS)
+            for tile_start in tl.range(engine_start, any_stop, KEYS):
+                begin = tl.minimum(tile_start, any_stop - KEYS)
+                packed = (key_first + begin).to(tl.int32)
+                s = logits(q0, None, K_TILES.load([packed, (kv_head * DIM).to(tl.int32)]), None)
+                if (begin < all_start) | (tile_start + KEYS > all_stop):
+                    s = hide(s, key + begin, start, stop)
+                    s = tl.where((key + begin >= tile_start)[None, :], s, float("-inf"))
+                v0 = V_TILES.load([packed, (kv_head * V_DIM).to(tl.int32)])
+                top, total, acc0, acc1 = update(s, scale, top, total, acc0, acc1, v0, None)
 
         lse, inverse = finish(top, total)
         row = anew(row, total_q)
