@@ -160,9 +160,10 @@ def test_what_others_choose_does_not_matter() -> None:
 
 def samples(indices: Tensor, layout: VarlenLayout) -> int:
     spread._known.clear()
-    args = indices, layout.cu_seqlens_q, layout.cu_seqlens_k, BLOCKS.block_size
-    assert spread.spread_of(*args) == spread.UNKNOWN  # the first call learns nothing yet
-    return spread.spread_of(*args)
+    known = spread.spread_of(indices, BLOCKS.block_size)
+    assert known.percent == spread.UNKNOWN  # the first call learns nothing yet
+    known.measure(indices, layout.cu_seqlens_q, layout.cu_seqlens_k, BLOCKS.block_size)
+    return spread.spread_of(indices, BLOCKS.block_size).percent
 
 
 def test_spread_counts_distinct_blocks_of_neighbours() -> None:
@@ -255,10 +256,9 @@ def test_parts_take_no_more_than_the_workspace(monkeypatch: pytest.MonkeyPatch) 
 def test_a_sample_that_another_thread_takes_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = VarlenLayout.from_lengths([64])
     same = torch.arange(2, dtype=torch.int32).expand(64, 2, 2).contiguous()
-    args = same, layout.cu_seqlens_q, layout.cu_seqlens_k, BLOCKS.block_size
     spread._known.clear()
-    spread.spread_of(*args)
-    (known,) = spread._known.values()
+    known = spread.spread_of(same, BLOCKS.block_size)
+    known.measure(same, layout.cu_seqlens_q, layout.cu_seqlens_k, BLOCKS.block_size)
     assert known.pending is not None
 
     def taken(self: object) -> bool:
@@ -266,7 +266,24 @@ def test_a_sample_that_another_thread_takes_is_no_error(monkeypatch: pytest.Monk
         return True
 
     monkeypatch.setattr(spread._Arrived, "query", taken)
-    assert spread.spread_of(*args) == 100
+    assert spread.spread_of(same, BLOCKS.block_size).percent == 100
+
+
+@pytest.mark.parametrize("long, samples_taken", [(64, 3), (65, 1)])
+def test_long_calls_are_sampled_every_time(
+    long: int, samples_taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spread, "LONG", long)
+    taken: list[int] = []
+    sample = spread._sample
+    monkeypatch.setattr(spread, "_sample", lambda *args: taken.append(1) or sample(*args))
+    layout = VarlenLayout.from_lengths([64])
+    same = torch.arange(2, dtype=torch.int32).expand(64, 2, 2).contiguous()
+    spread._known.clear()
+    for _ in range(3):
+        known = spread.spread_of(same, BLOCKS.block_size)
+        known.measure(same, layout.cu_seqlens_q, layout.cu_seqlens_k, BLOCKS.block_size)
+    assert len(taken) == samples_taken
 
 
 def test_more_entries_than_are_sorted_at_once_are_refused() -> None:

@@ -15,7 +15,7 @@ from nsa_kernels_triton.ops.by_block import by_block
 from nsa_kernels_triton.ops.by_query import by_query
 from nsa_kernels_triton.ops.launching import on_device
 from nsa_kernels_triton.ops.selected_call import SelectedCall
-from nsa_kernels_triton.ops.spread import UNKNOWN, spread_of
+from nsa_kernels_triton.ops.spread import Spread, capturing, spread_of
 
 
 @torch.library.custom_op("nsa_kernels_triton::selected_attention", mutates_args=())
@@ -38,12 +38,14 @@ def selected_attention(
     call = SelectedCall(q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k, block_size, scale)
     if call.lse.numel() == 0 or call.num_slots == 0:
         return call.out.zero_(), call.lse.fill_(-torch.inf)
-    spread = UNKNOWN if deterministic else spread_of(call.indices, call.cu_seqlens_q, call.cu_seqlens_k, block_size)
-    config = launch("selected_attention", q.device, spread=spread, **call.case)
+    spread = Spread() if deterministic else spread_of(call.indices, block_size)
+    config = launch("selected_attention", q.device, spread=spread.percent, **call.case)
     if config["by_block"]:
         by_block(call, config)
     else:
         by_query(call, config)
+    if not deterministic and not capturing(q):
+        spread.measure(call.indices, call.cu_seqlens_q, call.cu_seqlens_k, block_size)
     return call.out, call.lse
 
 

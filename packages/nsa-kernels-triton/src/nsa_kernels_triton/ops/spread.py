@@ -15,8 +15,8 @@ from nsa_kernels_triton.tiles import count_tiles, power_of_two
 
 NEIGHBOURS = 8
 SAMPLES = 256  # tiles
-LONG = 16_384  # queries: beside such a call a sample costs nothing, and every call begins one
-EVERY = 16  # calls between two samples of shorter ones
+LONG = 16_384  # queries: beside so long a call a sample costs nothing, and every one begins one
+EVERY = 16  # shorter calls between two samples
 UNKNOWN = 1 << 20
 
 
@@ -35,24 +35,35 @@ class Spread:
     calls: int = 0
     pending: tuple[Tensor, Any] | None = None
 
+    def read(self, num_slots: int) -> None:
+        """Take in a sample that has arrived."""
+        pending = self.pending  # another thread may take it meanwhile
+        if pending is not None and pending[1].query():
+            self.percent, self.pending = _percent(pending[0], num_slots), None
+
+    def measure(self, block_indices: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, block_size: int) -> None:
+        """Begin a sample where it is time for one. To be called last: no kernel waits for what it costs the host."""
+        if self.pending is None and (block_indices.shape[0] >= LONG or self.calls % EVERY == 0):
+            self.pending = _sample(block_indices, cu_seqlens_q, cu_seqlens_k, block_size)
+        self.calls += 1
+
 
 _known: dict[tuple[Any, ...], Spread] = {}
 
 
-def spread_of(block_indices: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, block_size: int) -> int:
-    """`Spread.percent` of calls like this one, without waiting for anything; now and then a new sample begins."""
+def spread_of(block_indices: Tensor, block_size: int) -> Spread:
+    """What is known of calls like this one, without waiting for anything."""
     total_q, num_kv_heads, num_slots = block_indices.shape
     kind = (block_indices.device, total_q.bit_length(), num_kv_heads, num_slots, block_size)
     spread = _known.setdefault(kind, Spread())
-    if block_indices.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return spread.percent  # a graph can neither ask an event nor read its answer
-    pending = spread.pending  # another thread may take it meanwhile
-    if pending is not None and pending[1].query():
-        spread.percent, spread.pending = _percent(pending[0], num_slots), None
-    if spread.pending is None and (total_q >= LONG or spread.calls % EVERY == 0):
-        spread.pending = _sample(block_indices, cu_seqlens_q, cu_seqlens_k, block_size)
-    spread.calls += 1
-    return spread.percent
+    if not capturing(block_indices):
+        spread.read(num_slots)
+    return spread
+
+
+def capturing(x: Tensor) -> bool:
+    """Whether a graph is being captured, which can neither ask an event nor read its answer."""
+    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _sample(block_indices: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, block_size: int) -> tuple[Tensor, Any]:
