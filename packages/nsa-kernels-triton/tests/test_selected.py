@@ -270,9 +270,7 @@ def test_a_sample_that_another_thread_takes_is_no_error(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("long, samples_taken", [(64, 3), (65, 1)])
-def test_long_calls_are_sampled_every_time(
-    long: int, samples_taken: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_calls_are_sampled_every_time(long: int, samples_taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spread, "LONG", long)
     taken: list[int] = []
     sample = spread._sample
