@@ -53,11 +53,12 @@ def test_any_list_over_a_ragged_batch(heads: int, kv_heads: int) -> None:
     check(VarlenLayout.from_lengths(*RAGGED), heads, kv_heads, (24, 40), entries=6)
 
 
+@pytest.mark.parametrize("lengths", [([40, 12], [40, 100]), RAGGED], ids=["two", "ragged"])
 @pytest.mark.parametrize("numbers", DESCRIBED.values(), ids=DESCRIBED)
-def test_descriptors(numbers: dict[str, int]) -> None:
+def test_descriptors(numbers: dict[str, int], lengths: tuple[list[int], list[int]]) -> None:
     """Where the copy engine could load k and v: heads side by side, whose width is a power of two."""
     with configurations.overridden("selected_attention", **numbers):
-        check(VarlenLayout.from_lengths([40, 12], [40, 100]), 4, 2, (16, 32), entries=4)
+        check(VarlenLayout.from_lengths(*lengths), 4, 2, (16, 32), entries=4)
 
 
 @pytest.mark.usefixtures("organisation")
@@ -119,19 +120,23 @@ def test_strided_inputs() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN", "ignore:invalid value")  # numpy's, of the rows that do hold NaN
-@pytest.mark.usefixtures("organisation")
-def test_keys_after_the_query_and_of_other_sequences_do_not_matter() -> None:
-    """NaN there would show: 0 * NaN is NaN."""
-    layout = VarlenLayout.from_lengths([10, 10, 10], [40, 40, 40])
+@pytest.mark.parametrize("keys", [40, 9])
+@pytest.mark.parametrize("tma", [0, 1])
+@pytest.mark.parametrize("name", ORGANISATIONS)
+def test_keys_of_other_sequences_do_not_matter(name: str, tma: int, keys: int) -> None:
+    """NaN there would show: 0 * NaN is NaN. The last block is not full, and of 9 keys not even a tile."""
+    layout = VarlenLayout.from_lengths([10, 10, 10], [keys] * 3)
     inputs = random_inputs(layout, dtype=torch.float32)
     indices = listed(layout, 2, 4, BLOCKS)
-    expected, _ = BACKEND.selected_attention(*inputs[:3], indices, layout, BLOCKS)
-    k, v = inputs.k.clone(), inputs.v.clone()
-    for x in (k, v):
-        x[:40] = torch.nan
-        x[80:] = torch.nan
-    found, _ = BACKEND.selected_attention(inputs.q, k, v, indices, layout, BLOCKS)
+    with configurations.overridden("selected_attention", **ORGANISATIONS[name] | {"tma": tma}):
+        expected, _ = BACKEND.selected_attention(*inputs[:3], indices, layout, BLOCKS)
+        k, v = inputs.k.clone(), inputs.v.clone()
+        for x in (k, v):
+            x[:keys] = torch.nan
+            x[2 * keys :] = torch.nan
+        found, _ = BACKEND.selected_attention(inputs.q, k, v, indices, layout, BLOCKS)
     assert torch.equal(found[10:20], expected[10:20])
+    assert bool(found[10:20].any())
 
 
 def test_chunks_change_nothing(organisation: str, monkeypatch: pytest.MonkeyPatch) -> None:

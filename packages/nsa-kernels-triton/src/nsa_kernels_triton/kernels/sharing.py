@@ -199,32 +199,23 @@ def shared_kernel(
         num_whole = tl.load(COUNTS + target * 2)
         num_distinct = tl.load(COUNTS + target * 2 + 1)
         m, norm, acc0, acc1 = empty(ROWS, V0, V1)
-        for i in tl.range(0, num_whole * parts, num_stages=STAGES):
-            block = tl.load(BLOCKS + i // parts)
-            member = ((tl.load(MEMBERS + i // parts) >> query) & 1) != 0
-            start = first_key + block * BLOCK_SIZE + i % parts * KEYS
-            if K_TILES is None:
-                k_rows = K + start * k_row + key * k_row
-                v_rows = V + start * v_row + key * v_row
-                s = logits(q0, q1, load_piece(k_rows, None, 0, K0, DK), load_piece(k_rows, None, K0, K1, DK))
-                v0 = load_piece(v_rows, None, 0, V0, DV)
-                v1 = load_piece(v_rows, None, V0, V1, DV)
-            else:
-                s = logits(q0, None, K_TILES.load([start.to(tl.int32), (head * DK).to(tl.int32)]), None)
-                v0 = V_TILES.load([start.to(tl.int32), (head * DV).to(tl.int32)])
-                v1 = None
-            m, norm, acc0, acc1 = update_members(s, member, scale, m, norm, acc0, acc1, v0, v1)
-        # Of the one or two blocks that hold the queries: in one stage, and of a large tile by a quarter of the keys at
-        # a time, for more would cost the other loop its registers.
+        # Of the one or two blocks that hold the queries, keys behind a query are hidden, and rows beyond the end may
+        # hold anything, NaN included. The copy engine takes the last KEYS rows of the sequence instead, and hides those
+        # that are not of the block. Without it, or where there are fewer, the last key is loaded in their place: of a
+        # large tile a quarter of the keys at a time, for more would cost the other loop its registers.
+        described: tl.constexpr = K_TILES is not None
+        streamed = num_whole
+        if described:
+            streamed = tl.where(end_key - first_key < KEYS, num_whole, num_distinct)
         NEAR: tl.constexpr = KEYS // 4 if ROWS > 64 and KEYS > 32 else KEYS
         near_parts: tl.constexpr = BLOCK_SIZE // NEAR
         near_key = tl.arange(0, NEAR)
-        for i in tl.range(num_whole * near_parts, num_distinct * near_parts, num_stages=1):
+        for i in tl.range(streamed * near_parts, num_distinct * near_parts, num_stages=1):
             block = tl.load(BLOCKS + i // near_parts)
             member = ((tl.load(MEMBERS + i // near_parts) >> query) & 1) != 0
             ahead = block * BLOCK_SIZE + i % near_parts * NEAR
             start = first_key + ahead
-            near = tl.minimum(near_key, (end_key - 1 - start).to(tl.int32))  # beyond the end the last key stands in
+            near = tl.minimum(near_key, (end_key - 1 - start).to(tl.int32))
             k_rows = K + start * k_row + near * k_row
             v_rows = V + start * v_row + near * v_row
             s = logits(q0, q1, load_piece(k_rows, None, 0, K0, DK), load_piece(k_rows, None, K0, K1, DK))
@@ -233,6 +224,27 @@ def shared_kernel(
             v0 = load_piece(v_rows, None, 0, V0, DV)
             v1 = load_piece(v_rows, None, V0, V1, DV)
             m, norm, acc0, acc1 = update(s, scale, m, norm, acc0, acc1, v0, v1)
+        for i in tl.range(0, streamed * parts, num_stages=STAGES):
+            block = tl.load(BLOCKS + i // parts)
+            member = ((tl.load(MEMBERS + i // parts) >> query) & 1) != 0
+            ahead = block * BLOCK_SIZE + i % parts * KEYS
+            start = first_key + ahead
+            if described:
+                begin = tl.minimum(start, end_key - KEYS)
+                s = logits(q0, None, K_TILES.load([begin.to(tl.int32), (head * DK).to(tl.int32)]), None)
+                if i >= num_whole * parts:
+                    seen = (begin - first_key).to(tl.int32) + key
+                    visible = (seen >= ahead)[None, :] & (seen[None, :] <= position[:, None])
+                    s = tl.where(visible, s, float("-inf"))
+                v0 = V_TILES.load([begin.to(tl.int32), (head * DV).to(tl.int32)])
+                v1 = None
+            else:
+                k_rows = K + start * k_row + key * k_row
+                v_rows = V + start * v_row + key * v_row
+                s = logits(q0, q1, load_piece(k_rows, None, 0, K0, DK), load_piece(k_rows, None, K0, K1, DK))
+                v0 = load_piece(v_rows, None, 0, V0, DV)
+                v1 = load_piece(v_rows, None, V0, V1, DV)
+            m, norm, acc0, acc1 = update_members(s, member, scale, m, norm, acc0, acc1, v0, v1)
         lse, inverse = finish(m, norm)
         row = anew(row, num_distinct)
         query = row // GROUP_SIZE
