@@ -4,9 +4,9 @@ For each kernel's table and each shape, candidates are checked against the confi
 case), then timed: one sequence of 65,536 tokens, bf16, head_dim 128, medians of calls before each of which 1 GB is
 written over. Candidates are compiled beforehand by as many processes as there are cores, which share Triton's cache.
 
-`--apply FILE.csv` (on any machine with tomlkit) writes each case's fastest candidate into the rule of
-`configurations/smXX.toml` that the case takes, with the date and the file it came from; look at the difference, and run
-`hatch run kernels:compile`, which knows what a kernel may not do.
+`--apply FILE.csv` (on any machine with tomlkit) writes the fastest candidate into each rule of
+`configurations/smXX.toml` that gains by it over all the cases that take it, with the date and the file it came from;
+look at the difference, and run `hatch run kernels:compile`, which knows what a kernel may not do.
 """
 
 import argparse
@@ -34,6 +34,7 @@ TOKENS, DIM, DTYPE, BLOCKS = 65_536, 128, torch.bfloat16, BlockGeometry()
 FOLDER = Path(__file__).parents[1] / "packages/nsa-kernels-triton/src/nsa_kernels_triton/configurations"
 FIELDS = ("table", "case", "shape", "inputs", "numbers", "median_ms", "p25_ms", "p75_ms", "ratio", "gpu", "versions")
 CORRELATION = 1 - 1 / 1024  # between the scores of neighbouring queries on smooth inputs
+MARGIN = 0.04  # that a candidate has to gain: the first measurement of a case is up to 3 % slow
 CLOSE = 4 * 2.0**-8  # of two sound bf16 results, relative to the largest value
 
 
@@ -162,8 +163,8 @@ class Inputs:
             yield index.masked_fill(index == count, -1).int()
 
     def run(self, trial: Trial) -> Tensor:
-        """The operation's first result under the trial's numbers."""
-        with configurations.overridden(trial.table, **trial.numbers):
+        """The operation's first result under the trial's numbers, or those that its case takes."""
+        with configurations.overridden(trial.table, **(trial.numbers or in_force(trial))):
             return self._run(CANDIDATES[trial.table][0], trial.inputs)
 
     def _run(self, op: str, kind: str) -> Tensor:
@@ -179,6 +180,12 @@ class Inputs:
             "combine": lambda: BACKEND.combine(self.gates, self.o, self.o, self.o),
         }
         return run[op]()
+
+
+def in_force(trial: Trial) -> dict[str, int]:
+    """The numbers of the rule that the trial's case takes: what was measured of its inputs, a call does not know."""
+    found = configurations.launch(trial.table, torch.device("cuda"), **taken(trial))
+    return {**found.sizes, **{name: getattr(found, name) for name in configurations.OPTIONS}}
 
 
 def same(found: Tensor, expected: Tensor) -> bool:
@@ -253,30 +260,47 @@ def taken(trial: Trial) -> dict[str, int]:
 
 
 def apply(source: Path, name: str) -> None:
-    """Write the fastest numbers of each case into the rule that it takes; where cases share one, the last holds."""
+    """Write into each rule the numbers that are fastest on average over the cases that take it.
+
+    Only such as were measured in all of them, and are MARGIN faster than what is in force.
+    """
     import tomlkit
 
     path = FOLDER / f"{name}.toml"
     document = tomlkit.parse(path.read_text(encoding="utf-8"))
-    inherited = tomlkit.parse((FOLDER / "base.toml").read_text(encoding="utf-8"))
+    inherited = tomlkit.parse((FOLDER / "base.toml").read_text(encoding="utf-8")).unwrap()
     with source.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
-    best: dict[tuple[str, ...], dict[str, str]] = {}
+    ratios: dict[tuple[str, int], dict[str, dict[tuple[str, str], float]]] = {}
     for row in rows:
-        kind = row["table"], row["shape"], row["inputs"]
-        if kind not in best or float(row["median_ms"]) < float(best[kind]["median_ms"]):
-            best[kind] = row
-    for row in best.values():
-        numbers, case = json.loads(row["numbers"]), json.loads(row["case"])
-        if not numbers:  # what is in force is the fastest
+        table, case = row["table"], json.loads(row["case"])
+        rules = document[table].unwrap() if table in document else inherited[table]
+        number = next(
+            number
+            for number, rule in enumerate(rules)
+            if all(case[key] <= most for key, most in rule.get("up_to", {}).items())
+        )
+        of_rule = ratios.setdefault((table, number), {})
+        of_rule.setdefault(row["numbers"], {})[row["shape"], row["inputs"]] = float(row["ratio"])
+    for (table, number), of_rule in ratios.items():
+        cases = of_rule["{}"]  # what is in force, in every case
+        means = {
+            numbers: statistics.geometric_mean(found.values())
+            for numbers, found in of_rule.items()
+            if found.keys() == cases.keys()
+        }
+        best = min(means, key=means.__getitem__)
+        if means[best] > 1 - MARGIN:
             continue
-        if row["table"] not in document:
-            document[row["table"]] = inherited[row["table"]]
-        rules = document[row["table"]]
-        rule = next(r for r in rules if all(case[key] <= most for key, most in r.get("up_to", {}).items()))
-        for key, value in numbers.items():
+        if table not in document:
+            document[table] = tomlkit.aot()
+            for rule in inherited[table]:
+                document[table].append(tomlkit.item(rule))
+        rule = document[table][number]
+        for key, value in json.loads(best).items():
             rule[key] = value
-        rule["measured"] = f"{datetime.date.today()}, {row['gpu']}, {row['versions']}, {source.name}"
+        rule["measured"] = f"{datetime.date.today()}, {rows[0]['gpu']}, {rows[0]['versions']}, {source.name}"
+        print(f"{table}, up_to {rule.get('up_to', 'anything')}: {best}, {means[best]:.3f} of what was in force")
     path.write_text(tomlkit.dumps(document), encoding="utf-8")
 
 
