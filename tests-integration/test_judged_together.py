@@ -27,11 +27,11 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     return found
 
 
-def attend(q_value: float = 1.0) -> tuple[Tensor, tuple[Tensor, ...]]:
+def attend(q_value: float = 1.0, backend: str | None = "fast") -> tuple[Tensor, tuple[Tensor, ...]]:
     layout, blocks = VarlenLayout.from_lengths([40]), BlockGeometry()
     q, k, k_cmp, gates = torch.randn(40, 4, 8), torch.randn(40, 2, 8), torch.randn(1, 2, 8), torch.rand(40, 4, 3)
     q[-1] *= q_value
-    return nsa_attention(q, k_cmp, k_cmp, k, k, k, k, gates, layout, blocks, backend="fast"), (q, k, k_cmp, gates)
+    return nsa_attention(q, k_cmp, k_cmp, k, k, k, k, gates, layout, blocks, backend=backend), (q, k, k_cmp, gates)
 
 
 def test_one_look_while_all_is_well(install: Callable, flags: Callable, seen: Counter[int]) -> None:
@@ -58,6 +58,16 @@ def test_the_operation_at_fault_is_found(op: str, install: Callable, delegate: t
     assert poll() == frozenset()
     attend()
     assert poll() == {("fast", op, "cpu")}
+
+
+@pytest.mark.parametrize("op", ["combine", "compressed_attention", "select_blocks"])
+def test_one_guarded_operation_is_enough(op: str, install: Callable, flags: Callable, seen: Counter[int]) -> None:
+    """The others run on the last resort, which nobody judges."""
+    install("fast")
+    flags(CHECK_FINITE="flag", BACKEND=f"{op}=fast")
+    out, _ = attend(backend=None)
+    assert seen == {out.data_ptr(): 1}
+    assert poll() == frozenset()
 
 
 def test_after_an_alarm_each_tensor_is_looked_at_once(install: Callable, flags: Callable, seen: Counter[int]) -> None:

@@ -59,12 +59,10 @@ def _finite(x: Tensor) -> Tensor:
 
 def result_finite(result: Any) -> Tensor | None:
     """`all_finite` of what operations return: a tensor, or (out, lse, ...), where an lse may also be -inf."""
-    if isinstance(result, Tensor):
-        return all_finite((result,))
-    out, *lses = result
+    out, *lses = (result,) if isinstance(result, Tensor) else result
     verdict = all_finite((out,))
-    if verdict is None:
-        return None
+    if verdict is None or not lses:
+        return verdict
     # NaN survives amax and maximum, and compares false.
     return verdict & (reduce(torch.maximum, (lse.detach().amax() for lse in lses)) < torch.inf)
 
