@@ -151,7 +151,6 @@ def test_rows_that_no_query_fills(branch: str, group_size: int) -> None:
         assert_close(branch, *make_inputs(branch, layout, heads=group_size, kv_heads=1), layout)
 
 
-@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_strides(branch: str) -> None:
     layout = make_layout(MIXED)
