@@ -179,7 +179,7 @@ def try_alone(package: Package, packages: dict[str, Package], base: Path, work: 
         "-n",
         "auto",
         "-m",
-        "not slow",
+        "not slow and not once",
         f"--junitxml={report}",
         "tests",
     ]

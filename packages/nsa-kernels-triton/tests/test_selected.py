@@ -9,7 +9,10 @@ from nsa_varlen import BlockGeometry, VarlenLayout, masks, reference
 from nsa_varlen.testing import assert_within_budget, plain_attention, poisoned_empty, random_inputs
 from torch import Tensor
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels themselves")
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels themselves"),
+]
 
 BLOCKS = BlockGeometry(kernel_size=8, kernel_stride=4, block_size=32, topk=5)
 RAGGED = [35, 0, 3, 20, 9], [35, 5, 130, 20, 4]  # whole, empty, prefixed, more queries than keys

@@ -12,7 +12,10 @@ from nsa_varlen import BlockGeometry, VarlenLayout, reference
 from nsa_varlen.testing import certified_inputs, poisoned_empty, random_inputs
 from torch import Tensor
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels themselves")
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels themselves"),
+]
 
 RAGGED = [3, 0, 1, 5], [290, 6, 150, 4]  # prefixed, empty, decode, more queries than keys
 LONG = [2, 1], [32 * 150 + 5, 32 * 70]
