@@ -10,7 +10,7 @@ import torch
 from nsa_kernels_triton.backend import BACKEND
 from nsa_kernels_triton.configurations import overridden
 from nsa_kernels_triton.contracts import interpreted
-from nsa_kernels_triton.ops import attention
+from nsa_kernels_triton.ops import descriptors
 from nsa_varlen import BlockGeometry, VarlenLayout, masks, reference
 from nsa_varlen.testing import assert_within_budget, errors, plain_attention, poisoned_empty
 from torch import Tensor
@@ -226,8 +226,8 @@ def test_unseen_keys_may_be_nan(branch: str, sizes: dict[str, int]) -> None:
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_descriptors_are_made_where_they_can_be(branch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    real = attention.tiles_of
-    monkeypatch.setattr(attention, "tiles_of", lambda *args: made.append(real(*args)) or made[-1])
+    real = descriptors.tiles_of
+    monkeypatch.setattr(descriptors, "tiles_of", lambda *args: made.append(real(*args)) or made[-1])
     layout = make_layout(MIXED)
     with overridden(branch, rows=16, keys=16, tma=1):
         attend(branch, *make_inputs(branch, layout), layout)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nsa_kernels_triton.configurations import launch
-from nsa_kernels_triton.ops.descriptors import tiles_of
+from nsa_kernels_triton.ops.descriptors import kv_tiles
 from nsa_kernels_triton.ops.launching import on_device, rows
 from nsa_kernels_triton.tiles import LOG2_E, count_tiles, pieces, row_bytes
 
@@ -114,11 +114,8 @@ def _attend(
         rows_per_sequence=-(-total_q // batch_size) * group_size,
     )
     grid = count_tiles(total_q, batch_size, config["rows"] // group_size), num_kv_heads
-    described = tiles_of(k, config["keys"]), tiles_of(v, config["keys"])
-    if not config["tma"] or None in described:
-        described = None, None
     interval_attention_kernel[grid](
-        *(q, k, v, *described, out, lse, *offsets),
+        *(q, k, v, *kv_tiles(k, v, config["keys"], wanted=config["tma"]), out, lse, *offsets),
         *(batch_size, total_q, window_size, scale * LOG2_E),
         *(q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
         **sizes,

@@ -20,3 +20,9 @@ def tiles_of(x: Tensor, rows: int) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(x, [total, num_heads * dim], [x.stride(0), 1], [rows, dim])
+
+
+def kv_tiles(k: Tensor, v: Tensor, keys: int, *, wanted: int) -> tuple[Any, Any]:
+    """Descriptors of `keys` rows of k and v; (None, None) where they are not wanted or either cannot have one."""
+    described = (tiles_of(k, keys), tiles_of(v, keys)) if wanted else (None, None)
+    return (None, None) if any(x is None for x in described) else described

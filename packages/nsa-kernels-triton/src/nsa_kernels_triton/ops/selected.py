@@ -15,7 +15,7 @@ from nsa_kernels_triton.ops.by_block import by_block
 from nsa_kernels_triton.ops.by_query import by_query
 from nsa_kernels_triton.ops.launching import on_device
 from nsa_kernels_triton.ops.selected_call import SelectedCall
-from nsa_kernels_triton.ops.spread import Spread, capturing, spread_of
+from nsa_kernels_triton.ops.spread import Spread, spread_of
 
 
 @torch.library.custom_op("nsa_kernels_triton::selected_attention", mutates_args=())
@@ -44,7 +44,7 @@ def selected_attention(
         by_block(call, config)
     else:
         by_query(call, config)
-    if not deterministic and not capturing(q):
+    if not deterministic:
         spread.measure(call.indices, call.cu_seqlens_q, call.cu_seqlens_k, block_size)
     return call.out, call.lse
 

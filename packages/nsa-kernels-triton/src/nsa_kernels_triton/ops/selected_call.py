@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nsa_kernels_triton.configurations import Launch
-from nsa_kernels_triton.ops.descriptors import tiles_of
+from nsa_kernels_triton.ops.descriptors import kv_tiles
 from nsa_kernels_triton.ops.launching import rows
 from nsa_kernels_triton.tiles import LOG2_E, pieces, row_bytes
 
@@ -59,8 +59,7 @@ class SelectedCall:
 
     def kv_tiles(self, config: Launch, keys: int) -> tuple[Any, Any]:
         """Descriptors of `keys` rows of k and v where the configuration asks for them and both can have them."""
-        described = (tiles_of(self.k, keys), tiles_of(self.v, keys)) if config["tma"] else (None, None)
-        return (None, None) if any(x is None for x in described) else described
+        return kv_tiles(self.k, self.v, keys, wanted=config["tma"])
 
     def strides(self) -> tuple[int, ...]:
         """Of rows and heads of q, k and v."""

@@ -43,6 +43,8 @@ class Spread:
 
     def measure(self, block_indices: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, block_size: int) -> None:
         """Begin a sample where it is time for one. To be called last: no kernel waits for what it costs the host."""
+        if capturing(block_indices):
+            return
         if self.pending is None and (block_indices.shape[0] >= LONG or self.calls % EVERY == 0):
             self.pending = _sample(block_indices, cu_seqlens_q, cu_seqlens_k, block_size)
         self.calls += 1
