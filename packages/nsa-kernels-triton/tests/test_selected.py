@@ -129,7 +129,7 @@ def test_strided_inputs() -> None:
 def test_keys_of_other_sequences_do_not_matter(name: str, tma: int, keys: int) -> None:
     """NaN there would show: 0 * NaN is NaN. The last block is not full, and of 9 keys not even a tile."""
     layout = VarlenLayout.from_lengths([10, 10, 10], [keys] * 3)
-    inputs = random_inputs(layout, dtype=torch.float32)
+    inputs = random_inputs(layout, head_dim=16, dtype=torch.float32)
     indices = listed(layout, 2, 4, BLOCKS)
     with configurations.overridden("selected_attention", **ORGANISATIONS[name] | {"tma": tma}):
         expected, _ = BACKEND.selected_attention(*inputs[:3], indices, layout, BLOCKS)
