@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from nsa_varlen import BlockGeometry, VarlenLayout
-from timing import Run
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -71,7 +70,7 @@ DENSE = {
 }
 
 
-def gradients(run: Callable[..., Tensor], args: Sequence[Tensor]) -> Run:
+def gradients(run: Callable[..., Tensor], args: Sequence[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
     """The backward alone, of a forward that runs once, when the backward is first asked for.
 
     With respect to every argument that is no index; what comes from above is unit normal.
