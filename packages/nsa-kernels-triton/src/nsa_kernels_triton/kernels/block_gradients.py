@@ -9,6 +9,7 @@ the pointers: a launch may be for some of a tensor's, from the first that they p
 import triton
 import triton.language as tl
 
+from nsa_kernels_triton.kernels.gradients import add_tile, no_sums
 from nsa_kernels_triton.kernels.inverting import chunk_start
 from nsa_kernels_triton.kernels.pieces import load_piece, logits, store_piece
 from nsa_kernels_triton.kernels.tiles import anew, find_tile, key_rows
@@ -63,14 +64,15 @@ def block_gradients_kernel(
     V_DIM: tl.constexpr,
     V0: tl.constexpr,
     V1: tl.constexpr,
+    WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Adds to DK [Tk, heads, DIM], DV [Tk, heads, V_DIM], fp32, not yet scaled, for the first `num_heads` kv heads.
 
     PARTS [heads, chunk rows, NUM_SLOTS, BLOCK_SIZE / KEYS, G, DIM], not yet scaled; None where dq is taken elsewhere.
     SLOTS_DK, SLOTS_DV [heads, slots, BLOCK_SIZE, dim]: sums of items that share a block. Persistent: every n-th item is
-    a program's, one head's after the other, so that one head's queries stay in the L2 cache. Tiles are [keys, rows]:
-    so p and ds are in the layout that the products with do and q take from registers.
+    a program's, one head's after the other, so that one head's queries stay in the L2 cache. WIDE: a chunk's queries
+    may be 2^31 elements apart; a head's parts are not.
 
     Limited by the tensor cores, 4 (Dk + Dv) + 2 Dk operations for each query head and chosen key, where queries arrive
     in time.
@@ -87,9 +89,9 @@ def block_gradients_kernel(
         head = tl.cast(number, tl.int64)
         num_items = tl.load(NUM_ITEMS + head) * SUBS
         listed_here = LISTED + head * most_listed
-        q_here = Q + base * q_row + head * GROUP_SIZE * q_head + member * q_head
-        grad_here = GRAD_OUT + base * grad_row + head * GROUP_SIZE * grad_head + member * grad_head
-        stats_here = base * (NUM_KV_HEADS * GROUP_SIZE) + head * GROUP_SIZE + member
+        q_here = Q + base * q_row + head * GROUP_SIZE * q_head
+        grad_here = GRAD_OUT + base * grad_row + head * GROUP_SIZE * grad_head
+        stats_here = base * (NUM_KV_HEADS * GROUP_SIZE) + head * GROUP_SIZE
         for item in tl.range(begin, num_items, programs, num_stages=1):
             described = ITEMS + (head * most_items + item // SUBS) * 4
             block = tl.load(described)
@@ -110,10 +112,7 @@ def block_gradients_kernel(
             k1 = load_piece(k_rows, None, K0, K1, DIM)
             v0 = load_piece(v_rows, None, 0, V0, V_DIM)
             v1 = load_piece(v_rows, None, V0, V1, V_DIM)
-            dk0 = tl.zeros([KEYS, K0], tl.float32)
-            dk1 = tl.zeros([KEYS, K1] if K1 > 0 else [1], tl.float32)
-            dv0 = tl.zeros([KEYS, V0], tl.float32)
-            dv1 = tl.zeros([KEYS, V1] if V1 > 0 else [1], tl.float32)
+            dk0, dk1, dv0, dv1 = no_sums(KEYS, K0, K1, V0, V1)
             turns = tl.cdiv(count, QUERIES)
             following = tl.load(listed_here + start + tl.minimum(query, count - 1))
             for turn in tl.range(0, turns, num_stages=STAGES):
@@ -122,59 +121,62 @@ def block_gradients_kernel(
                 ahead_of = tl.minimum((turn + 1) * QUERIES + query, count - 1)
                 following = tl.load(listed_here + start + ahead_of)
                 chunk_row = place // NUM_SLOTS
-                wide = chunk_row.to(tl.int64)
-                q0 = load_piece(q_here + wide * q_row, there, 0, K0, DIM)
-                q1 = load_piece(q_here + wide * q_row, there, K0, K1, DIM)
-                do0 = load_piece(grad_here + wide * grad_row, there, 0, V0, V_DIM)
-                do1 = load_piece(grad_here + wide * grad_row, there, V0, V1, V_DIM)
-                stats = stats_here + wide * (NUM_KV_HEADS * GROUP_SIZE)
+                if WIDE:
+                    q_rows = q_here + (chunk_row.to(tl.int64) * q_row + member.to(tl.int64) * q_head)
+                    grads = grad_here + (chunk_row.to(tl.int64) * grad_row + member.to(tl.int64) * grad_head)
+                else:
+                    q_rows = q_here + (chunk_row * q_row + member * q_head)
+                    grads = grad_here + (chunk_row * grad_row + member * grad_head)
+                # Behind the list its last query stands in, with weights of 0: the exponential less inf.
+                q0 = load_piece(q_rows, None, 0, K0, DIM)
+                q1 = load_piece(q_rows, None, K0, K1, DIM)
+                do0 = load_piece(grads, None, 0, V0, V_DIM)
+                do1 = load_piece(grads, None, V0, V1, V_DIM)
+                stats = stats_here + (chunk_row * (NUM_KV_HEADS * GROUP_SIZE) + member)
                 lse = tl.load(LSE_2 + stats, mask=there, other=float("inf"))
                 delta = tl.load(DELTA + stats, mask=there, other=0.0)
-                p = tl.exp2(logits(k0, k1, q0, q1) * scale - lse[None, :])
+                p = tl.exp2(logits(q0, q1, k0, k1) * scale - lse[:, None])
                 # Lists ascend: behind their first query all see a block that it sees wholly.
                 earliest = tl.load(listed_here + start + turn * QUERIES) // NUM_SLOTS + origin
                 if earliest < ahead + KEYS - 1:
-                    p = tl.where((ahead + key)[:, None] <= (origin + chunk_row)[None, :], p, 0.0)
-                dv0 = tl.dot(p.to(do0.dtype), do0, dv0, input_precision="ieee")
-                if do1 is not None:
-                    dv1 = tl.dot(p.to(do0.dtype), do1, dv1, input_precision="ieee")
-                ds = (p * (logits(v0, v1, do0, do1) - delta[None, :])).to(q0.dtype)
-                dk0 = tl.dot(ds, q0, dk0, input_precision="ieee")
-                if q1 is not None:
-                    dk1 = tl.dot(ds, q1, dk1, input_precision="ieee")
+                    p = tl.where((ahead + key)[None, :] <= (origin + chunk_row)[:, None], p, 0.0)
+                ds, dk0, dk1, dv0, dv1 = add_tile(p, q0, q1, do0, do1, v0, v1, delta, dk0, dk1, dv0, dv1)
                 if PARTS is not None:
-                    part = head * head_parts + ((place * SUBS + item % SUBS) * GROUP_SIZE + member)
-                    ds_rows = tl.trans(ds)
-                    part0 = tl.dot(ds_rows, k0, input_precision="ieee")
-                    store_piece(PARTS + part * DIM, part0, there, 0, K0, DIM, ".cs")
+                    # Less than 2^31 elements from the head's first: the launcher sees to it.
+                    parts = PARTS + head * head_parts * DIM
+                    parts += ((place * SUBS + item % SUBS) * GROUP_SIZE + member) * DIM
+                    part0 = tl.dot(ds, k0, input_precision="ieee")
+                    store_piece(parts, part0, there, 0, K0, DIM, ".cs")
                     if k1 is not None:
-                        part1 = tl.dot(ds_rows, k1, input_precision="ieee")
-                        store_piece(PARTS + part * DIM, part1, there, K0, K1, DIM, ".cs")
+                        part1 = tl.dot(ds, k1, input_precision="ieee")
+                        store_piece(parts, part1, there, K0, K1, DIM, ".cs")
             key = anew(key, batch_size)
             if slot < 0:
                 mine = first + key < end
                 target = (first + key) * num_heads + head
-                add_rows(DK + target * DIM, dk0, dk1, mine, K0, K1, DIM)
-                add_rows(DV + target * V_DIM, dv0, dv1, mine, V0, V1, V_DIM)
+                add_columns(DK + target * DIM, dk0, mine, 0, K0, DIM)
+                add_columns(DV + target * V_DIM, dv0, mine, 0, V0, V_DIM)
+                if K1 > 0:
+                    add_columns(DK + target * DIM, dk1, mine, K0, K1, DIM)
+                if V1 > 0:
+                    add_columns(DV + target * V_DIM, dv1, mine, V0, V1, V_DIM)
             else:
                 whole = key >= 0
                 target = (head * most_slots + slot) * BLOCK_SIZE + sub + key
-                store_piece(SLOTS_DK + target * DIM, dk0, whole, 0, K0, DIM)
-                store_piece(SLOTS_DV + target * V_DIM, dv0, whole, 0, V0, V_DIM)
+                store_piece(SLOTS_DK + target * DIM, tl.trans(dk0), whole, 0, K0, DIM)
+                store_piece(SLOTS_DV + target * V_DIM, tl.trans(dv0), whole, 0, V0, V_DIM)
                 if K1 > 0:
-                    store_piece(SLOTS_DK + target * DIM, dk1, whole, K0, K1, DIM)
+                    store_piece(SLOTS_DK + target * DIM, tl.trans(dk1), whole, K0, K1, DIM)
                 if V1 > 0:
-                    store_piece(SLOTS_DV + target * V_DIM, dv1, whole, V0, V1, V_DIM)
+                    store_piece(SLOTS_DV + target * V_DIM, tl.trans(dv1), whole, V0, V1, V_DIM)
         begin += tl.cdiv(num_items, programs) * programs - num_items  # whose turn it is with the next head's first item
         begin = tl.where(begin < programs, begin, begin - programs)
 
 
 @triton.jit
-def add_rows(ROWS, x0, x1, there, X0: tl.constexpr, X1: tl.constexpr, DIM: tl.constexpr):
-    """Add x0, x1 to the rows at the pointers ROWS: this program's alone."""
-    store_piece(ROWS, load_piece(ROWS, there, 0, X0, DIM) + x0, there, 0, X0, DIM)
-    if X1 > 0:
-        store_piece(ROWS, load_piece(ROWS, there, X0, X1, DIM) + x1, there, X0, X1, DIM)
+def add_columns(ROWS, x, there, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    """Add columns of x [WIDTH, n] to the rows at the pointers ROWS [n], from column START on: this program's alone."""
+    store_piece(ROWS, load_piece(ROWS, there, START, WIDTH, DIM) + tl.trans(x), there, START, WIDTH, DIM)
 
 
 @triton.jit(do_not_specialize=["batch_size", "num_blocks", "most_slots"])
@@ -209,21 +211,25 @@ def fold_kernel(
         key = tl.program_id(2) * KEYS + tl.arange(0, KEYS)
         there = first + key < end
         source = (number.to(tl.int64) * most_slots + slot) * BLOCK_SIZE + key
-        dk0 = tl.zeros([KEYS, K0], tl.float32)
-        dk1 = tl.zeros([KEYS, K1] if K1 > 0 else [1], tl.float32)
-        dv0 = tl.zeros([KEYS, V0], tl.float32)
-        dv1 = tl.zeros([KEYS, V1] if V1 > 0 else [1], tl.float32)
-        for _ in range(items):
-            dk0 += load_piece(SLOTS_DK + source * DIM, there, 0, K0, DIM)
-            dv0 += load_piece(SLOTS_DV + source * V_DIM, there, 0, V0, V_DIM)
-            if K1 > 0:
-                dk1 += load_piece(SLOTS_DK + source * DIM, there, K0, K1, DIM)
-            if V1 > 0:
-                dv1 += load_piece(SLOTS_DV + source * V_DIM, there, V0, V1, V_DIM)
-            source += BLOCK_SIZE
         target = (first + key) * tl.num_programs(1) + number
-        add_rows(DK + target * DIM, dk0, dk1, there, K0, K1, DIM)
-        add_rows(DV + target * V_DIM, dv0, dv1, there, V0, V1, V_DIM)
+        add_slots(SLOTS_DK + source * DIM, items, DK + target * DIM, there, 0, K0, DIM, BLOCK_SIZE)
+        add_slots(SLOTS_DV + source * V_DIM, items, DV + target * V_DIM, there, 0, V0, V_DIM, BLOCK_SIZE)
+        if K1 > 0:
+            add_slots(SLOTS_DK + source * DIM, items, DK + target * DIM, there, K0, K1, DIM, BLOCK_SIZE)
+        if V1 > 0:
+            add_slots(SLOTS_DV + source * V_DIM, items, DV + target * V_DIM, there, V0, V1, V_DIM, BLOCK_SIZE)
+
+
+@triton.jit
+def add_slots(
+    SOURCES, count, ROWS, there, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr
+):
+    """Add `count` slots' rows, whose first are at the pointers SOURCES, to the rows at the pointers ROWS."""
+    total = load_piece(ROWS, there, START, WIDTH, DIM)
+    for _ in range(count):
+        total += load_piece(SOURCES, there, START, WIDTH, DIM)
+        SOURCES += BLOCK_SIZE * DIM
+    store_piece(ROWS, total, there, START, WIDTH, DIM)
 
 
 @triton.jit(do_not_specialize=["batch_size", "first_cell", "end_cell", "head_parts"])

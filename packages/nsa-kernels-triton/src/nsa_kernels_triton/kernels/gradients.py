@@ -10,9 +10,10 @@ ds = p (do.v - delta)         dk = scale sum ds q       delta = do.out
 import triton
 import triton.language as tl
 
-from nsa_kernels_triton.kernels.pieces import load_piece
+from nsa_kernels_triton.kernels.pieces import load_piece, logits
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit(do_not_specialize=["total_q"])
@@ -53,3 +54,30 @@ def delta_kernel(
     tl.store(LSE_2 + row, tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E), mask=there)
 
 
+@triton.jit
+def add_tile(p, q0, q1, do0, do1, v0, v1, delta, dk0, dk1, dv0, dv1):
+    """(ds, dk0, dk1, dv0, dv1) after a tile of probabilities p [rows, keys].
+
+    dk and dv are summed transposed, [dim, keys], not yet scaled: q and do are then operands that tensor cores read from
+    shared memory as they lie, p and ds the other ones, and what belongs to a row takes a register of it, not one of
+    each column. Of an absent second piece the sums are placeholders.
+    """
+    weights = p.to(do0.dtype)
+    dv0 = tl.dot(tl.trans(do0), weights, dv0, input_precision="ieee")
+    if do1 is not None:
+        dv1 = tl.dot(tl.trans(do1), weights, dv1, input_precision="ieee")
+    ds = (p * (logits(do0, do1, v0, v1) - delta[:, None])).to(q0.dtype)
+    dk0 = tl.dot(tl.trans(q0), ds, dk0, input_precision="ieee")
+    if q1 is not None:
+        dk1 = tl.dot(tl.trans(q1), ds, dk1, input_precision="ieee")
+    return ds, dk0, dk1, dv0, dv1
+
+
+@triton.jit
+def no_sums(KEYS: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr):
+    """(dk0, dk1, dv0, dv1) before the first tile."""
+    dk0 = tl.zeros([K0, KEYS], tl.float32)
+    dk1 = tl.zeros([K1, KEYS] if K1 > 0 else [1], tl.float32)
+    dv0 = tl.zeros([V0, KEYS], tl.float32)
+    dv1 = tl.zeros([V1, KEYS] if V1 > 0 else [1], tl.float32)
+    return dk0, dk1, dv0, dv1

@@ -7,11 +7,10 @@ tile of keys. Each takes its logits anew: so nothing is added by two programs, a
 import triton
 import triton.language as tl
 
+from nsa_kernels_triton.kernels.gradients import LN_2, add_tile, no_sums
 from nsa_kernels_triton.kernels.interval import num_compressed
 from nsa_kernels_triton.kernels.pieces import load_piece, logits, store_piece
 from nsa_kernels_triton.kernels.tiles import anew, find_tile, key_rows
-
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit(do_not_specialize=["batch_size", "total_q", "window_size"])
@@ -167,8 +166,7 @@ def interval_dkdv_kernel(
     """DK, DV of KEYS keys: sums over the rows that see them. Grid (key tiles, Hk, splits).
 
     Rows are (query, head of the group); each split takes every splits-th tile of ROWS of them and leaves its sums in a
-    DK, DV of its own, split_elements_* after the one before. Tiles are [keys, rows]: so p and ds are in the layout that
-    the products with do and q take from registers.
+    DK, DV of its own, split_elements_* after the one before.
 
     Limited by the tensor cores: 4 (Dk + Dv) operations for each query head and key of a visited tile.
     """
@@ -212,10 +210,7 @@ def interval_dkdv_kernel(
         q_rows = Q + query * q_row + head * q_head
         grads = GRAD_OUT + query * grad_row + head * grad_head
         stats = query * num_heads + head
-        dk0 = tl.zeros([KEYS, K0], tl.float32)
-        dk1 = tl.zeros([KEYS, K1] if K1 > 0 else [1], tl.float32)
-        dv0 = tl.zeros([KEYS, V0], tl.float32)
-        dv1 = tl.zeros([KEYS, V1] if V1 > 0 else [1], tl.float32)
+        dk0, dk1, dv0, dv1 = no_sums(KEYS, K0, K1, V0, V1)
         for begin in tl.range(start + split * QUERIES, stop, splits * QUERIES):
             wide = tl.cast(begin, tl.int64)
             there = (query < QUERIES) & (begin + query < stop)
@@ -225,33 +220,27 @@ def interval_dkdv_kernel(
             do1 = load_piece(grads + wide * grad_row, there, V0, V1, V_DIM)
             lse = tl.load(LSE_2 + wide * num_heads + stats, mask=there, other=float("inf"))
             delta = tl.load(DELTA + wide * num_heads + stats, mask=there, other=0.0)
-            p = tl.exp2(logits(k0, k1, q0, q1) * scale - lse[None, :])
+            p = tl.exp2(logits(q0, q1, k0, k1) * scale - lse[:, None])
             position = begin - origin + query
             if CU_COMPRESSED is not None:
                 if ahead + KEYS > num_compressed(begin - origin, KERNEL_SIZE, KERNEL_STRIDE):
                     seen = num_compressed(position, KERNEL_SIZE, KERNEL_STRIDE)
-                    p = tl.where((ahead + key)[:, None] < seen[None, :], p, 0.0)
+                    p = tl.where((ahead + key)[None, :] < seen[:, None], p, 0.0)
             else:
                 latest = begin - origin + QUERIES - 1
                 if (ahead + KEYS - 1 > begin - origin) | (latest - ahead >= window_size):
-                    seen = (ahead + key)[:, None] <= position[None, :]
-                    seen &= (ahead + key)[:, None] > (position - window_size)[None, :]
+                    seen = (ahead + key)[None, :] <= position[:, None]
+                    seen &= (ahead + key)[None, :] > (position - window_size)[:, None]
                     p = tl.where(seen, p, 0.0)
-            dv0 = tl.dot(p.to(do0.dtype), do0, dv0, input_precision="ieee")
-            if do1 is not None:
-                dv1 = tl.dot(p.to(do0.dtype), do1, dv1, input_precision="ieee")
-            ds = (p * (logits(v0, v1, do0, do1) - delta[None, :])).to(q0.dtype)
-            dk0 = tl.dot(ds, q0, dk0, input_precision="ieee")
-            if q1 is not None:
-                dk1 = tl.dot(ds, q1, dk1, input_precision="ieee")
+            ds, dk0, dk1, dv0, dv1 = add_tile(p, q0, q1, do0, do1, v0, v1, delta, dk0, dk1, dv0, dv1)
         key = anew(key, batch_size)
         there = first + key < end
         target = (first + key) * num_kv_heads + kv_head
         dk_rows = DK + split * split_elements_k + target * DIM
         dv_rows = DV + split * split_elements_v + target * V_DIM
-        store_piece(dk_rows, dk0 * (scale * LN_2), there, 0, K0, DIM)
-        store_piece(dv_rows, dv0, there, 0, V0, V_DIM)
+        store_piece(dk_rows, tl.trans(dk0 * (scale * LN_2)), there, 0, K0, DIM)
+        store_piece(dv_rows, tl.trans(dv0), there, 0, V0, V_DIM)
         if K1 > 0:
-            store_piece(dk_rows, dk1 * (scale * LN_2), there, K0, K1, DIM)
+            store_piece(dk_rows, tl.trans(dk1 * (scale * LN_2)), there, K0, K1, DIM)
         if V1 > 0:
-            store_piece(dv_rows, dv1, there, V0, V1, V_DIM)
+            store_piece(dv_rows, tl.trans(dv1), there, V0, V1, V_DIM)

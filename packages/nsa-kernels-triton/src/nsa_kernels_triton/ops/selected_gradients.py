@@ -196,6 +196,7 @@ class _Turn:
             CELL=CELL,
             KEYS=self.keys,
             ROWS=self.rows,
+            WIDE=self.chosen.shape[0] * max(q.stride(0), grad_out.stride(0)) >= 2**31,
             STAGES=config.num_stages,
             **both,
             **config.options,
