@@ -9,7 +9,7 @@ the pointers: a launch may be for some of a tensor's, from the first that they p
 import triton
 import triton.language as tl
 
-from nsa_kernels_triton.kernels.gradients import add_tile, no_sums
+from nsa_kernels_triton.kernels.gradients import add_tile, no_sums, slopes
 from nsa_kernels_triton.kernels.inverting import chunk_start
 from nsa_kernels_triton.kernels.pieces import load_piece, logits, store_piece
 from nsa_kernels_triton.kernels.tiles import anew, find_tile, key_rows
@@ -135,20 +135,26 @@ def block_gradients_kernel(
                 stats = stats_here + (chunk_row * (NUM_KV_HEADS * GROUP_SIZE) + member)
                 lse = tl.load(LSE_2 + stats, mask=there, other=float("inf"))
                 delta = tl.load(DELTA + stats, mask=there, other=0.0)
-                p = tl.exp2(logits(q0, q1, k0, k1) * scale - lse[:, None])
+                # All products before the exponentials, and all after: tensor cores wait once for either.
+                s = logits(q0, q1, k0, k1)
+                dp = logits(do0, do1, v0, v1)
+                p = tl.exp2(s * scale - lse[:, None])
                 # Lists ascend: behind their first query all see a block that it sees wholly.
                 earliest = tl.load(listed_here + start + turn * QUERIES) // NUM_SLOTS + origin
                 if earliest < ahead + KEYS - 1:
                     p = tl.where((ahead + key)[None, :] <= (origin + chunk_row)[:, None], p, 0.0)
-                ds, dk0, dk1, dv0, dv1 = add_tile(p, q0, q1, do0, do1, v0, v1, delta, dk0, dk1, dv0, dv1)
+                p, ds = slopes(p, dp, delta, do0, q0)
+                if PARTS is not None:
+                    part0 = tl.dot(ds, k0, input_precision="ieee")
+                    if k1 is not None:
+                        part1 = tl.dot(ds, k1, input_precision="ieee")
+                dk0, dk1, dv0, dv1 = add_tile(p, ds, q0, q1, do0, do1, dk0, dk1, dv0, dv1)
                 if PARTS is not None:
                     # Less than 2^31 elements from the head's first: the launcher sees to it.
                     parts = PARTS + head * head_parts * DIM
                     parts += ((place * SUBS + item % SUBS) * GROUP_SIZE + member) * DIM
-                    part0 = tl.dot(ds, k0, input_precision="ieee")
                     store_piece(parts, part0, there, 0, K0, DIM, ".cs")
                     if k1 is not None:
-                        part1 = tl.dot(ds, k1, input_precision="ieee")
                         store_piece(parts, part1, there, K0, K1, DIM, ".cs")
             key = anew(key, batch_size)
             if slot < 0:

@@ -55,22 +55,26 @@ def delta_kernel(
 
 
 @triton.jit
-def add_tile(p, q0, q1, do0, do1, v0, v1, delta, dk0, dk1, dv0, dv1):
-    """(ds, dk0, dk1, dv0, dv1) after a tile of probabilities p [rows, keys].
+def slopes(p, dp, delta, do0, q0):
+    """(p, ds = p (dp - delta)) of a tile [rows, keys], rounded to what do and q are, to be multiplied with them."""
+    return p.to(do0.dtype), (p * (dp - delta[:, None])).to(q0.dtype)
 
-    dk and dv are summed transposed, [dim, keys], not yet scaled: q and do are then operands that tensor cores read from
+
+@triton.jit
+def add_tile(p, ds, q0, q1, do0, do1, dk0, dk1, dv0, dv1):
+    """(dk0, dk1, dv0, dv1) after a tile.
+
+    They are summed transposed, [dim, keys], not yet scaled: q and do are then operands that tensor cores read from
     shared memory as they lie, p and ds the other ones, and what belongs to a row takes a register of it, not one of
     each column. Of an absent second piece the sums are placeholders.
     """
-    weights = p.to(do0.dtype)
-    dv0 = tl.dot(tl.trans(do0), weights, dv0, input_precision="ieee")
-    if do1 is not None:
-        dv1 = tl.dot(tl.trans(do1), weights, dv1, input_precision="ieee")
-    ds = (p * (logits(do0, do1, v0, v1) - delta[:, None])).to(q0.dtype)
+    dv0 = tl.dot(tl.trans(do0), p, dv0, input_precision="ieee")
     dk0 = tl.dot(tl.trans(q0), ds, dk0, input_precision="ieee")
+    if do1 is not None:
+        dv1 = tl.dot(tl.trans(do1), p, dv1, input_precision="ieee")
     if q1 is not None:
         dk1 = tl.dot(tl.trans(q1), ds, dk1, input_precision="ieee")
-    return ds, dk0, dk1, dv0, dv1
+    return dk0, dk1, dv0, dv1
 
 
 @triton.jit

@@ -7,7 +7,7 @@ tile of keys. Each takes its logits anew: so nothing is added by two programs, a
 import triton
 import triton.language as tl
 
-from nsa_kernels_triton.kernels.gradients import LN_2, add_tile, no_sums
+from nsa_kernels_triton.kernels.gradients import LN_2, add_tile, no_sums, slopes
 from nsa_kernels_triton.kernels.interval import num_compressed
 from nsa_kernels_triton.kernels.pieces import load_piece, logits, store_piece
 from nsa_kernels_triton.kernels.tiles import anew, find_tile, key_rows
@@ -103,13 +103,14 @@ def interval_dq_kernel(
             v_rows = V + packed * v_row + near * v_row
             k0 = load_piece(k_rows, None, 0, K0, DIM)
             k1 = load_piece(k_rows, None, K0, K1, DIM)
-            p = tl.exp2(logits(q0, q1, k0, k1) * scale - lse[:, None])
+            s = logits(q0, q1, k0, k1)
+            dp = logits(do0, do1, load_piece(v_rows, None, 0, V0, V_DIM), load_piece(v_rows, None, V0, V1, V_DIM))
+            p = tl.exp2(s * scale - lse[:, None])
             if (tile_start < all_start) | (tile_start + KEYS > all_stop):
                 seen = (key + tile_start)[None, :] < stop[:, None]
                 if start is not None:
                     seen &= (key + tile_start)[None, :] >= start[:, None]
                 p = tl.where(seen, p, 0.0)
-            dp = logits(do0, do1, load_piece(v_rows, None, 0, V0, V_DIM), load_piece(v_rows, None, V0, V1, V_DIM))
             ds = (p * (dp - delta[:, None])).to(k0.dtype)
             acc0 = tl.dot(ds, k0, acc0, input_precision="ieee")
             if k1 is not None:
@@ -220,7 +221,9 @@ def interval_dkdv_kernel(
             do1 = load_piece(grads + wide * grad_row, there, V0, V1, V_DIM)
             lse = tl.load(LSE_2 + wide * num_heads + stats, mask=there, other=float("inf"))
             delta = tl.load(DELTA + wide * num_heads + stats, mask=there, other=0.0)
-            p = tl.exp2(logits(q0, q1, k0, k1) * scale - lse[:, None])
+            s = logits(q0, q1, k0, k1)
+            dp = logits(do0, do1, v0, v1)
+            p = tl.exp2(s * scale - lse[:, None])
             position = begin - origin + query
             if CU_COMPRESSED is not None:
                 if ahead + KEYS > num_compressed(begin - origin, KERNEL_SIZE, KERNEL_STRIDE):
@@ -232,7 +235,8 @@ def interval_dkdv_kernel(
                     seen = (ahead + key)[None, :] <= position[:, None]
                     seen &= (ahead + key)[None, :] > (position - window_size)[:, None]
                     p = tl.where(seen, p, 0.0)
-            ds, dk0, dk1, dv0, dv1 = add_tile(p, q0, q1, do0, do1, v0, v1, delta, dk0, dk1, dv0, dv1)
+            p, ds = slopes(p, dp, delta, do0, q0)
+            dk0, dk1, dv0, dv1 = add_tile(p, ds, q0, q1, do0, do1, dk0, dk1, dv0, dv1)
         key = anew(key, batch_size)
         there = first + key < end
         target = (first + key) * num_kv_heads + kv_head
