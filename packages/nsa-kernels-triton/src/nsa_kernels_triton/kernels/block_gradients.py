@@ -9,7 +9,7 @@ the pointers: a launch may be for some of a tensor's, from the first that they p
 import triton
 import triton.language as tl
 
-from nsa_kernels_triton.kernels.gradients import add_tile, no_sums, slopes
+from nsa_kernels_triton.kernels.gradients import add_tile, no_sums
 from nsa_kernels_triton.kernels.inverting import chunk_start
 from nsa_kernels_triton.kernels.pieces import load_piece, logits, store_piece
 from nsa_kernels_triton.kernels.tiles import anew, find_tile, key_rows
@@ -127,62 +127,57 @@ def block_gradients_kernel(
                 else:
                     q_rows = q_here + (chunk_row * q_row + member * q_head)
                     grads = grad_here + (chunk_row * grad_row + member * grad_head)
-                # Behind the list its last query stands in, with weights of 0: the exponential less inf.
+                # Behind the list its last query stands in.
                 q0 = load_piece(q_rows, None, 0, K0, DIM)
                 q1 = load_piece(q_rows, None, K0, K1, DIM)
                 do0 = load_piece(grads, None, 0, V0, V_DIM)
                 do1 = load_piece(grads, None, V0, V1, V_DIM)
                 stats = stats_here + (chunk_row * (NUM_KV_HEADS * GROUP_SIZE) + member)
-                lse = tl.load(LSE_2 + stats, mask=there, other=float("inf"))
-                delta = tl.load(DELTA + stats, mask=there, other=0.0)
-                # All products before the exponentials, and all after: tensor cores wait once for either.
-                s = logits(q0, q1, k0, k1)
-                dp = logits(do0, do1, v0, v1)
-                p = tl.exp2(s * scale - lse[:, None])
+                lse = tl.load(LSE_2 + stats)
+                delta = tl.load(DELTA + stats)
+                p = tl.exp2(logits(k0, k1, q0, q1) * scale - lse[None, :])
                 # Lists ascend: behind their first query all see a block that it sees wholly.
                 earliest = tl.load(listed_here + start + turn * QUERIES) // NUM_SLOTS + origin
-                if earliest < ahead + KEYS - 1:
-                    p = tl.where((ahead + key)[None, :] <= (origin + chunk_row)[:, None], p, 0.0)
-                p, ds = slopes(p, dp, delta, do0, q0)
-                if PARTS is not None:
-                    part0 = tl.dot(ds, k0, input_precision="ieee")
-                    if k1 is not None:
-                        part1 = tl.dot(ds, k1, input_precision="ieee")
-                dk0, dk1, dv0, dv1 = add_tile(p, ds, q0, q1, do0, do1, dk0, dk1, dv0, dv1)
+                if (ROWS % GROUP_SIZE > 0) | (turn == turns - 1) | (earliest < ahead + KEYS - 1):
+                    seen = (ahead + key)[:, None] <= (origin + chunk_row)[None, :]
+                    p = tl.where(seen & there[None, :], p, 0.0)
+                ds, dk0, dk1, dv0, dv1 = add_tile(p, q0, q1, do0, do1, v0, v1, delta, dk0, dk1, dv0, dv1)
                 if PARTS is not None:
                     # Less than 2^31 elements from the head's first: the launcher sees to it.
                     parts = PARTS + head * head_parts * DIM
                     parts += ((place * SUBS + item % SUBS) * GROUP_SIZE + member) * DIM
+                    part0 = tl.trans(tl.dot(tl.trans(k0), ds, input_precision="ieee"))
                     store_piece(parts, part0, there, 0, K0, DIM, ".cs")
                     if k1 is not None:
+                        part1 = tl.trans(tl.dot(tl.trans(k1), ds, input_precision="ieee"))
                         store_piece(parts, part1, there, K0, K1, DIM, ".cs")
             key = anew(key, batch_size)
             if slot < 0:
                 mine = first + key < end
                 target = (first + key) * num_heads + head
-                add_columns(DK + target * DIM, dk0, mine, 0, K0, DIM)
-                add_columns(DV + target * V_DIM, dv0, mine, 0, V0, V_DIM)
+                add_rows(DK + target * DIM, dk0, mine, 0, K0, DIM)
+                add_rows(DV + target * V_DIM, dv0, mine, 0, V0, V_DIM)
                 if K1 > 0:
-                    add_columns(DK + target * DIM, dk1, mine, K0, K1, DIM)
+                    add_rows(DK + target * DIM, dk1, mine, K0, K1, DIM)
                 if V1 > 0:
-                    add_columns(DV + target * V_DIM, dv1, mine, V0, V1, V_DIM)
+                    add_rows(DV + target * V_DIM, dv1, mine, V0, V1, V_DIM)
             else:
                 whole = key >= 0
                 target = (head * most_slots + slot) * BLOCK_SIZE + sub + key
-                store_piece(SLOTS_DK + target * DIM, tl.trans(dk0), whole, 0, K0, DIM)
-                store_piece(SLOTS_DV + target * V_DIM, tl.trans(dv0), whole, 0, V0, V_DIM)
+                store_piece(SLOTS_DK + target * DIM, dk0, whole, 0, K0, DIM)
+                store_piece(SLOTS_DV + target * V_DIM, dv0, whole, 0, V0, V_DIM)
                 if K1 > 0:
-                    store_piece(SLOTS_DK + target * DIM, tl.trans(dk1), whole, K0, K1, DIM)
+                    store_piece(SLOTS_DK + target * DIM, dk1, whole, K0, K1, DIM)
                 if V1 > 0:
-                    store_piece(SLOTS_DV + target * V_DIM, tl.trans(dv1), whole, V0, V1, V_DIM)
+                    store_piece(SLOTS_DV + target * V_DIM, dv1, whole, V0, V1, V_DIM)
         begin += tl.cdiv(num_items, programs) * programs - num_items  # whose turn it is with the next head's first item
         begin = tl.where(begin < programs, begin, begin - programs)
 
 
 @triton.jit
-def add_columns(ROWS, x, there, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
-    """Add columns of x [WIDTH, n] to the rows at the pointers ROWS [n], from column START on: this program's alone."""
-    store_piece(ROWS, load_piece(ROWS, there, START, WIDTH, DIM) + tl.trans(x), there, START, WIDTH, DIM)
+def add_rows(ROWS, x, there, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    """Add x [n, WIDTH] to the rows at the pointers ROWS [n], from column START on: this program's alone."""
+    store_piece(ROWS, load_piece(ROWS, there, START, WIDTH, DIM) + x, there, START, WIDTH, DIM)
 
 
 @triton.jit(do_not_specialize=["batch_size", "num_blocks", "most_slots"])

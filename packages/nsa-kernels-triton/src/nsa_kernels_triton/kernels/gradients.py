@@ -55,33 +55,28 @@ def delta_kernel(
 
 
 @triton.jit
-def slopes(p, dp, delta, do0, q0):
-    """(p, ds = p (dp - delta)) of a tile [rows, keys], rounded to what do and q are, to be multiplied with them."""
-    return p.to(do0.dtype), (p * (dp - delta[:, None])).to(q0.dtype)
+def add_tile(p, q0, q1, do0, do1, v0, v1, delta, dk0, dk1, dv0, dv1):
+    """(ds, dk0, dk1, dv0, dv1) after a tile of probabilities p [keys, rows]; sums are not yet scaled.
 
-
-@triton.jit
-def add_tile(p, ds, q0, q1, do0, do1, dk0, dk1, dv0, dv1):
-    """(dk0, dk1, dv0, dv1) after a tile.
-
-    They are summed transposed, [dim, keys], not yet scaled: q and do are then operands that tensor cores read from
-    shared memory as they lie, p and ds the other ones, and what belongs to a row takes a register of it, not one of
-    each column. Of an absent second piece the sums are placeholders.
+    Tiles are transposed, a key a row: p and ds then lie in the registers that the products with do and q take them
+    from. Of an absent second piece the sums are placeholders.
     """
-    dv0 = tl.dot(tl.trans(do0), p, dv0, input_precision="ieee")
-    dk0 = tl.dot(tl.trans(q0), ds, dk0, input_precision="ieee")
+    weights = p.to(do0.dtype)
+    dv0 = tl.dot(weights, do0, dv0, input_precision="ieee")
     if do1 is not None:
-        dv1 = tl.dot(tl.trans(do1), p, dv1, input_precision="ieee")
+        dv1 = tl.dot(weights, do1, dv1, input_precision="ieee")
+    ds = (p * (logits(v0, v1, do0, do1) - delta[None, :])).to(q0.dtype)
+    dk0 = tl.dot(ds, q0, dk0, input_precision="ieee")
     if q1 is not None:
-        dk1 = tl.dot(tl.trans(q1), ds, dk1, input_precision="ieee")
-    return dk0, dk1, dv0, dv1
+        dk1 = tl.dot(ds, q1, dk1, input_precision="ieee")
+    return ds, dk0, dk1, dv0, dv1
 
 
 @triton.jit
 def no_sums(KEYS: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr):
     """(dk0, dk1, dv0, dv1) before the first tile."""
-    dk0 = tl.zeros([K0, KEYS], tl.float32)
-    dk1 = tl.zeros([K1, KEYS] if K1 > 0 else [1], tl.float32)
-    dv0 = tl.zeros([V0, KEYS], tl.float32)
-    dv1 = tl.zeros([V1, KEYS] if V1 > 0 else [1], tl.float32)
+    dk0 = tl.zeros([KEYS, K0], tl.float32)
+    dk1 = tl.zeros([KEYS, K1] if K1 > 0 else [1], tl.float32)
+    dv0 = tl.zeros([KEYS, V0], tl.float32)
+    dv1 = tl.zeros([KEYS, V1] if V1 > 0 else [1], tl.float32)
     return dk0, dk1, dv0, dv1

@@ -7,7 +7,7 @@ tile of keys. Each takes its logits anew: so nothing is added by two programs, a
 import triton
 import triton.language as tl
 
-from nsa_kernels_triton.kernels.gradients import LN_2, add_tile, no_sums, slopes
+from nsa_kernels_triton.kernels.gradients import LN_2, add_tile, no_sums
 from nsa_kernels_triton.kernels.interval import num_compressed
 from nsa_kernels_triton.kernels.pieces import load_piece, logits, store_piece
 from nsa_kernels_triton.kernels.tiles import anew, find_tile, key_rows
@@ -208,43 +208,54 @@ def interval_dkdv_kernel(
         row = tl.arange(0, ROWS)
         query = row // GROUP
         head = kv_head * GROUP + row % GROUP
-        q_rows = Q + query * q_row + head * q_head
-        grads = GRAD_OUT + query * grad_row + head * grad_head
-        stats = query * num_heads + head
+        head_q = head * q_head
+        head_grad = head * grad_head
         dk0, dk1, dv0, dv1 = no_sums(KEYS, K0, K1, V0, V1)
-        for begin in tl.range(start + split * QUERIES, stop, splits * QUERIES):
+        # Programs of neighbouring tiles of a window begin at the same queries, not each at its first: what one loads the
+        # others find in the cache.
+        turns = tl.cdiv(tl.maximum(stop - start, 0), QUERIES)
+        offset = 0
+        if CU_COMPRESSED is None:
+            offset = turns - 1 - (start // QUERIES) % tl.maximum(turns, 1)
+        for number in tl.range(split, turns, splits):
+            turn = number
+            if CU_COMPRESSED is None:
+                turn = (number + offset) % turns
+            begin = start + turn * QUERIES
             wide = tl.cast(begin, tl.int64)
-            there = (query < QUERIES) & (begin + query < stop)
-            q0 = load_piece(q_rows + wide * q_row, there, 0, K0, DIM)
-            q1 = load_piece(q_rows + wide * q_row, there, K0, K1, DIM)
-            do0 = load_piece(grads + wide * grad_row, there, 0, V0, V_DIM)
-            do1 = load_piece(grads + wide * grad_row, there, V0, V1, V_DIM)
-            lse = tl.load(LSE_2 + wide * num_heads + stats, mask=there, other=float("inf"))
-            delta = tl.load(DELTA + wide * num_heads + stats, mask=there, other=0.0)
-            s = logits(q0, q1, k0, k1)
-            dp = logits(do0, do1, v0, v1)
-            p = tl.exp2(s * scale - lse[:, None])
+            near_query = tl.minimum(query, stop - 1 - begin)
+            q_rows = Q + wide * q_row + head_q + near_query * q_row
+            grads = GRAD_OUT + wide * grad_row + head_grad + near_query * grad_row
+            q0 = load_piece(q_rows, None, 0, K0, DIM)
+            q1 = load_piece(q_rows, None, K0, K1, DIM)
+            do0 = load_piece(grads, None, 0, V0, V_DIM)
+            do1 = load_piece(grads, None, V0, V1, V_DIM)
+            stats = wide * num_heads + near_query * num_heads + head
+            lse = tl.load(LSE_2 + stats)
+            delta = tl.load(DELTA + stats)
+            p = tl.exp2(logits(k0, k1, q0, q1) * scale - lse[None, :])
+            partial = (ROWS % GROUP > 0) | (begin + QUERIES > stop)
             position = begin - origin + query
+            there = (query < QUERIES) & (begin + query < stop)
             if CU_COMPRESSED is not None:
-                if ahead + KEYS > num_compressed(begin - origin, KERNEL_SIZE, KERNEL_STRIDE):
-                    seen = num_compressed(position, KERNEL_SIZE, KERNEL_STRIDE)
-                    p = tl.where((ahead + key)[None, :] < seen[:, None], p, 0.0)
+                if partial | (ahead + KEYS > num_compressed(begin - origin, KERNEL_SIZE, KERNEL_STRIDE)):
+                    seen = (ahead + key)[:, None] < num_compressed(position, KERNEL_SIZE, KERNEL_STRIDE)[None, :]
+                    p = tl.where(seen & there[None, :], p, 0.0)
             else:
                 latest = begin - origin + QUERIES - 1
-                if (ahead + KEYS - 1 > begin - origin) | (latest - ahead >= window_size):
-                    seen = (ahead + key)[None, :] <= position[:, None]
-                    seen &= (ahead + key)[None, :] > (position - window_size)[:, None]
-                    p = tl.where(seen, p, 0.0)
-            p, ds = slopes(p, dp, delta, do0, q0)
-            dk0, dk1, dv0, dv1 = add_tile(p, ds, q0, q1, do0, do1, dk0, dk1, dv0, dv1)
+                if partial | (ahead + KEYS - 1 > begin - origin) | (latest - ahead >= window_size):
+                    seen = (ahead + key)[:, None] <= position[None, :]
+                    seen &= (ahead + key)[:, None] > (position - window_size)[None, :]
+                    p = tl.where(seen & there[None, :], p, 0.0)
+            ds, dk0, dk1, dv0, dv1 = add_tile(p, q0, q1, do0, do1, v0, v1, delta, dk0, dk1, dv0, dv1)
         key = anew(key, batch_size)
         there = first + key < end
         target = (first + key) * num_kv_heads + kv_head
         dk_rows = DK + split * split_elements_k + target * DIM
         dv_rows = DV + split * split_elements_v + target * V_DIM
-        store_piece(dk_rows, tl.trans(dk0 * (scale * LN_2)), there, 0, K0, DIM)
-        store_piece(dv_rows, tl.trans(dv0), there, 0, V0, V_DIM)
+        store_piece(dk_rows, dk0 * (scale * LN_2), there, 0, K0, DIM)
+        store_piece(dv_rows, dv0, there, 0, V0, V_DIM)
         if K1 > 0:
-            store_piece(dk_rows, tl.trans(dk1 * (scale * LN_2)), there, K0, K1, DIM)
+            store_piece(dk_rows, dk1 * (scale * LN_2), there, K0, K1, DIM)
         if V1 > 0:
-            store_piece(dv_rows, tl.trans(dv1), there, V0, V1, V_DIM)
+            store_piece(dv_rows, dv1, there, V0, V1, V_DIM)
