@@ -16,7 +16,7 @@ from nsa_kernels_triton.kernels.tiles import anew, find_tile, key_rows
 
 
 @triton.jit(
-    do_not_specialize=["batch_size", "most_items", "most_listed", "most_slots", "first_cell", "num_heads", "head_parts"]
+    do_not_specialize=["batch_size", "most_items", "most_listed", "most_slots", "first_cell", "num_heads"]
 )
 def block_gradients_kernel(
     Q,
@@ -35,13 +35,13 @@ def block_gradients_kernel(
     SLOTS_DK,
     SLOTS_DV,
     PARTS,
+    PART_TILES,
     batch_size,
     most_items,
     most_listed,
     most_slots,
     first_cell,
     num_heads,
-    head_parts,
     scale,
     q_row,
     q_head,
@@ -51,7 +51,6 @@ def block_gradients_kernel(
     v_head,
     grad_row,
     grad_head,
-    NUM_SLOTS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -69,10 +68,11 @@ def block_gradients_kernel(
 ):
     """Adds to DK [Tk, heads, DIM], DV [Tk, heads, V_DIM], fp32, not yet scaled, for the first `num_heads` kv heads.
 
-    PARTS [heads, chunk rows, NUM_SLOTS, BLOCK_SIZE / KEYS, G, DIM], not yet scaled; None where dq is taken elsewhere.
+    PARTS [heads, BLOCK_SIZE / KEYS, tiles, ROWS, DIM], not yet scaled, a tile as lists have it; None where dq is taken
+    elsewhere. PART_TILES: its descriptor, see `ops.descriptors`, or None.
     SLOTS_DK, SLOTS_DV [heads, slots, BLOCK_SIZE, dim]: sums of items that share a block. Persistent: every n-th item is
     a program's, one head's after the other, so that one head's queries stay in the L2 cache. WIDE: a chunk's queries
-    may be 2^31 elements apart; a head's parts are not.
+    may be 2^31 elements apart.
 
     Limited by the tensor cores, 4 (Dk + Dv) + 2 Dk operations for each query head and chosen key, where queries arrive
     in time.
@@ -116,11 +116,10 @@ def block_gradients_kernel(
             turns = tl.cdiv(count, QUERIES)
             following = tl.load(listed_here + start + tl.minimum(query, count - 1))
             for turn in tl.range(0, turns, num_stages=STAGES):
-                place = following
+                chunk_row = following
                 there = (query < QUERIES) & (turn * QUERIES + query < count)
                 ahead_of = tl.minimum((turn + 1) * QUERIES + query, count - 1)
                 following = tl.load(listed_here + start + ahead_of)
-                chunk_row = place // NUM_SLOTS
                 if WIDE:
                     q_rows = q_here + (chunk_row.to(tl.int64) * q_row + member.to(tl.int64) * q_head)
                     grads = grad_here + (chunk_row.to(tl.int64) * grad_row + member.to(tl.int64) * grad_head)
@@ -137,20 +136,21 @@ def block_gradients_kernel(
                 delta = tl.load(DELTA + stats)
                 p = tl.exp2(logits(k0, k1, q0, q1) * scale - lse[None, :])
                 # Lists ascend: behind their first query all see a block that it sees wholly.
-                earliest = tl.load(listed_here + start + turn * QUERIES) // NUM_SLOTS + origin
+                earliest = tl.load(listed_here + start + turn * QUERIES) + origin
                 if (ROWS % GROUP_SIZE > 0) | (turn == turns - 1) | (earliest < ahead + KEYS - 1):
                     seen = (ahead + key)[:, None] <= (origin + chunk_row)[None, :]
                     p = tl.where(seen & there[None, :], p, 0.0)
                 ds, dk0, dk1, dv0, dv1 = add_tile(p, q0, q1, do0, do1, v0, v1, delta, dk0, dk1, dv0, dv1)
                 if PARTS is not None:
-                    # Less than 2^31 elements from the head's first: the launcher sees to it.
-                    parts = PARTS + head * head_parts * DIM
-                    parts += ((place * SUBS + item % SUBS) * GROUP_SIZE + member) * DIM
-                    part0 = tl.trans(tl.dot(tl.trans(k0), ds, input_precision="ieee"))
-                    store_piece(parts, part0, there, 0, K0, DIM, ".cs")
-                    if k1 is not None:
-                        part1 = tl.trans(tl.dot(tl.trans(k1), ds, input_precision="ieee"))
-                        store_piece(parts, part1, there, K0, K1, DIM, ".cs")
+                    tile = (head * SUBS + item % SUBS) * (most_listed // QUERIES) + start // QUERIES + turn
+                    part0 = key_products(ds, k0, ROWS)
+                    if PART_TILES is not None:
+                        PART_TILES.store([(tile * ROWS).to(tl.int32), 0], part0.to(k0.dtype))
+                    else:
+                        parts = PARTS + (tile * ROWS + row) * DIM
+                        store_piece(parts, part0, row >= 0, 0, K0, DIM)
+                        if k1 is not None:
+                            store_piece(parts, key_products(ds, k1, ROWS), row >= 0, K0, K1, DIM)
             key = anew(key, batch_size)
             if slot < 0:
                 mine = first + key < end
@@ -172,6 +172,16 @@ def block_gradients_kernel(
                     store_piece(SLOTS_DV + target * V_DIM, dv1, whole, V0, V1, V_DIM)
         begin += tl.cdiv(num_items, programs) * programs - num_items  # whose turn it is with the next head's first item
         begin = tl.where(begin < programs, begin, begin - programs)
+
+
+@triton.jit
+def key_products(ds, k, ROWS: tl.constexpr):
+    """ds^T k, [rows, width] from ds [keys, rows], with whichever of the two has 64 rows as the one that needs them."""
+    if ROWS >= 64:
+        part = tl.dot(tl.trans(ds), k, input_precision="ieee")
+    else:
+        part = tl.trans(tl.dot(tl.trans(k), ds, input_precision="ieee"))
+    return part
 
 
 @triton.jit
@@ -233,9 +243,10 @@ def add_slots(
     store_piece(ROWS, total, there, START, WIDTH, DIM)
 
 
-@triton.jit(do_not_specialize=["batch_size", "first_cell", "end_cell", "head_parts"])
+@triton.jit(do_not_specialize=["batch_size", "first_cell", "end_cell", "most_tiles"])
 def sum_parts_kernel(
     PARTS,
+    PLACES,
     CHOSEN,
     CU_SEQLENS_Q,
     DQ,
@@ -244,11 +255,13 @@ def sum_parts_kernel(
     num_slots,
     first_cell,
     end_cell,
-    head_parts,
+    most_tiles,
     scale,
     GROUP_SIZE: tl.constexpr,
     SUBS: tl.constexpr,
     CELL: tl.constexpr,
+    TILE_QUERIES: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
     K0: tl.constexpr,
@@ -266,16 +279,19 @@ def sum_parts_kernel(
     query = (row // GROUP_SIZE).to(tl.int64)
     member = row % GROUP_SIZE
     kv_head = tl.program_id(1).to(tl.int64)
-    parts = tl.load(CHOSEN + query * num_kv_heads + kv_head, mask=there, other=0) * SUBS
-    source = kv_head * head_parts + query * num_slots * (SUBS * GROUP_SIZE) + member
+    count = tl.load(CHOSEN + query * num_kv_heads + kv_head, mask=there, other=0)
+    places = PLACES + (query * num_kv_heads + kv_head) * num_slots
     acc0 = tl.zeros([ROWS, K0], tl.float32)
     acc1 = tl.zeros([ROWS, K1] if K1 > 0 else [1], tl.float32)
-    for i in tl.range(0, tl.max(parts, 0), num_stages=STAGES):
-        has = i < parts
-        part_rows = PARTS + (source + i * GROUP_SIZE) * DIM
-        acc0 += load_piece(part_rows, has, 0, K0, DIM).to(tl.float32)
-        if K1 > 0:
-            acc1 += load_piece(part_rows, has, K0, K1, DIM).to(tl.float32)
+    for i in tl.range(0, tl.max(count, 0), num_stages=STAGES):
+        has = i < count
+        place = tl.load(places + i, mask=has, other=0)
+        for sub in tl.static_range(SUBS):
+            tile = (kv_head * SUBS + sub) * most_tiles + place // TILE_QUERIES
+            part_rows = PARTS + (tile * TILE_ROWS + place % TILE_QUERIES * GROUP_SIZE + member) * DIM
+            acc0 += load_piece(part_rows, has, 0, K0, DIM).to(tl.float32)
+            if K1 > 0:
+                acc1 += load_piece(part_rows, has, K0, K1, DIM).to(tl.float32)
     heads = kv_head * GROUP_SIZE + member
     dq_rows = DQ + ((base + query) * (num_kv_heads * GROUP_SIZE) + heads) * DIM
     store_piece(dq_rows, acc0 * scale, there, 0, K0, DIM)

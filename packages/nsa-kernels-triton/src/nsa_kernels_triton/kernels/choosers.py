@@ -119,10 +119,11 @@ def items_kernel(
     NUM_ITEMS,
     num_blocks,
     most_items,
+    QUERIES: tl.constexpr,
     PIECE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Where each block's list starts, and items of at most PIECE of its queries. Grid (Hk,).
+    """Where each block's list starts, at a multiple of QUERIES, and items of at most PIECE of its queries. Grid (Hk,).
 
     STARTS, SLOTS [Hk, num_blocks]: place of its first query; of a block of several items, the first of as many slots
     for what they sum up, else -1. ITEMS [Hk, most_items, 4]: block, first place, queries, slot or -1.
@@ -140,7 +141,8 @@ def items_kernel(
         count = tl.load(COUNTS + block, mask=block < num_blocks, other=0)
         items = (count + PIECE - 1) // PIECE
         split = tl.where(items > 1, items, 0)
-        start = listed + tl.cumsum(count, 0) - count
+        room = (count + QUERIES - 1) // QUERIES * QUERIES
+        start = listed + tl.cumsum(room, 0) - room
         item = told + tl.cumsum(items, 0) - items
         slot = tl.where(items > 1, slots + tl.cumsum(split, 0) - split, -1)
         tl.store(STARTS + block, start, mask=block < num_blocks)
@@ -152,7 +154,7 @@ def items_kernel(
             tl.store(target + 1, start + i * PIECE, mask=has)
             tl.store(target + 2, tl.minimum(PIECE, count - i * PIECE), mask=has)
             tl.store(target + 3, tl.where(items > 1, slot + i, -1), mask=has)
-        listed += tl.sum(count, 0)
+        listed += tl.sum(room, 0)
         told += tl.sum(items, 0)
         slots += tl.sum(split, 0)
     tl.store(NUM_ITEMS + head, told)
@@ -166,6 +168,7 @@ def list_kernel(
     MARKS,
     STARTS,
     LISTED,
+    PLACES,
     batch_size,
     num_kv_heads,
     num_slots,
@@ -176,7 +179,10 @@ def list_kernel(
     CELL: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """LISTED [Hk, most_listed]: chunk row * num_slots + number among its query's blocks. Grid (Hk, cells)."""
+    """LISTED [Hk, most_listed]: the chunk rows that chose each block, ascending. Grid (Hk, cells).
+
+    PLACES [chunk rows, Hk, num_slots]: where a query is listed, for each of its blocks.
+    """
     head = tl.program_id(0)
     first, end, number, counts = cell_blocks(
         INDICES,
@@ -199,6 +205,7 @@ def list_kernel(
         rank = before + tl.load(marks + 1, mask=counts, other=0)
         start = tl.load(STARTS + head * num_blocks + number, mask=counts, other=0)
         among = tl.cumsum(counts.to(tl.int32), 1) - 1
-        place = head.to(tl.int64) * most_listed + start + rank
+        place = start + rank
         row = (first - base + query)[:, None]
-        tl.store(LISTED + place, (row * num_slots + among).to(tl.int32), mask=counts)
+        tl.store(LISTED + head.to(tl.int64) * most_listed + place, row.to(tl.int32) + tl.zeros_like(place), mask=counts)
+        tl.store(PLACES + (row * num_kv_heads + head) * num_slots + among, place, mask=counts)

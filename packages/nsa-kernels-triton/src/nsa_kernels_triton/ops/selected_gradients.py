@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from nsa_kernels_triton.configurations import Launch, launch
+from nsa_kernels_triton.ops.descriptors import tiles_of
 from nsa_kernels_triton.ops.gradients import row_statistics
 from nsa_kernels_triton.ops.launching import num_processors, on_device
 from nsa_kernels_triton.ops.selected_call import SelectedCall
@@ -107,10 +108,12 @@ class _Turn:
         self.call, self.config, self.keys, self.num_blocks = call, config, keys, num_blocks
         self.subs = call.block_size // keys
         self.rows = max(config["rows"], power_of_two(call.group_size))
-        self.queries = self.rows // call.group_size
+        self.queries = self.rows // call.group_size  # of a tile
         self.piece = config["turns"] * self.queries
         rows = min(chunk * CELL, call.total_q)
         listed = rows * call.num_slots
+        chosen = min(num_blocks, listed)  # most different blocks
+        self.tiles = listed // self.queries + chosen
 
         def ints(*shape: int) -> Tensor:
             return call.indices.new_empty(shape)
@@ -121,13 +124,15 @@ class _Turn:
         self.marks = ints(heads * chunk * num_blocks * 2)
         self.counts, self.starts, self.slots = (ints(heads, num_blocks) for _ in range(3))
         self.chosen = ints(rows, call.num_kv_heads)
-        self.items = ints(heads, listed // self.piece + min(num_blocks, listed), 4)
+        self.places = ints(rows, call.num_kv_heads, call.num_slots)
+        self.items = ints(heads, listed // self.piece + chosen, 4)
         self.num_items = ints(heads)
-        self.listed = ints(heads, listed)
+        self.listed = ints(heads, self.tiles * self.queries)
         self.most_slots = 2 * listed // self.piece
         self.slots_dk = floats(heads * self.most_slots * call.block_size * call.head_dim)
         self.slots_dv = floats(heads * self.most_slots * call.block_size * call.v_head_dim)
-        self.parts = call.q.new_empty(heads, rows * call.num_slots * self.subs * call.group_size, call.head_dim)
+        self.parts = call.q.new_empty(heads * self.subs * self.tiles * self.rows, 1, call.head_dim)
+        self.part_tiles = tiles_of(self.parts, self.rows) if config["tma"] else None
         self.sums_k, self.sums_v = floats(heads * call.total_k, call.head_dim), floats(heads * call.total_k, call.v_head_dim)
 
     def run(
@@ -169,12 +174,13 @@ class _Turn:
         most_items, most_listed = self.items.shape[1], self.listed.shape[1]
         items_kernel[(heads,)](
             *(self.counts, self.starts, self.slots, self.items, self.num_items, num_blocks, most_items),
+            QUERIES=self.queries,
             PIECE=self.piece,
             WIDTH=itemizing["width"],
             **itemizing.options,
         )
         list_kernel[heads, cells](
-            *(*chosen, marks, self.starts, self.listed, *sizes, most_listed, first),
+            *(*chosen, marks, self.starts, self.listed, self.places, *sizes, most_listed, first),
             **entries,
             **marking.options,
         )
@@ -182,14 +188,13 @@ class _Turn:
         q, k, v = call.q[:, members], call.k[:, own], call.v[:, own]
         dims = dict(zip(("K0", "K1"), pieces(call.head_dim), strict=True)) | {"DIM": call.head_dim}
         both = dict(zip(("V0", "V1"), pieces(call.v_head_dim), strict=True)) | {"V_DIM": call.v_head_dim} | dims
-        head_parts = self.parts.shape[1]
         programs = min(most_items * heads * self.subs, num_processors(call.q.device) * config["programs"])
         block_gradients_kernel[(programs,)](
             *(q, k, v, grad_out, lse_2, delta, self.items, self.num_items, self.listed),
-            *(call.cu_seqlens_q, call.cu_seqlens_k, sums_k, sums_v, self.slots_dk, self.slots_dv, self.parts),
-            *(call.batch_size, most_items, most_listed, self.most_slots, first, heads, head_parts, call.scale),
+            *(call.cu_seqlens_q, call.cu_seqlens_k, sums_k, sums_v, self.slots_dk, self.slots_dv),
+            *(self.parts, self.part_tiles, call.batch_size, most_items, most_listed, self.most_slots, first, heads),
+            call.scale,
             *(x.stride(i) for x in (q, k, v, grad_out) for i in (0, 1)),
-            NUM_SLOTS=call.num_slots,
             NUM_KV_HEADS=call.num_kv_heads,
             GROUP_SIZE=call.group_size,
             BLOCK_SIZE=call.block_size,
@@ -212,11 +217,13 @@ class _Turn:
             **folding.options,
         )
         sum_parts_kernel[-(-self.chosen.shape[0] * call.group_size // adding["rows"]), heads](
-            *(self.parts, self.chosen, call.cu_seqlens_q, dq[:, members]),
-            *(call.batch_size, call.num_kv_heads, call.num_slots, first, end, head_parts, call.scale / LOG2_E),
+            *(self.parts, self.places, self.chosen, call.cu_seqlens_q, dq[:, members]),
+            *(call.batch_size, call.num_kv_heads, call.num_slots, first, end, self.tiles, call.scale / LOG2_E),
             GROUP_SIZE=call.group_size,
             SUBS=self.subs,
             CELL=CELL,
+            TILE_QUERIES=self.queries,
+            TILE_ROWS=self.rows,
             ROWS=adding["rows"],
             STAGES=adding.num_stages,
             **dims,
