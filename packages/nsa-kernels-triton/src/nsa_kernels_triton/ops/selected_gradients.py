@@ -4,10 +4,12 @@ import torch
 from torch import Tensor
 
 from nsa_kernels_triton.configurations import Launch, launch
+from nsa_kernels_triton.ops.by_query import dq_by_query
 from nsa_kernels_triton.ops.descriptors import tiles_of
 from nsa_kernels_triton.ops.gradients import row_statistics
 from nsa_kernels_triton.ops.launching import num_processors, on_device
 from nsa_kernels_triton.ops.selected_call import SelectedCall
+from nsa_kernels_triton.ops.spread import Spread, spread_of
 from nsa_kernels_triton.tiles import LOG2_E, count_tiles, evenly, pieces, power_of_two
 
 CELL = 32  # queries whose choice of a block is the bits of one int32
@@ -39,7 +41,11 @@ def selected_attention_backward(
         return dq.zero_(), dk.zero_(), dv.zero_()
     grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
     delta, lse_2 = row_statistics(out, grad_out, lse)
-    config = launch("selected_attention_backward", q.device, **call.case)
+    spread = Spread() if deterministic else spread_of(call.indices, block_size)
+    config = launch("selected_attention_backward", q.device, spread=spread.percent, **call.case)
+    if not config["parts"]:
+        case = launch("selected_attention_dq", q.device, spread=spread.percent, **call.case)
+        dq_by_query(call, case, grad_out, lse_2, delta, dq)
     _by_block(call, config, (grad_out, lse_2, delta), (dq, dk, dv))
     return dq, dk, dv
 
@@ -77,16 +83,17 @@ def _by_block(
     cells = count_tiles(call.total_q, call.batch_size, CELL)
     num_blocks = count_tiles(call.total_k, call.batch_size, call.block_size)
     cell_parts = CELL * call.group_size * call.num_slots * subs * call.head_dim * call.q.element_size()
+    cell_parts *= config["parts"]
     chunk = evenly(
         cells,
         min(
             config["chunk_rows"] // (CELL * call.group_size) + 1,  # 2^n queries may be one cell more than 2^n / CELL
-            PARTS // cell_parts,
+            PARTS // max(1, cell_parts),
             MARKS // (8 * num_blocks),
         ),
     )
     sums = 4 * call.total_k * (call.head_dim + call.v_head_dim)
-    heads = min(PARTS // (chunk * cell_parts), SUMS // sums, MARKS // (8 * chunk * num_blocks))
+    heads = min(PARTS // max(1, chunk * cell_parts), SUMS // sums, MARKS // (8 * chunk * num_blocks))
     heads = evenly(call.num_kv_heads, heads)
     turn = _Turn(call, config, keys, chunk, num_blocks, heads)
     for first in range(0, call.num_kv_heads, heads):
@@ -131,8 +138,10 @@ class _Turn:
         self.most_slots = 2 * listed // self.piece
         self.slots_dk = floats(heads * self.most_slots * call.block_size * call.head_dim)
         self.slots_dv = floats(heads * self.most_slots * call.block_size * call.v_head_dim)
-        self.parts = call.q.new_empty(heads * self.subs * self.tiles * self.rows, 1, call.head_dim)
-        self.part_tiles = tiles_of(self.parts, self.rows) if config["tma"] else None
+        self.parts = self.part_tiles = None
+        if config["parts"]:
+            self.parts = call.q.new_empty(heads * self.subs * self.tiles * self.rows, 1, call.head_dim)
+            self.part_tiles = tiles_of(self.parts, self.rows) if config["tma"] else None
         self.sums_k, self.sums_v = floats(heads * call.total_k, call.head_dim), floats(heads * call.total_k, call.v_head_dim)
 
     def run(
@@ -216,6 +225,8 @@ class _Turn:
             **both,
             **folding.options,
         )
+        if self.parts is None:
+            return
         sum_parts_kernel[-(-self.chosen.shape[0] * call.group_size // adding["rows"]), heads](
             *(self.parts, self.places, self.chosen, call.cu_seqlens_q, dq[:, members]),
             *(call.batch_size, call.num_kv_heads, call.num_slots, first, end, self.tiles, call.scale / LOG2_E),
