@@ -23,6 +23,8 @@ def block_gradients_kernel(
     K,
     V,
     GRAD_OUT,
+    Q_TILES,
+    GRAD_TILES,
     LSE_2,
     DELTA,
     ITEMS,
@@ -116,29 +118,40 @@ def block_gradients_kernel(
             turns = tl.cdiv(count, QUERIES)
             following = tl.load(listed_here + start + tl.minimum(query, count - 1))
             for turn in tl.range(0, turns, num_stages=STAGES):
-                chunk_row = following
-                there = (query < QUERIES) & (turn * QUERIES + query < count)
-                ahead_of = tl.minimum((turn + 1) * QUERIES + query, count - 1)
-                following = tl.load(listed_here + start + ahead_of)
-                if WIDE:
-                    q_rows = q_here + (chunk_row.to(tl.int64) * q_row + member.to(tl.int64) * q_head)
-                    grads = grad_here + (chunk_row.to(tl.int64) * grad_row + member.to(tl.int64) * grad_head)
+                earliest = tl.load(listed_here + start + turn * QUERIES)
+                if Q_TILES is not None:
+                    tile_row = ((base + earliest) * (NUM_KV_HEADS * GROUP_SIZE) + head * GROUP_SIZE).to(tl.int32)
+                    q0 = Q_TILES.load([tile_row, 0])
+                    do0 = GRAD_TILES.load([tile_row, 0])
+                    q1 = None
+                    do1 = None
+                    chunk_row = earliest + query
                 else:
-                    q_rows = q_here + (chunk_row * q_row + member * q_head)
-                    grads = grad_here + (chunk_row * grad_row + member * grad_head)
-                # Behind the list its last query stands in.
-                q0 = load_piece(q_rows, None, 0, K0, DIM)
-                q1 = load_piece(q_rows, None, K0, K1, DIM)
-                do0 = load_piece(grads, None, 0, V0, V_DIM)
-                do1 = load_piece(grads, None, V0, V1, V_DIM)
+                    chunk_row = following
+                    following = tl.load(listed_here + start + tl.minimum((turn + 1) * QUERIES + query, count - 1))
+                    if WIDE:
+                        q_rows = q_here + (chunk_row.to(tl.int64) * q_row + member.to(tl.int64) * q_head)
+                        grads = grad_here + (chunk_row.to(tl.int64) * grad_row + member.to(tl.int64) * grad_head)
+                    else:
+                        q_rows = q_here + (chunk_row * q_row + member * q_head)
+                        grads = grad_here + (chunk_row * grad_row + member * grad_head)
+                    # Behind the list its last query stands in.
+                    q0 = load_piece(q_rows, None, 0, K0, DIM)
+                    q1 = load_piece(q_rows, None, K0, K1, DIM)
+                    do0 = load_piece(grads, None, 0, V0, V_DIM)
+                    do1 = load_piece(grads, None, V0, V1, V_DIM)
                 stats = stats_here + (chunk_row * (NUM_KV_HEADS * GROUP_SIZE) + member)
                 lse = tl.load(LSE_2 + stats)
                 delta = tl.load(DELTA + stats)
                 p = tl.exp2(logits(k0, k1, q0, q1) * scale - lse[None, :])
                 # Lists ascend: behind their first query all see a block that it sees wholly.
-                earliest = tl.load(listed_here + start + turn * QUERIES) + origin
-                if (ROWS % GROUP_SIZE > 0) | (turn == turns - 1) | (earliest < ahead + KEYS - 1):
+                whole = earliest + origin >= ahead + KEYS - 1
+                if QUERIES == 1:
+                    if not whole:
+                        p = tl.where((ahead + key)[:, None] <= earliest + origin, p, 0.0)
+                elif (ROWS % GROUP_SIZE > 0) | (turn == turns - 1) | (not whole):
                     seen = (ahead + key)[:, None] <= (origin + chunk_row)[None, :]
+                    there = (query < QUERIES) & (turn * QUERIES + query < count)
                     p = tl.where(seen & there[None, :], p, 0.0)
                 ds, dk0, dk1, dv0, dv1 = add_tile(p, q0, q1, do0, do1, v0, v1, delta, dk0, dk1, dv0, dv1)
                 if PARTS is not None:
