@@ -9,7 +9,7 @@ the pointers: a launch may be for some of a tensor's, from the first that they p
 import triton
 import triton.language as tl
 
-from nsa_kernels_triton.kernels.gradients import add_tile, no_sums
+from nsa_kernels_triton.kernels.gradients import LN_2, add_tile, no_sums
 from nsa_kernels_triton.kernels.inverting import chunk_start
 from nsa_kernels_triton.kernels.pieces import load_piece, logits, store_piece
 from nsa_kernels_triton.kernels.tiles import anew, find_tile, key_rows
@@ -29,6 +29,7 @@ def block_gradients_kernel(
     DELTA,
     ITEMS,
     NUM_ITEMS,
+    TAKEN,
     LISTED,
     CU_SEQLENS_Q,
     CU_SEQLENS_K,
@@ -66,15 +67,20 @@ def block_gradients_kernel(
     V0: tl.constexpr,
     V1: tl.constexpr,
     WIDE: tl.constexpr,
+    ONCE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Adds to DK [Tk, heads, DIM], DV [Tk, heads, V_DIM], fp32, not yet scaled, for the first `num_heads` kv heads.
+    """DK [Tk, heads, DIM], DV [Tk, heads, V_DIM] of the first `num_heads` kv heads, and parts of dq.
 
-    PARTS [heads, BLOCK_SIZE / KEYS, tiles, ROWS, DIM], not yet scaled, a tile as lists have it; None where dq is taken
-    elsewhere. PART_TILES: its descriptor, see `ops.descriptors`, or None.
-    SLOTS_DK, SLOTS_DV [heads, slots, BLOCK_SIZE, dim]: sums of items that share a block. Persistent: every n-th item is
-    a program's, one head's after the other, so that one head's queries stay in the L2 cache. WIDE: a chunk's queries
-    may be 2^31 elements apart.
+    Sums of a chunk are added to DK and DV, fp32, not yet scaled; ONCE, where there is no other chunk, they are written
+    as what DK [Tk, NUM_KV_HEADS, DIM] and DV hold. SLOTS_DK, SLOTS_DV [heads, slots, BLOCK_SIZE, dim], fp32, take sums
+    of items that share a block. PARTS [heads, BLOCK_SIZE / KEYS, tiles, ROWS, DIM], not yet scaled, a tile as lists have
+    it, or None where dq is taken elsewhere; PART_TILES: its descriptor, see `ops.descriptors`, or None. Q_TILES and
+    GRAD_TILES: those of a query's heads, where they are the rows of a tile. WIDE: a chunk's queries may be 2^31
+    elements apart.
+
+    Persistent: a program takes the next item, counted by TAKEN, 0 before, one head's after the other: so its queries
+    stay in the L2 cache. Which program does it changes no result.
 
     Limited by the tensor cores, 4 (Dk + Dv) + 2 Dk operations for each query head and chosen key, where queries arrive
     in time.
@@ -85,16 +91,23 @@ def block_gradients_kernel(
     row = tl.arange(0, ROWS)
     query = row // GROUP_SIZE
     member = row % GROUP_SIZE
-    programs = tl.num_programs(0)
-    begin = tl.program_id(0)
-    for number in range(num_heads):
-        head = tl.cast(number, tl.int64)
-        num_items = tl.load(NUM_ITEMS + head) * SUBS
-        listed_here = LISTED + head * most_listed
-        q_here = Q + base * q_row + head * GROUP_SIZE * q_head
-        grad_here = GRAD_OUT + base * grad_row + head * GROUP_SIZE * grad_head
-        stats_here = base * (NUM_KV_HEADS * GROUP_SIZE) + head * GROUP_SIZE
-        for item in tl.range(begin, num_items, programs, num_stages=1):
+    number = -1
+    listed_before = 0
+    listed_up_to = 0
+    taken = tl.atomic_add(TAKEN, 1, sem="relaxed")
+    while number < num_heads:
+        if taken >= listed_up_to:  # of a later head
+            number += 1
+            listed_before = listed_up_to
+            if number < num_heads:
+                listed_up_to += tl.load(NUM_ITEMS + number) * SUBS
+        else:
+            head = tl.cast(number, tl.int64)
+            item = taken - listed_before
+            listed_here = LISTED + head * most_listed
+            q_here = Q + base * q_row + head * GROUP_SIZE * q_head
+            grad_here = GRAD_OUT + base * grad_row + head * GROUP_SIZE * grad_head
+            stats_here = base * (NUM_KV_HEADS * GROUP_SIZE) + head * GROUP_SIZE
             described = ITEMS + (head * most_items + item // SUBS) * 4
             block = tl.load(described)
             start = tl.load(described + 1)
@@ -167,13 +180,13 @@ def block_gradients_kernel(
             key = anew(key, batch_size)
             if slot < 0:
                 mine = first + key < end
-                target = (first + key) * num_heads + head
-                add_rows(DK + target * DIM, dk0, mine, 0, K0, DIM)
-                add_rows(DV + target * V_DIM, dv0, mine, 0, V0, V_DIM)
+                target = (first + key) * (NUM_KV_HEADS if ONCE else num_heads) + head
+                hand_in(DK + target * DIM, dk0, scale * LN_2, mine, 0, K0, DIM, ONCE)
+                hand_in(DV + target * V_DIM, dv0, 1.0, mine, 0, V0, V_DIM, ONCE)
                 if K1 > 0:
-                    add_rows(DK + target * DIM, dk1, mine, K0, K1, DIM)
+                    hand_in(DK + target * DIM, dk1, scale * LN_2, mine, K0, K1, DIM, ONCE)
                 if V1 > 0:
-                    add_rows(DV + target * V_DIM, dv1, mine, V0, V1, V_DIM)
+                    hand_in(DV + target * V_DIM, dv1, 1.0, mine, V0, V1, V_DIM, ONCE)
             else:
                 whole = key >= 0
                 target = (head * most_slots + slot) * BLOCK_SIZE + sub + key
@@ -183,8 +196,7 @@ def block_gradients_kernel(
                     store_piece(SLOTS_DK + target * DIM, dk1, whole, K0, K1, DIM)
                 if V1 > 0:
                     store_piece(SLOTS_DV + target * V_DIM, dv1, whole, V0, V1, V_DIM)
-        begin += tl.cdiv(num_items, programs) * programs - num_items  # whose turn it is with the next head's first item
-        begin = tl.where(begin < programs, begin, begin - programs)
+            taken = tl.atomic_add(TAKEN, 1, sem="relaxed")
 
 
 @triton.jit
@@ -198,9 +210,14 @@ def key_products(ds, k, ROWS: tl.constexpr):
 
 
 @triton.jit
-def add_rows(ROWS, x, there, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
-    """Add x [n, WIDTH] to the rows at the pointers ROWS [n], from column START on: this program's alone."""
-    store_piece(ROWS, load_piece(ROWS, there, START, WIDTH, DIM) + x, there, START, WIDTH, DIM)
+def hand_in(
+    ROWS, x, scale, there, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ONCE: tl.constexpr
+):
+    """Add x [n, WIDTH] to the rows at the pointers ROWS [n], this program's alone; ONCE, write it there, scaled."""
+    if ONCE:
+        store_piece(ROWS, x * scale, there, START, WIDTH, DIM)
+    else:
+        store_piece(ROWS, load_piece(ROWS, there, START, WIDTH, DIM) + x, there, START, WIDTH, DIM)
 
 
 @triton.jit(do_not_specialize=["batch_size", "num_blocks", "most_slots"])
@@ -215,7 +232,9 @@ def fold_kernel(
     batch_size,
     num_blocks,
     most_slots,
+    scale,
     PIECE: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     KEYS: tl.constexpr,
     DIM: tl.constexpr,
@@ -224,8 +243,12 @@ def fold_kernel(
     V_DIM: tl.constexpr,
     V0: tl.constexpr,
     V1: tl.constexpr,
+    ONCE: tl.constexpr,
 ):
-    """Add the slots of each block that has some to DK and DV, in their order. Grid (num_blocks, heads, block / KEYS)."""
+    """Hand in the slots of each block that has some, in their order. Grid (num_blocks, heads, block / KEYS).
+
+    DK, DV, ONCE: as of `block_gradients_kernel`; `scale` is that of the logits.
+    """
     block = tl.program_id(0)
     number = tl.program_id(1)
     slot = tl.load(SLOTS + number * num_blocks + block)
@@ -235,25 +258,30 @@ def fold_kernel(
         key = tl.program_id(2) * KEYS + tl.arange(0, KEYS)
         there = first + key < end
         source = (number.to(tl.int64) * most_slots + slot) * BLOCK_SIZE + key
-        target = (first + key) * tl.num_programs(1) + number
-        add_slots(SLOTS_DK + source * DIM, items, DK + target * DIM, there, 0, K0, DIM, BLOCK_SIZE)
-        add_slots(SLOTS_DV + source * V_DIM, items, DV + target * V_DIM, there, 0, V0, V_DIM, BLOCK_SIZE)
+        target = (first + key) * (NUM_KV_HEADS if ONCE else tl.num_programs(1)) + number
+        dk_rows = SLOTS_DK + source * DIM
+        dv_rows = SLOTS_DV + source * V_DIM
+        dk0 = sum_slots(dk_rows, items, there, 0, K0, DIM, BLOCK_SIZE)
+        dv0 = sum_slots(dv_rows, items, there, 0, V0, V_DIM, BLOCK_SIZE)
+        hand_in(DK + target * DIM, dk0, scale * LN_2, there, 0, K0, DIM, ONCE)
+        hand_in(DV + target * V_DIM, dv0, 1.0, there, 0, V0, V_DIM, ONCE)
         if K1 > 0:
-            add_slots(SLOTS_DK + source * DIM, items, DK + target * DIM, there, K0, K1, DIM, BLOCK_SIZE)
+            dk1 = sum_slots(dk_rows, items, there, K0, K1, DIM, BLOCK_SIZE)
+            hand_in(DK + target * DIM, dk1, scale * LN_2, there, K0, K1, DIM, ONCE)
         if V1 > 0:
-            add_slots(SLOTS_DV + source * V_DIM, items, DV + target * V_DIM, there, V0, V1, V_DIM, BLOCK_SIZE)
+            dv1 = sum_slots(dv_rows, items, there, V0, V1, V_DIM, BLOCK_SIZE)
+            hand_in(DV + target * V_DIM, dv1, 1.0, there, V0, V1, V_DIM, ONCE)
 
 
 @triton.jit
-def add_slots(
-    SOURCES, count, ROWS, there, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr
+def sum_slots(
+    ROWS, count, there, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr
 ):
-    """Add `count` slots' rows, whose first are at the pointers SOURCES, to the rows at the pointers ROWS."""
+    """The sum of `count` >= 1 slots, in their order; the first one's rows are at the pointers ROWS."""
     total = load_piece(ROWS, there, START, WIDTH, DIM)
-    for _ in range(count):
-        total += load_piece(SOURCES, there, START, WIDTH, DIM)
-        SOURCES += BLOCK_SIZE * DIM
-    store_piece(ROWS, total, there, START, WIDTH, DIM)
+    for slot in range(1, count):
+        total += load_piece(ROWS + slot * (BLOCK_SIZE * DIM), there, START, WIDTH, DIM)
+    return total
 
 
 @triton.jit(do_not_specialize=["batch_size", "first_cell", "end_cell", "most_tiles"])

@@ -92,27 +92,42 @@ def _by_block(
             MARKS // (8 * num_blocks),
         ),
     )
-    sums = 4 * call.total_k * (call.head_dim + call.v_head_dim)
+    sums = 4 * call.total_k * (call.head_dim + call.v_head_dim) if chunk < cells else 1
     heads = min(PARTS // max(1, chunk * cell_parts), SUMS // sums, MARKS // (8 * chunk * num_blocks))
     heads = evenly(call.num_kv_heads, heads)
-    turn = _Turn(call, config, keys, chunk, num_blocks, heads)
+    turn = _Turn(call, config, keys, chunk, num_blocks, heads, once=chunk == cells)
+    if turn.once:  # then no block that nobody chose is written
+        dk.zero_()
+        dv.zero_()
     for first in range(0, call.num_kv_heads, heads):
         many = min(heads, call.num_kv_heads - first)
+        own = slice(first, first + many)
+        if turn.once:
+            turn.run(first, many, 0, cells, rows, dq, dk[:, own], dv[:, own])
+            continue
         sums_k, sums_v = turn.sums_k[: many * call.total_k], turn.sums_v[: many * call.total_k]
         sums_k, sums_v = (x.zero_().view(call.total_k, many, -1) for x in (sums_k, sums_v))
         for cell in range(0, cells, chunk):
             turn.run(first, many, cell, min(cell + chunk, cells), rows, dq, sums_k, sums_v)
-        torch.mul(sums_k, call.scale / LOG2_E, out=dk[:, first : first + many])
-        dv[:, first : first + many].copy_(sums_v)
+        torch.mul(sums_k, call.scale / LOG2_E, out=dk[:, own])
+        dv[:, own].copy_(sums_v)
 
 
 class _Turn:
     """The lists, parts and sums of one chunk of queries and some kv heads, and its launches."""
 
     def __init__(
-        self, call: SelectedCall, config: Launch, keys: int, chunk: int, num_blocks: int, heads: int
+        self,
+        call: SelectedCall,
+        config: Launch,
+        keys: int,
+        chunk: int,
+        num_blocks: int,
+        heads: int,
+        *,
+        once: bool,
     ) -> None:
-        self.call, self.config, self.keys, self.num_blocks = call, config, keys, num_blocks
+        self.call, self.config, self.keys, self.num_blocks, self.once = call, config, keys, num_blocks, once
         self.subs = call.block_size // keys
         self.rows = max(config["rows"], power_of_two(call.group_size))
         self.queries = self.rows // call.group_size  # of a tile
@@ -133,7 +148,7 @@ class _Turn:
         self.chosen = ints(rows, call.num_kv_heads)
         self.places = ints(rows, call.num_kv_heads, call.num_slots)
         self.items = ints(heads, listed // self.piece + chosen, 4)
-        self.num_items = ints(heads)
+        self.num_items, self.taken = ints(heads), ints(1)
         self.listed = ints(heads, self.tiles * self.queries)
         self.most_slots = 2 * listed // self.piece
         self.slots_dk = floats(heads * self.most_slots * call.block_size * call.head_dim)
@@ -142,7 +157,9 @@ class _Turn:
         if config["parts"]:
             self.parts = call.q.new_empty(heads * self.subs * self.tiles * self.rows, 1, call.head_dim)
             self.part_tiles = tiles_of(self.parts, self.rows) if config["tma"] else None
-        self.sums_k, self.sums_v = floats(heads * call.total_k, call.head_dim), floats(heads * call.total_k, call.v_head_dim)
+        if not once:
+            self.sums_k = floats(heads * call.total_k, call.head_dim)
+            self.sums_v = floats(heads * call.total_k, call.v_head_dim)
 
     def run(
         self,
@@ -202,7 +219,7 @@ class _Turn:
         if config["tma"] and self.rows == call.group_size:
             described = tuple(head_tiles(x, call.group_size) for x in (q, grad_out))
         block_gradients_kernel[(programs,)](
-            *(q, k, v, grad_out, *described, lse_2, delta, self.items, self.num_items, self.listed),
+            *(q, k, v, grad_out, *described, lse_2, delta, self.items, self.num_items, self.taken.zero_(), self.listed),
             *(call.cu_seqlens_q, call.cu_seqlens_k, sums_k, sums_v, self.slots_dk, self.slots_dv),
             *(self.parts, self.part_tiles, call.batch_size, most_items, most_listed, self.most_slots, first, heads),
             call.scale,
@@ -214,6 +231,7 @@ class _Turn:
             KEYS=self.keys,
             ROWS=self.rows,
             WIDE=self.chosen.shape[0] * max(q.stride(0), grad_out.stride(0)) >= 2**31,
+            ONCE=self.once,
             STAGES=config.num_stages,
             **both,
             **config.options,
@@ -221,8 +239,10 @@ class _Turn:
         fold_keys = min(folding["keys"], call.block_size)
         fold_kernel[num_blocks, heads, call.block_size // fold_keys](
             *(self.counts, self.slots, self.slots_dk, self.slots_dv, call.cu_seqlens_k, sums_k, sums_v),
-            *(call.batch_size, num_blocks, self.most_slots),
+            *(call.batch_size, num_blocks, self.most_slots, call.scale),
             PIECE=self.piece,
+            NUM_KV_HEADS=call.num_kv_heads,
+            ONCE=self.once,
             BLOCK_SIZE=call.block_size,
             KEYS=fold_keys,
             **both,
