@@ -49,11 +49,13 @@ def test_layouts_are_built_without_synchronisation() -> None:
     pinned = VarlenLayout.from_lengths(*LENGTHS).pin_memory()
     assert pinned.cu_seqlens_q.is_pinned()
     moved = pinned.to("cuda")
-    for built in (layout, again, moved):
+    shaped = VarlenLayout.from_shape(2, 150, "cuda")
+    for built in (layout, again, moved, shaped):
         assert built.device.type == "cuda"
         built.positions()
         built.key_positions()
     assert layout.compressed(BLOCKS).total == moved.compressed(BLOCKS).total
+    assert shaped.host.compressed(BLOCKS).total == shaped.compressed(BLOCKS).total
 
 
 def test_layouts_built_without_synchronisation_hold_the_right_offsets() -> None:

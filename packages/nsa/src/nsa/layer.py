@@ -18,6 +18,11 @@ class NSAAttention(nn.Module):
 
     Keys and values have a projection per branch unless `config.shared_kv`; gates come from a `GateMLP`.
 
+    `torch.compile(layer, fullgraph=True)` makes one graph of it, forward and backward, where the routes lead to
+    operators of torch.library, as those of backend `triton` are; `sdpa` breaks the graph at its operations. It takes x
+    [B, S, hidden_size], and packed x with a layout made outside, of which `layout.compressed(config.blocks)` was asked
+    there: how many rows there are is not in x. Nor is it in a `padding_mask`: `nsa_varlen.pack` goes outside too.
+
     Example:
         >>> config = NSAConfig(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16)
         >>> layer = NSAAttention(config)
@@ -74,7 +79,7 @@ class NSAAttention(nn.Module):
             packed, layout, pad_index = pack(x, padding_mask)
             return unpack(self._attend(packed, layout, cache), pad_index)
         if layout is None:
-            layout = VarlenLayout.from_lengths([x.shape[1]] * x.shape[0], device=x.device)
+            layout = VarlenLayout.from_shape(*x.shape[:2], device=x.device)
             return self._attend(x.flatten(0, 1), layout, cache).unflatten(0, x.shape[:2])
         return self._attend(x, layout, cache)
 
@@ -149,7 +154,7 @@ class NSAAttention(nn.Module):
                 raise ValueError(
                     f"layout: expected total_q={x.shape[0]} on {x.device}, got {layout.total_q} on {layout.device}"
                 )
-            if not torch.equal(layout.host.cu_seqlens_q, layout.host.cu_seqlens_k):
+            if not layout.is_whole():
                 raise ValueError(
                     "layout: expected as many keys as queries in each sequence (the cache adds the earlier ones), "
                     f"got cu_seqlens_k={layout.host.cu_seqlens_k.tolist()}"
