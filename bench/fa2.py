@@ -13,36 +13,30 @@ busy while the call is being launched, as other work does in a model: `median_ms
 """
 
 import argparse
-import csv
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from cases import BLOCKS, DIM, SHAPES, gradients, normal
 from nsa_fa2 import CUDNN, FA2, FA2_TORCH, FlashBackend
-from nsa_varlen import BlockGeometry, VarlenLayout, masks, reference
+from nsa_varlen import VarlenLayout, masks, reference
 from nsa_varlen.sdpa import BACKEND
 from nsa_varlen.testing import assert_within_budget, plain_attention
+from timing import Run, header, measure, peak, quartiles, told, write
 from torch import Tensor
 
-BLOCKS = BlockGeometry()
-SHAPES = {"g16": (64, 4), "g4": (32, 8), "g1": (16, 16)}  # query heads, kv heads
 BATCHES = {
     "16384": [16_384],
     "65536": [65_536],
     "ragged": [1_000, 3_000, 7_000, 9_000, 11_536, 15_000, 19_000],  # 65,536 in all
 }
-DIM, DTYPE = 128, torch.bfloat16
 FIELDS = (
     *("op", "direction", "shape", "batch", "variant", "median_ms", "p25_ms", "p75_ms", "min_ms", "repeats"),
     *("ratio_to_bare", "host_us", "peak_mib"),
 )
 WARM_UP = 3
-
-Run = Callable[[], object]
 
 
 class Variant(NamedTuple):
@@ -51,11 +45,6 @@ class Variant(NamedTuple):
     forward: Run
     backward: Run
     bare: str | None
-
-
-def normal(*shape: int, seed: int) -> Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return torch.randn(*shape, generator=generator, device="cuda", dtype=DTYPE)
 
 
 def arguments(op: str, lengths: list[int], heads: tuple[int, int]) -> tuple[tuple[Tensor, ...], VarlenLayout]:
@@ -102,20 +91,6 @@ def through_backend(backend: FlashBackend, op: str, args: tuple[Tensor, ...], la
             return getattr(backend, op)(*args, layout, BLOCKS)
 
     return Variant(forward, gradients(lambda *x: getattr(backend, op)(*x, layout, BLOCKS)[0], args), bare)
-
-
-def gradients(run: Callable[..., Tensor], args: tuple[Tensor, ...]) -> Run:
-    """The backward alone, of a forward that ran once, when the backward was first asked for."""
-    kept: list = []
-
-    def backward() -> object:
-        if not kept:
-            leaves = [x.detach().clone().requires_grad_() if x.is_floating_point() else x for x in args]
-            out = run(*leaves)
-            kept.extend((out, [x for x in leaves if x.requires_grad], normal(*out.shape, seed=9)))
-        return torch.autograd.grad(*kept, retain_graph=True)
-
-    return backward
 
 
 def bare_window(args: tuple[Tensor, ...], layout: VarlenLayout) -> Variant:
@@ -169,36 +144,6 @@ def variants(op: str, lengths: list[int], heads: tuple[int, int]) -> dict[str, V
     return made
 
 
-def measure(runs: dict[str, Run], repeats: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Milliseconds of each, by events, taking turns, and microseconds to launch it."""
-    flush = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    host: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(-WARM_UP, repeats):
-        names = list(runs)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            flush.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
-            start.record()
-            begin = time.perf_counter()
-            runs[name]()
-            launched = time.perf_counter()
-            end.record()
-            end.synchronize()
-            if turn >= 0:
-                times[name].append(start.elapsed_time(end))
-                host[name].append(1e6 * (launched - begin))
-    return times, host
-
-
-def peak(run: Run) -> int:
-    """MiB that a call takes beyond what lives before it, its results included."""
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    return (torch.cuda.max_memory_allocated() - before) >> 20
-
-
 def rows_of(op: str, shape: str, batch: str, repeats: int) -> list[dict[str, object]]:
     made = variants(op, BATCHES[batch], SHAPES[shape])
     rows = []
@@ -209,21 +154,13 @@ def rows_of(op: str, shape: str, batch: str, repeats: int) -> list[dict[str, obj
         torch.cuda.synchronize()
         memory = {name: peak(run) for name, run in runs.items()}
         # The gathered selection is slow: a few turns say what there is to say.
-        times, host = measure(runs, repeats if op != "selected_attention" else min(repeats, 5))
-        for name, found in times.items():
-            low, median, high = statistics.quantiles(found, n=4, method="inclusive")
+        found = measure(runs, repeats if op != "selected_attention" else min(repeats, 5), warm_up=WARM_UP)
+        for name, (gpu, host) in found.items():
             bare = made[name].bare
-            ratio = f"{median / statistics.median(times[bare]):.3f}" if bare else ""
-            row = dict(
-                zip(
-                    FIELDS,
-                    (op, direction, shape, batch, name, *(f"{x:.4f}" for x in (median, low, high, min(found)))),
-                    strict=False,
-                )
-            )
-            more = {"ratio_to_bare": ratio, "host_us": round(statistics.median(host[name])), "peak_mib": memory[name]}
-            rows.append(row | {"repeats": len(found)} | more)
-            print(",".join(str(rows[-1][field]) for field in FIELDS), flush=True)
+            ratio = f"{statistics.median(gpu) / statistics.median(found[bare].gpu):.3f}" if bare else ""
+            numbers = *quartiles(gpu), f"{min(gpu):.4f}", len(gpu)
+            more = ratio, round(statistics.median(host)), memory[name]
+            rows.append(told(FIELDS, (op, direction, shape, batch, name, *numbers, *more)))
     return rows
 
 
@@ -239,9 +176,9 @@ def main() -> None:
         sys.exit("needs a CUDA device")
     import flash_attn
 
-    versions = f"torch {torch.__version__}, flash-attn {flash_attn.__version__}, cuDNN {torch.backends.cudnn.version()}"
-    header = f"# {torch.cuda.get_device_name()}, {versions}; bench/fa2.py"
-    print(header)
+    versions = f"torch {torch.__version__}", f"flash-attn {flash_attn.__version__}"
+    comment = header("fa2.py", *versions, f"cuDNN {torch.backends.cudnn.version()}")
+    print(comment)
     rows = []
     for op in given.ops:
         for shape in given.shapes:
@@ -252,11 +189,7 @@ def main() -> None:
                 rows += rows_of(op, shape, batch, given.repeats)
                 torch.cuda.empty_cache()
     if given.out:
-        with given.out.open("w", newline="", encoding="utf-8") as file:
-            file.write(f"{header}\n")
-            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write(given.out, FIELDS, rows, comment)
 
 
 if __name__ == "__main__":

@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from cases import BLOCKS, DIM, DTYPE, SHAPES
 from nsa_kernels_triton import BACKEND, configurations
-from nsa_varlen import BlockGeometry, VarlenLayout, masks
+from nsa_varlen import VarlenLayout, masks
+from timing import measure, quartiles, write
 from torch import Tensor
 
-SHAPES = {"g16": (64, 4), "g4": (32, 8), "g1": (16, 16)}  # query heads, kv heads
-TOKENS, DIM, DTYPE, BLOCKS = 65_536, 128, torch.bfloat16, BlockGeometry()
+TOKENS = 65_536
 FOLDER = Path(__file__).parents[1] / "packages/nsa-kernels-triton/src/nsa_kernels_triton/configurations"
 FIELDS = ("table", "case", "shape", "inputs", "numbers", "median_ms", "p25_ms", "p75_ms", "ratio", "gpu", "versions")
 CORRELATION = 1 - 1 / 1024  # between the scores of neighbouring queries on smooth inputs
@@ -204,21 +205,6 @@ def warm(tables: list[str], shapes: list[str]) -> None:
         child.wait()
 
 
-def measure(run: Callable[[], object], repeats: int) -> list[float]:
-    flush = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    times = []
-    for turn in range(-2, repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
-        flush.zero_()
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        if turn >= 0:
-            times.append(start.elapsed_time(end))
-    return times
-
-
 def tune(tables: list[str], shapes: list[str], repeats: int) -> list[dict[str, str]]:
     import triton
 
@@ -235,14 +221,13 @@ def tune(tables: list[str], shapes: list[str], repeats: int) -> list[dict[str, s
             torch.cuda.synchronize()
             if not same(result, expected.setdefault(trial.kind, result)):
                 raise ValueError("another result than the configuration in force")
-            low, median, high = statistics.quantiles(
-                measure(partial(inputs.run, trial), repeats), n=4, method="inclusive"
-            )
+            times = measure({"": partial(inputs.run, trial)}, repeats, flush_bytes=1 << 30)[""].gpu
         except Exception as error:  # noqa: BLE001 - a candidate that cannot run is told, and the next one tried
             print(f"{trial}: {type(error).__name__} {str(error)[:200]}", flush=True)
             continue
+        median = statistics.median(times)
         ratio = median / base.setdefault(trial.kind, median)
-        numbers = (f"{x:.4f}" for x in (median, low, high, ratio))
+        numbers = *quartiles(times), f"{ratio:.4f}"
         told = *trial.kind[1:], json.dumps(trial.numbers), *numbers, torch.cuda.get_device_name(), versions
         case = json.dumps(taken(trial))
         rows.append(dict(zip(FIELDS, (trial.table, case, *told), strict=True)))
@@ -333,10 +318,7 @@ def main() -> None:
         warm(given.tables, given.shapes)
         rows = tune(given.tables, given.shapes, given.repeats)
     if given.out:
-        with given.out.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write(given.out, FIELDS, rows)
 
 
 if __name__ == "__main__":

@@ -213,7 +213,7 @@ def calls(case: Case, batch: Batch) -> dict[str, Callable[[], object]]:
     k_cmp, v_cmp = (rows(compressed, case.num_kv_heads, dim) for dim in (case.head_dim, dv))
     lse = torch.zeros(heads, layout.total_q)
     listed = torch.arange(blocks.topk, dtype=torch.int32).expand(layout.total_q, case.num_kv_heads, -1).contiguous()
-    return {
+    forward = {
         "compress_mean": lambda: (run.compress_mean(k, layout, blocks), run.compress_mean(v, layout, blocks)),
         "compressed_attention": lambda: run.compressed_attention(q, k_cmp, v_cmp, layout, blocks),
         "select_blocks": lambda: run.select_blocks(q, k_cmp, lse, layout, blocks),
@@ -221,6 +221,23 @@ def calls(case: Case, batch: Batch) -> dict[str, Callable[[], object]]:
         "window_attention": lambda: run.window_attention(q, k, v, layout, blocks),
         "combine": lambda: run.combine(gates, out, out, out),
     }
+    return forward | {
+        "compress_mean backward": lambda: backward(run.compress_mean, [k], layout, blocks),
+        "compressed_attention backward": lambda: backward(
+            run.compressed_attention, [q, k_cmp, v_cmp], layout, blocks
+        ),
+        "selected_attention backward": lambda: backward(run.selected_attention, [q, k, v], listed, layout, blocks),
+        "window_attention backward": lambda: backward(run.window_attention, [q, k, v], layout, blocks),
+        "combine backward": lambda: backward(run.combine, [gates, out, out, out]),
+    }
+
+
+def backward(op: Callable[..., Any], inputs: list[torch.Tensor], *rest: object) -> tuple[torch.Tensor, ...]:
+    """The gradients of an operation's inputs."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    made = op(*leaves, *rest)
+    out = made[0] if isinstance(made, tuple) else made
+    return torch.autograd.grad(out, leaves, torch.zeros_like(out))
 
 
 def record(cases: list[tuple[Case, int]]) -> tuple[Recorder, list[str]]:

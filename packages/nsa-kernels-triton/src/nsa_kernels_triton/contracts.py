@@ -58,8 +58,6 @@ def unmet(op: str, problem: Any) -> str | None:
             return reason
     if getattr(problem, "paged", False):
         return "does not take paged keys and values"
-    if getattr(problem, "needs_grad", False):
-        return "records no gradients"
     return None
 
 

@@ -1,10 +1,14 @@
 """Attention over compressed blocks and over a window: two cases of one kernel, see `kernels.interval`."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from nsa_kernels_triton.configurations import launch
+from nsa_kernels_triton.ops.attention_gradients import interval_attention_backward
 from nsa_kernels_triton.ops.descriptors import kv_tiles
+from nsa_kernels_triton.ops.gradients import keep
 from nsa_kernels_triton.ops.launching import on_device, rows
 from nsa_kernels_triton.tiles import LOG2_E, count_tiles, pieces, row_bytes
 
@@ -77,6 +81,30 @@ def _(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     return _results(q, v)
+
+
+def _keep_compressed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_seqlens_q, cu_seqlens_k, cu_compressed, kernel_size, kernel_stride, scale = inputs
+    keep(ctx, (q, k, v), output, cu_seqlens_q, cu_seqlens_k, cu_compressed)
+    ctx.rest = kernel_size, kernel_stride, 1, scale
+
+
+def _keep_window(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_seqlens_q, cu_seqlens_k, window_size, scale = inputs
+    keep(ctx, (q, k, v), output, cu_seqlens_q, cu_seqlens_k, None)
+    ctx.rest = 1, 1, min(window_size, max(1, k.shape[0])), scale
+
+
+def _backward_compressed(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *interval_attention_backward(grad_out, *ctx.saved_tensors, *ctx.rest), *[None] * 6
+
+
+def _backward_window(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *interval_attention_backward(grad_out, *ctx.saved_tensors, *ctx.rest), *[None] * 4
+
+
+compressed_attention.register_autograd(_backward_compressed, setup_context=_keep_compressed)
+window_attention.register_autograd(_backward_window, setup_context=_keep_window)
 
 
 def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,8 @@ dense tile. For small groups, whose few rows would leave the tensor cores idle.
 How much neighbours share is measured on the device (`ops.spread`) and known to a later call, so that nobody waits.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,9 @@ from nsa_kernels_triton.configurations import launch
 from nsa_kernels_triton.ops.by_block import by_block
 from nsa_kernels_triton.ops.by_query import by_query
 from nsa_kernels_triton.ops.launching import on_device
+from nsa_kernels_triton.ops.gradients import keep
 from nsa_kernels_triton.ops.selected_call import SelectedCall
+from nsa_kernels_triton.ops.selected_gradients import selected_attention_backward
 from nsa_kernels_triton.ops.spread import Spread, spread_of
 
 
@@ -63,3 +67,15 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     return q.new_empty(*q.shape[:2], v.shape[2]), lse
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k, *ctx.rest = inputs
+    keep(ctx, (q, k, v), output, block_indices, cu_seqlens_q, cu_seqlens_k)
+
+
+def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *selected_attention_backward(grad_out, *ctx.saved_tensors, *ctx.rest), *[None] * 6
+
+
+selected_attention.register_autograd(_backward, setup_context=_keep)

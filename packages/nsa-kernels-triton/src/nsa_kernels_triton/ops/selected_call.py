@@ -1,5 +1,6 @@
 """A call of selected attention, as both of its organisations take it."""
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,15 +29,13 @@ class SelectedCall:
         self.q, self.k, self.v = rows(q), rows(k), rows(v)
         self.indices = block_indices.contiguous()
         self.cu_seqlens_q, self.cu_seqlens_k = cu_seqlens_q, cu_seqlens_k
-        self.total_q, num_heads, self.head_dim = q.shape
+        self.total_q, self.num_heads, self.head_dim = q.shape
         self.total_k, self.num_kv_heads, self.v_head_dim = v.shape
-        self.group_size = num_heads // self.num_kv_heads
+        self.group_size = self.num_heads // self.num_kv_heads
         self.batch_size = cu_seqlens_q.shape[0] - 1
         self.num_slots = block_indices.shape[2]
         self.block_size = block_size
         self.scale = scale * LOG2_E
-        self.out = q.new_empty(self.total_q, num_heads, self.v_head_dim)
-        self.lse = q.new_empty(num_heads, self.total_q, dtype=torch.float32)
         self.case = {
             "group_size": self.group_size,
             "block_size": block_size,
@@ -44,6 +43,16 @@ class SelectedCall:
             "row_bytes": row_bytes(q, v),
             "itemsize": q.element_size(),
         }
+
+    @cached_property
+    def out(self) -> Tensor:
+        """[Tq, Hq, Dv], not yet written."""
+        return self.q.new_empty(self.total_q, self.num_heads, self.v_head_dim)
+
+    @cached_property
+    def lse(self) -> Tensor:
+        """fp32 [Hq, Tq], not yet written."""
+        return self.q.new_empty(self.num_heads, self.total_q, dtype=torch.float32)
 
     def constants(self, queries: int, tile_rows: int) -> dict[str, int]:
         """The constants that every attention kernel takes."""
