@@ -63,12 +63,12 @@ class Opaque(Delegate):
         sizes = [getattr(blocks, name) for name in SIZES]
         scale = tensors[0].shape[-1] ** -0.5 if scale is None else scale
         if op == "select_blocks":
-            return torch.ops.nsa_opaque.select(*tensors, *offsets, sizes, scale)
+            return torch.ops.nsa_opaque.select_blocks(*tensors, *offsets, sizes, scale)
         q, k, v, *indices = tensors
         return torch.ops.nsa_opaque.attend(op, q, k, v, *(indices or [None]), *offsets, sizes, scale)
 
 
-@torch.library.custom_op("nsa_opaque::select", mutates_args=())
+@torch.library.custom_op("nsa_opaque::select_blocks", mutates_args=())
 def _select(
     q: Tensor, k: Tensor, lse: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, sizes: list[int], scale: float
 ) -> Tensor:

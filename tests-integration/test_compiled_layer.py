@@ -4,13 +4,15 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from nsa import NSAAttention, NSAConfig
+from nsa import NSAAttention, NSAConfig, reuse_block_indices
 from nsa_kernels_triton import BACKEND as TRITON
 from nsa_kernels_triton.contracts import interpreted
-from nsa_routing import OPS, Problem, closed, plan_for, poll
+from nsa_routing import OPS, closed, poll
 from nsa_varlen import VarlenLayout
+from nsa_varlen.sdpa import BACKEND as SDPA
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 # Graph breaks inside sdpa are allowed. These two warnings are about what Dynamo itself does around them.
 pytestmark = [
@@ -85,6 +87,10 @@ def make_layer(**changes: object) -> NSAAttention:
     )
 
 
+ONE_GRAPH = [("opaque", name, check) for name in VARIANTS for check in ("flag", "off")]
+ONE_GRAPH += [("triton", "mean", "flag")]  # interpreted kernels are slow, and the rest of the graph is the same
+
+
 @pytest.fixture(params=["opaque", "triton"])
 def backend(request: pytest.FixtureRequest, install: Callable, opaque: type, flags: Callable) -> str:
     """A backend of operators, obeyed in every operation."""
@@ -112,11 +118,6 @@ def test_the_forward_is_one_graph(packed: bool, backend: str) -> None:
     assert torch.equal(compiled(x, layout=layout), layer(x, layout=layout))
 
 
-def records_gradients(backend: str) -> bool:
-    problem = Problem("window_attention", "cpu", torch.float32, 8, 8, 2, needs_grad=True)
-    return plan_for(problem).backend == backend
-
-
 def gradients(layer: Callable[..., Tensor], of: NSAAttention, x: Tensor, layout: VarlenLayout | None) -> list[Tensor]:
     """The output and the gradients of x and every parameter."""
     x = x.clone().requires_grad_()
@@ -124,22 +125,22 @@ def gradients(layer: Callable[..., Tensor], of: NSAAttention, x: Tensor, layout:
     return [out.detach(), *torch.autograd.grad(out.square().sum(), (x, *of.parameters()))]
 
 
-@pytest.mark.parametrize("check", ["flag", "off"])
-@pytest.mark.parametrize("name", VARIANTS)
+def assert_close(got: list[Tensor], expected: list[Tensor]) -> None:
+    """aot_eager runs the same kernels in the same order but decomposes some and sums a tensor's several gradients in
+    another order: a few roundings of sums of at most 82 terms.
+    """
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5 * float(y.abs().amax()))
+
+
+@pytest.mark.parametrize("backend, name, check", ONE_GRAPH, indirect=["backend"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_forward_and_backward_are_one_graph(packed: bool, name: str, check: str, backend: str, flags: Callable) -> None:
-    if backend == "triton" and (name, check) != ("mean", "flag"):
-        pytest.skip("interpreted kernels are slow; the operators' shapes are those of the other variants")
     flags(CHECK_FINITE=check)
-    if not records_gradients(backend):
-        pytest.skip(f"{backend} records no gradients")
     layer = make_layer(**VARIANTS[name])
     x, layout = batch(packed, layer)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    # aot_eager runs the same kernels in the same order but decomposes some and sums a tensor's several gradients in
-    # another order: a few roundings of sums of at most 82 terms.
-    for got, expected in zip(gradients(compiled, layer, x, layout), gradients(layer, layer, x, layout), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().amax()))
+    assert_close(gradients(compiled, layer, x, layout), gradients(layer, layer, x, layout))
     assert poll() == frozenset()
 
 
@@ -159,3 +160,27 @@ def test_other_lengths_make_no_more_than_two_graphs(
         x = torch.randn(sum(lengths), 16) if packed else torch.randn(2, lengths[0], 16)
         gradients(compiled, layer, x, layout if packed else None)
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("reuse", [True, False], ids=["reused", "again"])
+def test_a_compiled_checkpoint_selects_once(
+    reuse: bool, install: Callable, opaque: type, flags: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The operator that selects is in the backward's graph only without `reuse_block_indices`."""
+    install(opaque("opaque"))
+    flags(BACKEND="opaque")
+    select, selections = type(SDPA).select_blocks, []
+    monkeypatch.setattr(
+        type(SDPA), "select_blocks", lambda *args, **options: selections.append(0) or select(*args, **options)
+    )
+    layer, x = make_layer(), torch.randn(2, 41, 16)
+    options = {"context_fn": reuse_block_indices} if reuse else {}
+
+    def run(x: Tensor, layout: None) -> Tensor:
+        return checkpoint(layer, x, use_reentrant=False, **options)
+
+    expected = gradients(layer, layer, x, None)
+    selections.clear()
+    got = gradients(torch.compile(run, fullgraph=True, backend="aot_eager"), layer, x, None)
+    assert len(selections) == (1 if reuse else 2)
+    assert_close(got, expected)

@@ -12,6 +12,8 @@ from nsa_varlen import BlockGeometry, PagedKV, VarlenLayout
 from nsa_varlen.arguments import KV, check_attention, check_gates, check_layout, check_rows, heads_and_dim
 from torch import Tensor
 
+from nsa.checkpointing import selected_once
+
 __all__ = [
     "combine",
     "compress_mean",
@@ -95,8 +97,15 @@ def select_blocks(
     """
     check_layout(layout, blocks)
     check_attention(("k_cmp", "k_cmp"), q, k_cmp, k_cmp, layout.compressed(blocks).total, layout)
-    problem = _problem("select_blocks", layout, blocks, q, k_cmp)
-    return dispatch("select_blocks", problem, backend=backend)(q, k_cmp, lse, layout, blocks, scale=scale)
+
+    def select() -> Tensor:
+        problem = _problem("select_blocks", layout, blocks, q, k_cmp)
+        indices: Tensor = dispatch("select_blocks", problem, backend=backend)(
+            q, k_cmp, lse, layout, blocks, scale=scale
+        )
+        return indices
+
+    return selected_once(select, (layout.total_q, heads_and_dim(k_cmp)[0], blocks.topk))
 
 
 def selected_attention(
