@@ -146,14 +146,12 @@ class VarlenLayout:
             if size < 0:
                 raise ValueError(f"{name}: expected at least 0, got {size}")
         longest, total = length if batch_size else 0, batch_size * length
-
-        def on(device: torch.device | str) -> Self:
-            cu_seqlens = torch.arange(batch_size + 1, dtype=torch.int32, device=device) * length
-            return cls(cu_seqlens, cu_seqlens, longest, longest, total, total)
-
-        layout = on("cpu" if device is None else device)
+        numbers = longest, longest, total, total
+        cu_seqlens = _even_offsets(batch_size, length, "cpu" if device is None else device)
+        layout = cls(cu_seqlens, cu_seqlens, *numbers)
         if layout.device.type != "cpu" and not torch.compiler.is_compiling():
-            layout._derived["host"] = on("cpu")
+            host = _even_offsets(batch_size, length, "cpu")
+            layout._derived["host"] = cls(host, host, *numbers)
         return layout
 
     @classmethod
@@ -366,8 +364,8 @@ class VarlenLayout:
         def build() -> CompressedLayout:
             if self.total_k == self.batch_size * self.max_seqlen_k:  # no sequence is longer, so all are as long
                 count = blocks.num_compressed(self.max_seqlen_k)
-                uniform = torch.arange(self.batch_size + 1, dtype=torch.int32, device=self.device) * count
-                return CompressedLayout(uniform, count, self.batch_size * count)
+                even = _even_offsets(self.batch_size, count, self.device)
+                return CompressedLayout(even, count, self.batch_size * count)
             lengths = [blocks.num_compressed(end - start) for start, end in pairwise(self.host.cu_seqlens_k.tolist())]
             cu_seqlens = list(accumulate(lengths, initial=0))
             offsets = to_device(torch.tensor(cu_seqlens, dtype=torch.int32, device="cpu"), self.device)
@@ -443,6 +441,10 @@ def _check_offset_tensors(cu_q: Tensor, cu_k: Tensor) -> None:
         )
     if cu_q.device != cu_k.device:
         raise ValueError(f"cu_seqlens_k: expected the device of cu_seqlens_q, {cu_q.device}, got {cu_k.device}")
+
+
+def _even_offsets(batch_size: int, length: int, device: torch.device | str) -> Tensor:
+    return torch.arange(batch_size + 1, dtype=torch.int32, device=device) * length
 
 
 def _longest(host_cu_seqlens: Tensor) -> int:
