@@ -1,6 +1,7 @@
 """Does a checkpoint give the gradients of the run without it, and is nothing selected twice when indices are reused?"""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -89,6 +90,19 @@ def test_a_recomputation_to_the_end_takes_every_note(layers: list[NSAAttention],
     x = torch.randn(1, 70, 24, dtype=torch.float64)
     with set_checkpoint_early_stop(False):
         gradients(all_in_one, reusing, layers, x)
+    assert len(selections) == 2
+
+
+def test_a_backward_in_another_thread_takes_the_notes(layers: list[NSAAttention], selections: list[int]) -> None:
+    """As on a GPU, where autograd has a thread of its own."""
+    x = torch.randn(1, 80, 24, dtype=torch.float64)
+    expected = gradients(each, whole, layers, x)
+    selections.clear()
+    x.requires_grad_()
+    loss = each(reusing, layers, x).square().sum()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(loss.backward).result()
+    assert torch.equal(x.grad, expected[1])
     assert len(selections) == 2
 
 
