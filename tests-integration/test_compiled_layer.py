@@ -1,13 +1,18 @@
-"""Is a compiled layer the layer, whatever its routes?"""
+"""Is a compiled layer the layer, whatever its routes? And is it one graph where the operations are operators?"""
 
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from nsa import NSAAttention, NSAConfig
-from nsa_routing import OPS, closed
+from nsa import NSAAttention, NSAConfig, reuse_block_indices
+from nsa_kernels_triton import BACKEND as TRITON
+from nsa_kernels_triton.contracts import interpreted
+from nsa_routing import OPS, closed, poll
 from nsa_varlen import VarlenLayout
+from nsa_varlen.sdpa import BACKEND as SDPA
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 # Graph breaks inside sdpa are allowed. These two warnings are about what Dynamo itself does around them.
 pytestmark = [
@@ -60,3 +65,148 @@ def test_a_compiled_layer_takes_the_routes_of_the_layer(
     assert torch.equal(got, expected)
     assert set(made.ran) == set(ran) == set(OPS)
     assert closed() == frozenset()
+
+
+# --- one graph, forward and backward: backends whose operations are operators of torch.library
+
+VARIANTS = {
+    "mean": {},
+    "mlp": {"compression": "mlp", "rope_cmp": "before", "rope_interleaved": True},
+    "weighted_pool": {"compression": "weighted_pool", "shared_kv": True, "bias": True},
+    "linear": {"compression": "linear", "rope_theta": None},
+}
+LENGTHS = [9, 41]
+
+
+def make_layer(**changes: object) -> NSAAttention:
+    """Blocks of 32, the smallest that the Triton kernels take; in 41 tokens the block of a query's own is a choice."""
+    torch.manual_seed(0)
+    sizes = {"kernel_size": 8, "kernel_stride": 4, "block_size": 32, "topk": 2, "init_blocks": 0, "local_blocks": 1}
+    return NSAAttention(
+        NSAConfig(hidden_size=16, num_heads=4, num_kv_heads=2, head_dim=8, window_size=6, **sizes, **changes)
+    )
+
+
+ONE_GRAPH = [("opaque", name, check) for name in VARIANTS for check in ("flag", "off")]
+ONE_GRAPH += [("triton", "mean", "flag")]  # interpreted kernels are slow, and the rest of the graph is the same
+
+
+@pytest.fixture(params=["opaque", "triton"])
+def backend(request: pytest.FixtureRequest, install: Callable, opaque: type, flags: Callable) -> str:
+    """A backend of operators, obeyed in every operation."""
+    if request.param == "triton" and not interpreted():
+        pytest.skip("needs TRITON_INTERPRET=1")
+    install(TRITON if request.param == "triton" else opaque("opaque"))
+    flags(BACKEND=request.param)
+    return request.param
+
+
+def batch(packed: bool, layer: NSAAttention) -> tuple[Tensor, VarlenLayout | None]:
+    if not packed:
+        return torch.randn(2, 41, 16), None
+    layout = VarlenLayout.from_lengths(LENGTHS)
+    layout.compressed(layer.config.blocks)
+    return torch.randn(sum(LENGTHS), 16), layout
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@torch.no_grad()
+def test_the_forward_is_one_graph(packed: bool, backend: str) -> None:
+    layer = make_layer()
+    x, layout = batch(packed, layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, layout=layout), layer(x, layout=layout))
+
+
+def gradients(layer: Callable[..., Tensor], of: NSAAttention, x: Tensor, layout: VarlenLayout | None) -> list[Tensor]:
+    """The output and the gradients of x and every parameter."""
+    x = x.clone().requires_grad_()
+    out = layer(x, layout=layout)
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), (x, *of.parameters()))]
+
+
+def assert_close(got: list[Tensor], expected: list[Tensor], tolerance: float = 1e-5) -> None:
+    """aot_eager runs the same kernels in the same order but decomposes some and sums a tensor's several gradients in
+    another order: a few roundings of sums of at most 82 terms. They are those of the largest gradient where one is
+    the difference of large numbers, as that of a bias of the compressed keys, which a softmax takes out again.
+    """
+    largest = max(float(y.abs().amax()) for y in expected)
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance * largest)
+
+
+@pytest.mark.parametrize("backend, name, check", ONE_GRAPH, indirect=["backend"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_forward_and_backward_are_one_graph(packed: bool, name: str, check: str, backend: str, flags: Callable) -> None:
+    flags(CHECK_FINITE=check)
+    layer = make_layer(**VARIANTS[name])
+    x, layout = batch(packed, layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert_close(gradients(compiled, layer, x, layout), gradients(layer, layer, x, layout))
+    assert poll() == frozenset()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_other_lengths_make_no_more_than_two_graphs(
+    packed: bool, install: Callable, opaque: type, flags: Callable
+) -> None:
+    """One for the first lengths and one, with symbols for the numbers that the second changed, for all others."""
+    install(opaque("opaque"))
+    flags(BACKEND="opaque")
+    layer = make_layer()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for lengths in ([20, 40], [25, 45], [33, 50], [60, 38], [70, 41]):
+        layout = VarlenLayout.from_lengths(lengths)
+        layout.compressed(layer.config.blocks)
+        x = torch.randn(sum(lengths), 16) if packed else torch.randn(2, lengths[0], 16)
+        gradients(compiled, layer, x, layout if packed else None)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("reuse", [True, False], ids=["reused", "again"])
+def test_a_compiled_checkpoint_selects_once(
+    reuse: bool, install: Callable, opaque: type, flags: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The operator that selects is in the backward's graph only without `reuse_block_indices`."""
+    install(opaque("opaque"))
+    flags(BACKEND="opaque")
+    select, selections = type(SDPA).select_blocks, []
+    monkeypatch.setattr(
+        type(SDPA), "select_blocks", lambda *args, **options: selections.append(0) or select(*args, **options)
+    )
+    layer, x = make_layer(), torch.randn(2, 41, 16)
+    options = {"context_fn": reuse_block_indices} if reuse else {}
+
+    def run(x: Tensor, layout: None) -> Tensor:
+        return checkpoint(layer, x, use_reentrant=False, **options)
+
+    expected = gradients(layer, layer, x, None)
+    selections.clear()
+    got = gradients(torch.compile(run, fullgraph=True, backend="aot_eager"), layer, x, None)
+    assert len(selections) == (1 if reuse else 2)
+    assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    "backend, region", [("opaque", torch.bfloat16), ("triton", torch.float16)], indirect=["backend"]
+)
+@pytest.mark.parametrize("where", ["inside", "around"])
+def test_autocast_and_one_graph_go_together(where: str, region: torch.dtype, backend: str) -> None:
+    """Parameters stay fp32; a region may lie inside the compiled function or around its call."""
+    layer, x = make_layer(), torch.randn(2, 41, 16)
+
+    def run(x: Tensor, layout: None) -> Tensor:
+        with torch.autocast("cpu", dtype=region):
+            return layer(x)
+
+    expected = gradients(run, layer, x, None)
+    if where == "inside":
+        got = gradients(torch.compile(run, fullgraph=True, backend="aot_eager"), layer, x, None)
+    else:
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        with torch.autocast("cpu", dtype=region):
+            got = gradients(compiled, layer, x, None)
+    assert [y.dtype for y in got] == [y.dtype for y in expected] == [region, *[torch.float32] * (len(expected) - 1)]
+    # A sum in another order may round to the neighbour, and the backward's few products carry that on.
+    assert_close(got, expected, 4 * torch.finfo(region).eps)

@@ -1,10 +1,11 @@
 """Does the plain-torch backend give on a GPU what it gives on a CPU? Everything else about it is tested there."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from nsa import NSAAttention, NSACache, NSAConfig
+from nsa import NSAAttention, NSACache, NSAConfig, ops, reuse_block_indices
 from nsa_varlen import BlockGeometry, VarlenLayout, masks, pack, reference, unpack
 from nsa_varlen.sdpa import BACKEND
 from nsa_varlen.testing import (
@@ -16,6 +17,8 @@ from nsa_varlen.testing import (
     random_inputs,
     run_ops,
 )
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -49,11 +52,13 @@ def test_layouts_are_built_without_synchronisation() -> None:
     pinned = VarlenLayout.from_lengths(*LENGTHS).pin_memory()
     assert pinned.cu_seqlens_q.is_pinned()
     moved = pinned.to("cuda")
-    for built in (layout, again, moved):
+    shaped = VarlenLayout.from_shape(2, 150, "cuda")
+    for built in (layout, again, moved, shaped):
         assert built.device.type == "cuda"
         built.positions()
         built.key_positions()
     assert layout.compressed(BLOCKS).total == moved.compressed(BLOCKS).total
+    assert shaped.host.compressed(BLOCKS).total == shaped.compressed(BLOCKS).total
 
 
 def test_layouts_built_without_synchronisation_hold_the_right_offsets() -> None:
@@ -182,3 +187,35 @@ def test_long_prefill_stays_bounded() -> None:
         out = run_ops(BACKEND, Inputs(q, k, k, gates), layout, BlockGeometry()).out
     assert bool(out.isfinite().all())
     assert torch.cuda.max_memory_allocated() - before < 4 << 30
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_autocast_does_with_dtypes_what_it_does_for_torchs_attention(dtype: torch.dtype) -> None:
+    layout = VarlenLayout.from_lengths([50], device="cuda")
+    q, k, v = (torch.randn(50, 4, 8, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        expected = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)))
+        out, _ = ops.window_attention(q, k, v, layout, BLOCKS)
+    assert out.dtype == expected.dtype
+    out.sum().backward()
+    assert {x.grad.dtype for x in (q, k, v)} == {dtype}
+
+
+def test_a_checkpoint_reuses_indices_in_the_thread_of_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    select, selections = type(BACKEND).select_blocks, []
+
+    def counted(*args: Any, **options: Any) -> torch.Tensor:
+        selections.append(0)
+        return select(*args, **options)
+
+    monkeypatch.setattr(type(BACKEND), "select_blocks", counted)
+    torch.manual_seed(0)
+    config = NSAConfig(32, 4, 2, 8, kernel_size=8, kernel_stride=4, block_size=16, topk=4, window_size=12)
+    layer, x = NSAAttention(config).double().cuda(), torch.randn(2, 70, 32, dtype=torch.float64, device="cuda")
+    gradients = []
+    for options in ({}, {"context_fn": reuse_block_indices}):
+        selections.clear()
+        out = checkpoint(layer, x, use_reentrant=False, **options)
+        gradients.append(torch.autograd.grad(out.square().sum(), tuple(layer.parameters())))
+        assert len(selections) == (1 if options else 2)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

@@ -15,6 +15,7 @@ from typing import Any
 import nsa_varlen
 import pytest
 import torch
+from nsa import autocasting, checkpointing, ops
 from nsa.cache import CacheStep
 from nsa.rope import RotaryEmbedding
 from nsa_fa2 import attention, branches, gathering
@@ -290,6 +291,24 @@ def compression_clock_restarted_by_the_cache(patch: pytest.MonkeyPatch) -> None:
         right(self, k, v, restarted)
 
     patch.setattr(CacheStep, "write_cmp", write_cmp)
+
+
+@mutant(f"{NSA}/test_checkpointing.py", "bitwise")
+def notes_of_a_checkpoint_never_taken(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ops, "selected_once", lambda select, shape: select())
+
+
+@mutant(f"{NSA}/test_checkpointing.py", "bitwise")
+def the_last_note_of_a_checkpoint_for_every_selection(patch: pytest.MonkeyPatch) -> None:
+    def take(self: Any, select: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor:
+        return self.notes[-1][..., : shape[-1]].contiguous()
+
+    patch.setattr(checkpointing._Reusing, "take", take)
+
+
+@mutant(f"{NSA}/test_autocasting.py", "dtypes_are_those")
+def autocast_of_fp64(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(autocasting, "_cast", lambda x, dtype: x.to(dtype))
 
 
 @mutant(f"{NSA}/test_rope.py", "test")

@@ -77,6 +77,47 @@ def test_without_key_lengths_keys_are_the_queries() -> None:
     assert facts(VarlenLayout.from_cu_seqlens(offsets(0, 3, 5))) == facts(layout)
 
 
+@pytest.mark.parametrize("shape", [(3, 7), (1, 3), (4, 0), (0, 5), (0, 0)])
+def test_a_shape_gives_the_layout_of_its_lengths(shape: tuple[int, int]) -> None:
+    layout, expected = VarlenLayout.from_shape(*shape), VarlenLayout.from_lengths([shape[1]] * shape[0])
+    assert facts(layout) == facts(expected)
+    assert layout.cu_seqlens_q.dtype == torch.int32
+    assert layout.is_whole()
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (4, 0), (0, 5)])
+def test_of_a_shape_nothing_is_read_or_copied(shape: tuple[int, int]) -> None:
+    """Neither by the layout nor by its host copy and compressed blocks: on "meta" there is nothing to read."""
+    layout = VarlenLayout.from_shape(*shape, device="meta")
+    assert layout.host.cu_seqlens_q.tolist() == [i * shape[1] for i in range(shape[0] + 1)]
+    compressed = layout.compressed(BLOCKS)
+    expected = VarlenLayout.from_lengths([shape[1]] * shape[0]).compressed(BLOCKS)
+    assert (compressed.cu_seqlens.device.type, compressed.total) == ("meta", expected.total)
+    assert layout.host.compressed(BLOCKS).cu_seqlens.tolist() == expected.cu_seqlens.tolist()
+
+
+@pytest.mark.parametrize(
+    "shape, error, message",
+    [
+        ((2.0, 3), TypeError, r"batch_size: expected an int, got 2\.0 of type float"),
+        ((2, True), TypeError, "length: expected an int, got True of type bool"),
+        ((-1, 3), ValueError, "batch_size: expected at least 0, got -1"),
+        ((1, -3), ValueError, "length: expected at least 0, got -3"),
+    ],
+)
+def test_from_shape_refuses(shape: tuple, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        VarlenLayout.from_shape(*shape)
+
+
+def test_whole_is_a_layout_with_as_many_keys_as_queries() -> None:
+    assert VarlenLayout.from_lengths([3, 2]).is_whole()
+    assert VarlenLayout.from_lengths([3, 2], [3, 2]).is_whole(), "other tensors, the same numbers"
+    assert not VarlenLayout.from_lengths([3, 2], [2, 3]).is_whole()
+    with pytest.raises(NotImplementedError, match="meta"):
+        VarlenLayout(offsets(0, 3).to("meta"), offsets(0, 3).to("meta"), 3, 3, 3, 3).is_whole()
+
+
 def test_a_padding_mask_gives_its_row_sums() -> None:
     mask = torch.tensor([[0, 1, 1], [1, 0, 1], [0, 0, 0]], dtype=torch.bool)
     assert VarlenLayout.from_padding_mask(mask).cu_seqlens_q.tolist() == [0, 2, 4, 4]

@@ -27,6 +27,7 @@ def test_names() -> None:
         "__version__",
         "nsa_attention",
         "ops",
+        "reuse_block_indices",
     ]
     assert sorted(ops.__all__) == [
         "combine",
@@ -58,6 +59,7 @@ def test_names() -> None:
             "(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, layout, blocks, *, q_cmp=None, scale=None, "
             "block_indices=None, return_aux=False, deterministic=None, backend=None)",
         ),
+        (nsa.reuse_block_indices, "()"),
         (NSAAttention, "(config)"),
         (NSAAttention.forward, "(self, x, *, layout=None, padding_mask=None, cache=None)"),
         (NSACache, "(config, batch_size, max_tokens, *, page_size=64, device=None, dtype=None)"),

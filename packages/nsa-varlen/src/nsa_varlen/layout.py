@@ -90,7 +90,7 @@ class VarlenLayout:
             if value < 0:
                 raise ValueError(f"{name}: expected at least 0, got {value}")
         _check_offset_tensors(self.cu_seqlens_q, self.cu_seqlens_k)
-        if self.cu_seqlens_q.device.type == "cpu":
+        if self.cu_seqlens_q.device.type == "cpu" and not torch.compiler.is_compiling():
             for side in "qk":
                 total, longest = getattr(self, f"total_{side}"), getattr(self, f"max_seqlen_{side}")
                 _check_offsets(f"cu_seqlens_{side}", getattr(self, f"cu_seqlens_{side}").tolist(), total, longest)
@@ -124,6 +124,35 @@ class VarlenLayout:
         cu_k = cu_q if k is q else torch.tensor(ends[1], dtype=torch.int32, device="cpu")
         host = cls(cu_q, cu_k, max([0, *q]), max([0, *k]), ends[0][-1], ends[1][-1])  # Dynamo knows no max(default=)
         return host if device is None else host.to(device)
+
+    @classmethod
+    def from_shape(cls, batch_size: int, length: int, device: torch.device | str | None = None) -> Self:
+        """`batch_size` sequences of `length` tokens each, as a batch [B, S, ...] has them without padding.
+
+        Its offsets are computed where they are needed, on the host and on the device: nothing is copied or read, and
+        torch.compile traces it with symbolic sizes.
+
+        Raises:
+            TypeError: a size is not an int.
+            ValueError: a size is negative.
+
+        Example:
+            >>> VarlenLayout.from_shape(3, 2).cu_seqlens_q.tolist()
+            [0, 2, 4, 6]
+        """
+        for name, size in (("batch_size", batch_size), ("length", length)):
+            if type(size) is not int:
+                raise TypeError(f"{name}: expected an int, got {size!r} of type {type(size).__name__}")
+            if size < 0:
+                raise ValueError(f"{name}: expected at least 0, got {size}")
+        longest, total = length if batch_size else 0, batch_size * length
+        numbers = longest, longest, total, total
+        cu_seqlens = _even_offsets(batch_size, length, "cpu" if device is None else device)
+        layout = cls(cu_seqlens, cu_seqlens, *numbers)
+        if layout.device.type != "cpu" and not torch.compiler.is_compiling():
+            host = _even_offsets(batch_size, length, "cpu")
+            layout._derived["host"] = cls(host, host, *numbers)
+        return layout
 
     @classmethod
     def from_cu_seqlens(
@@ -256,6 +285,16 @@ class VarlenLayout:
         value: Derived = self._derived[key]
         return value
 
+    def is_whole(self) -> bool:
+        """Whether each sequence has as many keys as queries: nothing came before them.
+
+        Known for nothing where the offsets of both are one tensor, as the builders make them. Else read once, on first
+        use, as for `host`.
+        """
+        if self.cu_seqlens_q is self.cu_seqlens_k:
+            return True
+        return self.derive("is_whole", lambda: torch.equal(self.host.cu_seqlens_q, self.host.cu_seqlens_k))
+
     def sequence_of_queries(self) -> Tensor:
         """Index of the sequence that each packed query belongs to: int64 [Tq]."""
         return self.derive("sequence_of_queries", lambda: _sequence_of_rows(self.cu_seqlens_q, self.total_q))
@@ -323,6 +362,10 @@ class VarlenLayout:
         """
 
         def build() -> CompressedLayout:
+            if self.total_k == self.batch_size * self.max_seqlen_k:  # no sequence is longer, so all are as long
+                count = blocks.num_compressed(self.max_seqlen_k)
+                even = _even_offsets(self.batch_size, count, self.device)
+                return CompressedLayout(even, count, self.batch_size * count)
             lengths = [blocks.num_compressed(end - start) for start, end in pairwise(self.host.cu_seqlens_k.tolist())]
             cu_seqlens = list(accumulate(lengths, initial=0))
             offsets = to_device(torch.tensor(cu_seqlens, dtype=torch.int32, device="cpu"), self.device)
@@ -398,6 +441,10 @@ def _check_offset_tensors(cu_q: Tensor, cu_k: Tensor) -> None:
         )
     if cu_q.device != cu_k.device:
         raise ValueError(f"cu_seqlens_k: expected the device of cu_seqlens_q, {cu_q.device}, got {cu_k.device}")
+
+
+def _even_offsets(batch_size: int, length: int, device: torch.device | str) -> Tensor:
+    return torch.arange(batch_size + 1, dtype=torch.int32, device=device) * length
 
 
 def _longest(host_cu_seqlens: Tensor) -> int:

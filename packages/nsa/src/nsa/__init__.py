@@ -4,7 +4,17 @@ from nsa import ops
 from nsa.__about__ import __version__
 from nsa.attention import NSAAux, nsa_attention
 from nsa.cache import NSACache
+from nsa.checkpointing import reuse_block_indices
 from nsa.config import NSAConfig
 from nsa.layer import NSAAttention
 
-__all__ = ["NSAAttention", "NSAAux", "NSACache", "NSAConfig", "__version__", "nsa_attention", "ops"]
+__all__ = [
+    "NSAAttention",
+    "NSAAux",
+    "NSACache",
+    "NSAConfig",
+    "__version__",
+    "nsa_attention",
+    "ops",
+    "reuse_block_indices",
+]

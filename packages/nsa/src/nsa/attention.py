@@ -16,6 +16,7 @@ from nsa_varlen.arguments import (
 from torch import Tensor
 
 from nsa import ops
+from nsa.autocasting import autocast
 
 
 class NSAAux(NamedTuple):
@@ -97,6 +98,8 @@ def nsa_attention(
 ) -> Tensor | tuple[Tensor, NSAAux]:
     """out = sum over c in (cmp, slc, win) of gate_c * attention(q, K_c, V_c) (Eq. 5).
 
+    Under autocast as the attention operations (see `nsa.ops`): out has the region's dtype, whatever that of the gates.
+
     Args:
         q: [Tq, Hq, Dk].
         k_cmp, v_cmp: compressed already, [Tc, Hk, Dk] and [Tc, Hk, Dv]; `layout.compressed(blocks)` gives Tc.
@@ -126,6 +129,8 @@ def nsa_attention(
         >>> nsa_attention(q, k_cmp, k_cmp, k, k, k, k, gates, layout, blocks).shape
         torch.Size([107, 4, 8])
     """
+    # Once for all operations, whose own casts then find nothing to do.
+    q, q_cmp, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = autocast(q, q_cmp, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)
     check_layout(layout, blocks)
     check_rows("q", q, layout.total_q, layout)
     q_cmp = q if q_cmp is None else q_cmp

@@ -6,6 +6,7 @@ from nsa_varlen.packing import check_mask_of
 from torch import Tensor, nn
 
 from nsa.attention import nsa_attention
+from nsa.autocasting import autocast_dtype
 from nsa.cache import NSACache
 from nsa.compression import make_compression
 from nsa.config import NSAConfig
@@ -17,6 +18,11 @@ class NSAAttention(nn.Module):
     """y = W_o sum over c in (cmp, slc, win) of gate_c * attention(q, K_c, V_c).
 
     Keys and values have a projection per branch unless `config.shared_kv`; gates come from a `GateMLP`.
+
+    `torch.compile(layer, fullgraph=True)` makes one graph of it, forward and backward, where the routes lead to
+    operators of torch.library, as those of backend `triton` are; `sdpa` breaks the graph at its operations. It takes x
+    [B, S, hidden_size], and packed x with a layout made outside, of which `layout.compressed(config.blocks)` was asked
+    there: how many rows there are is not in x. Nor is it in a `padding_mask`: `nsa_varlen.pack` goes outside too.
 
     Example:
         >>> config = NSAConfig(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16)
@@ -74,7 +80,7 @@ class NSAAttention(nn.Module):
             packed, layout, pad_index = pack(x, padding_mask)
             return unpack(self._attend(packed, layout, cache), pad_index)
         if layout is None:
-            layout = VarlenLayout.from_lengths([x.shape[1]] * x.shape[0], device=x.device)
+            layout = VarlenLayout.from_shape(x.shape[0], x.shape[1], x.device)
             return self._attend(x.flatten(0, 1), layout, cache).unflatten(0, x.shape[:2])
         return self._attend(x, layout, cache)
 
@@ -136,7 +142,7 @@ class NSAAttention(nn.Module):
         if x.ndim not in (2, 3) or x.shape[-1] != self.config.hidden_size:
             expected = f"[B, S, {self.config.hidden_size}] or packed [T, {self.config.hidden_size}]"
             raise ValueError(f"x: expected shape {expected}, got {list(x.shape)}")
-        if x.dtype != weight.dtype and _autocast_dtype(x) is None:
+        if x.dtype != weight.dtype and autocast_dtype(x.device) is None:
             raise TypeError(f"x: expected dtype {weight.dtype} of the layer, got {x.dtype}")
         if x.device != weight.device:
             raise ValueError(f"x: expected device {weight.device} of the layer, got {x.device}")
@@ -149,7 +155,7 @@ class NSAAttention(nn.Module):
                 raise ValueError(
                     f"layout: expected total_q={x.shape[0]} on {x.device}, got {layout.total_q} on {layout.device}"
                 )
-            if not torch.equal(layout.host.cu_seqlens_q, layout.host.cu_seqlens_k):
+            if not layout.is_whole():
                 raise ValueError(
                     "layout: expected as many keys as queries in each sequence (the cache adds the earlier ones), "
                     f"got cu_seqlens_k={layout.host.cu_seqlens_k.tolist()}"
@@ -171,16 +177,8 @@ class NSAAttention(nn.Module):
             raise ValueError(f"cache: expected batch_size {batch_size}, got {cache.batch_size}")
         if cache.device != x.device:
             raise ValueError(f"cache: expected device {x.device} of x, got {cache.device}")
-        dtype = _autocast_dtype(x) or x.dtype
+        dtype = autocast_dtype(x.device) or x.dtype
         if cache.dtype != dtype:
             raise TypeError(f"cache: expected dtype {dtype} of the projections, got {cache.dtype}")
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
             raise ValueError("cache: expected no gradient to be recorded, got grad mode on; use torch.no_grad()")
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What linear layers return for x inside an autocast region, None outside one."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return None

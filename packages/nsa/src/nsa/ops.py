@@ -4,6 +4,11 @@ Every function takes `backend=None` (the plan decides) or a name (obeyed, or an 
 TypeError or ValueError for arguments that do not fit, RuntimeError where no backend accepts the problem. Keys and
 values (k, v, k_cmp, v_cmp) are packed or `nsa_varlen.PagedKV`; `layout` always describes the raw tokens. LSEs are
 natural logarithms, fp32 [Hq, Tq], without gradient; queries that see no key give out = 0 and lse = -inf.
+
+Inside an autocast region the attention operations and `select_blocks` take q, k and v as torch's
+`scaled_dot_product_attention` does: fp16, bf16 and fp32 become the region's dtype, which is the result's, and fp64
+stays. Pages are not converted: they have that dtype already, or the call raises. `compress_mean` and `combine` are
+means, products and sums, which torch leaves in the dtype of x and of the outputs.
 """
 
 import torch
@@ -11,6 +16,9 @@ from nsa_routing import Problem, dispatch
 from nsa_varlen import BlockGeometry, PagedKV, VarlenLayout
 from nsa_varlen.arguments import KV, check_attention, check_gates, check_layout, check_rows, heads_and_dim
 from torch import Tensor
+
+from nsa.autocasting import autocast
+from nsa.checkpointing import selected_once
 
 __all__ = [
     "combine",
@@ -64,6 +72,7 @@ def compressed_attention(
         >>> out.shape, bool(lse[0, 30].isinf()), bool(lse[0, 31].isfinite())
         (torch.Size([48, 4, 8]), True, True)
     """
+    q, k_cmp, v_cmp = autocast(q, k_cmp, v_cmp)
     check_layout(layout, blocks)
     check_attention(("k_cmp", "v_cmp"), q, k_cmp, v_cmp, layout.compressed(blocks).total, layout)
     problem = _problem("compressed_attention", layout, blocks, q, k_cmp, v_cmp, deterministic=deterministic)
@@ -93,10 +102,18 @@ def select_blocks(
         >>> select_blocks(q, k_cmp, lse, layout, blocks)[[0, 64, 129], 0].tolist()
         [[0, -1, -1], [0, 1, -1], [0, 1, 2]]
     """
+    q, k_cmp = autocast(q, k_cmp)
     check_layout(layout, blocks)
     check_attention(("k_cmp", "k_cmp"), q, k_cmp, k_cmp, layout.compressed(blocks).total, layout)
-    problem = _problem("select_blocks", layout, blocks, q, k_cmp)
-    return dispatch("select_blocks", problem, backend=backend)(q, k_cmp, lse, layout, blocks, scale=scale)
+
+    def select() -> Tensor:
+        problem = _problem("select_blocks", layout, blocks, q, k_cmp)
+        indices: Tensor = dispatch("select_blocks", problem, backend=backend)(
+            q, k_cmp, lse, layout, blocks, scale=scale
+        )
+        return indices
+
+    return selected_once(select, (layout.total_q, heads_and_dim(k_cmp)[0], blocks.topk))
 
 
 def selected_attention(
@@ -128,6 +145,7 @@ def selected_attention(
         >>> selected_attention(q, k, k, indices, layout, blocks)[0][1, 0].tolist()
         [0.5, 0.5]
     """
+    q, k, v = autocast(q, k, v)
     check_layout(layout, blocks)
     check_attention(("k", "v"), q, k, v, layout.total_k, layout)
     problem = _problem("selected_attention", layout, blocks, q, k, v, deterministic=deterministic)
@@ -154,6 +172,7 @@ def window_attention(
         >>> bool((window_attention(k, k, k, layout, blocks)[0] == k).all())
         True
     """
+    q, k, v = autocast(q, k, v)
     check_layout(layout, blocks)
     check_attention(("k", "v"), q, k, v, layout.total_k, layout)
     problem = _problem("window_attention", layout, blocks, q, k, v, deterministic=deterministic)
