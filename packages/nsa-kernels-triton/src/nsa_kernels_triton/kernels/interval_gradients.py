@@ -18,6 +18,8 @@ def interval_dq_kernel(
     Q,
     K,
     V,
+    K_TILES,
+    V_TILES,
     GRAD_OUT,
     LSE_2,
     DELTA,
@@ -95,26 +97,41 @@ def interval_dq_kernel(
         V += kv_head * v_head
         acc0 = tl.zeros([ROWS, K0], tl.float32)
         acc1 = tl.zeros([ROWS, K1] if K1 > 0 else [1], tl.float32)
-        key = tl.arange(0, KEYS)
-        for tile_start in tl.range(any_start, any_stop, KEYS):
-            near = tl.minimum(key, any_stop - 1 - tile_start)  # rows of another sequence may hold anything
+        # What stands in for rows of another sequence: see `interval_attention_kernel`.
+        described: tl.constexpr = K_TILES is not None
+        NEAR: tl.constexpr = KEYS // 4 if described and KEYS > 32 else KEYS
+        engine_start = any_stop
+        if described:
+            engine_start = tl.where(any_stop - any_start < KEYS, any_stop, any_start)
+        key = tl.arange(0, NEAR)
+        for tile_start in tl.range(any_start, engine_start, NEAR, num_stages=1 if described else None):
+            near = tl.minimum(key, any_stop - 1 - tile_start)
             packed = key_first + tile_start
             k_rows = K + packed * k_row + near * k_row
             v_rows = V + packed * v_row + near * v_row
             k0 = load_piece(k_rows, None, 0, K0, DIM)
             k1 = load_piece(k_rows, None, K0, K1, DIM)
-            s = logits(q0, q1, k0, k1)
+            p = tl.exp2(logits(q0, q1, k0, k1) * scale - lse[:, None])
+            if (tile_start < all_start) | (tile_start + NEAR > all_stop):
+                p = clear(p, key + tile_start, start, stop)
             dp = logits(do0, do1, load_piece(v_rows, None, 0, V0, V_DIM), load_piece(v_rows, None, V0, V1, V_DIM))
-            p = tl.exp2(s * scale - lse[:, None])
-            if (tile_start < all_start) | (tile_start + KEYS > all_stop):
-                seen = (key + tile_start)[None, :] < stop[:, None]
-                if start is not None:
-                    seen &= (key + tile_start)[None, :] >= start[:, None]
-                p = tl.where(seen, p, 0.0)
             ds = (p * (dp - delta[:, None])).to(k0.dtype)
             acc0 = tl.dot(ds, k0, acc0, input_precision="ieee")
             if k1 is not None:
                 acc1 = tl.dot(ds, k1, acc1, input_precision="ieee")
+        if described:
+            key = tl.arange(0, KEYS)
+            for tile_start in tl.range(engine_start, any_stop, KEYS):
+                begin = tl.minimum(tile_start, any_stop - KEYS)
+                packed = (key_first + begin).to(tl.int32)
+                k0 = K_TILES.load([packed, (kv_head * DIM).to(tl.int32)])
+                p = tl.exp2(logits(q0, None, k0, None) * scale - lse[:, None])
+                if (begin < all_start) | (tile_start + KEYS > all_stop):
+                    p = clear(p, key + begin, start, stop)
+                    p = tl.where((key + begin >= tile_start)[None, :], p, 0.0)
+                v0 = V_TILES.load([packed, (kv_head * V_DIM).to(tl.int32)])
+                ds = (p * (logits(do0, None, v0, None) - delta[:, None])).to(k0.dtype)
+                acc0 = tl.dot(ds, k0, acc0, input_precision="ieee")
         row = anew(row, total_q)
         query = row // GROUP
         there = (query < ROWS // GROUP) & (first + query < end)
@@ -125,12 +142,23 @@ def interval_dq_kernel(
             store_piece(outs, acc1 * (scale * LN_2), there, K0, K1, DIM)
 
 
+@triton.jit
+def clear(p, key, start, stop):
+    """`p` [rows, keys], 0 where a row does not see a key: outside [start, stop); a `start` of None hides nothing."""
+    seen = key[None, :] < stop[:, None]
+    if start is not None:
+        seen &= key[None, :] >= start[:, None]
+    return tl.where(seen, p, 0.0)
+
+
 @triton.jit(do_not_specialize=["batch_size", "window_size", "splits", "split_elements_k", "split_elements_v"])
 def interval_dkdv_kernel(
     Q,
     K,
     V,
     GRAD_OUT,
+    Q_TILES,
+    GRAD_TILES,
     LSE_2,
     DELTA,
     DK,
@@ -168,6 +196,9 @@ def interval_dkdv_kernel(
 
     Rows are (query, head of the group); each split takes every splits-th tile of ROWS of them and leaves its sums in a
     DK, DV of its own, split_elements_* after the one before.
+
+    Q_TILES and GRAD_TILES: see `ops.descriptors.query_tiles`; the last tile ends with the last row and hides what it has
+    in common with the one before, so that nothing of another sequence is read.
 
     Limited by the tensor cores: 4 (Dk + Dv) operations for each query head and key of a visited tile.
     """
@@ -217,7 +248,12 @@ def interval_dkdv_kernel(
         offset = 0
         if CU_COMPRESSED is None:
             offset = turns - 1 - (start // QUERIES) % tl.maximum(turns, 1)
-        for number in tl.range(split, turns, splits):
+        # By the copy engine, but of a sequence with less than a tile.
+        described: tl.constexpr = Q_TILES is not None
+        streamed = 0
+        if described:
+            streamed = tl.where(end_q - first_q < QUERIES, 0, turns)
+        for number in tl.range(tl.maximum(split, streamed), turns, splits, num_stages=1 if described else None):
             turn = number
             if CU_COMPRESSED is None:
                 turn = (number + offset) % turns
@@ -234,20 +270,33 @@ def interval_dkdv_kernel(
             lse = tl.load(LSE_2 + stats)
             delta = tl.load(DELTA + stats)
             p = tl.exp2(logits(k0, k1, q0, q1) * scale - lse[None, :])
-            partial = (ROWS % GROUP > 0) | (begin + QUERIES > stop)
-            position = begin - origin + query
             there = (query < QUERIES) & (begin + query < stop)
-            if CU_COMPRESSED is not None:
-                if partial | (ahead + KEYS > num_compressed(begin - origin, KERNEL_SIZE, KERNEL_STRIDE)):
-                    seen = (ahead + key)[:, None] < num_compressed(position, KERNEL_SIZE, KERNEL_STRIDE)[None, :]
-                    p = tl.where(seen & there[None, :], p, 0.0)
-            else:
-                latest = begin - origin + QUERIES - 1
-                if partial | (ahead + KEYS - 1 > begin - origin) | (latest - ahead >= window_size):
-                    seen = (ahead + key)[:, None] <= position[None, :]
-                    seen &= (ahead + key)[:, None] > (position - window_size)[None, :]
-                    p = tl.where(seen & there[None, :], p, 0.0)
+            partial = (ROWS % GROUP > 0) | (begin + QUERIES > stop)
+            p = clear_rows(
+                *(p, partial, there, begin - origin, query, ahead, key, window_size, CU_COMPRESSED),
+                *(KERNEL_SIZE, KERNEL_STRIDE, QUERIES, KEYS),
+            )
             ds, dk0, dk1, dv0, dv1 = add_tile(p, q0, q1, do0, do1, v0, v1, delta, dk0, dk1, dv0, dv1)
+        if described:
+            last_begin = tl.maximum(stop, first_q + QUERIES) - QUERIES
+            for number in tl.range(split, streamed, splits):
+                turn = number
+                if CU_COMPRESSED is None:
+                    turn = (number + offset) % turns
+                own = start + turn * QUERIES
+                begin = tl.minimum(own, last_begin)
+                q0 = tl.reshape(Q_TILES.load([begin, (kv_head * GROUP).to(tl.int32), 0]), [ROWS, DIM])
+                do0 = tl.reshape(GRAD_TILES.load([begin, (kv_head * GROUP).to(tl.int32), 0]), [ROWS, V_DIM])
+                stats = tl.cast(begin, tl.int64) * num_heads + query * num_heads + head
+                lse = tl.load(LSE_2 + stats)
+                delta = tl.load(DELTA + stats)
+                p = tl.exp2(logits(k0, None, q0, None) * scale - lse[None, :])
+                there = (begin + query >= own) & (begin + query < stop)
+                p = clear_rows(
+                    *(p, own + QUERIES > stop, there, begin - origin, query, ahead, key, window_size, CU_COMPRESSED),
+                    *(KERNEL_SIZE, KERNEL_STRIDE, QUERIES, KEYS),
+                )
+                ds, dk0, dk1, dv0, dv1 = add_tile(p, q0, None, do0, None, v0, None, delta, dk0, dk1, dv0, dv1)
         key = anew(key, batch_size)
         there = first + key < end
         target = (first + key) * num_kv_heads + kv_head
@@ -259,3 +308,33 @@ def interval_dkdv_kernel(
             store_piece(dk_rows, dk1 * (scale * LN_2), there, K0, K1, DIM)
         if V1 > 0:
             store_piece(dv_rows, dv1, there, V0, V1, V_DIM)
+
+
+@triton.jit
+def clear_rows(
+    p,
+    partial,
+    there,
+    first,
+    query,
+    ahead,
+    key,
+    window_size,
+    CU_COMPRESSED,
+    KERNEL_SIZE: tl.constexpr,
+    KERNEL_STRIDE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """`p` [keys, rows] of keys from `ahead` on and queries at positions from `first` on: 0 where a row does not see a
+    key, or is not `there`, which it may only be in a `partial` tile."""
+    if CU_COMPRESSED is not None:
+        if partial | (ahead + KEYS > num_compressed(first, KERNEL_SIZE, KERNEL_STRIDE)):
+            seen = (ahead + key)[:, None] < num_compressed(first + query, KERNEL_SIZE, KERNEL_STRIDE)[None, :]
+            p = tl.where(seen & there[None, :], p, 0.0)
+    else:
+        if partial | (ahead + KEYS - 1 > first) | (first + QUERIES - 1 - ahead >= window_size):
+            seen = (ahead + key)[:, None] <= (first + query)[None, :]
+            seen &= (ahead + key)[:, None] > (first + query - window_size)[None, :]
+            p = tl.where(seen & there[None, :], p, 0.0)
+    return p

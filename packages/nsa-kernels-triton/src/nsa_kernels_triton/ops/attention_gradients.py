@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from nsa_kernels_triton.configurations import launch
+from nsa_kernels_triton.ops.descriptors import kv_tiles, query_tiles
 from nsa_kernels_triton.ops.gradients import row_statistics
 from nsa_kernels_triton.ops.launching import num_processors, on_device, rows
 from nsa_kernels_triton.tiles import LOG2_E, count_tiles, pieces, row_bytes
@@ -46,7 +47,7 @@ def interval_attention_backward(
         "group_size": group_size,
         "rows_per_sequence": -(-total_q // batch_size) * group_size,
     }
-    tensors = q, k, v, grad_out, lse_2, delta
+    rows_of = grad_out, lse_2, delta
     offsets = cu_seqlens_q, cu_seqlens_k, cu_compressed
     strides = [x.stride(i) for x in (q, k, v, grad_out) for i in (0, 1)]
     constants = {
@@ -59,7 +60,7 @@ def interval_attention_backward(
     config = launch(f"{name}_dq", q.device, **case)
     grid = count_tiles(total_q, batch_size, config["rows"] // group_size), num_kv_heads
     interval_dq_kernel[grid](
-        *(*tensors, dq, *offsets, batch_size, total_q, window_size, scale * LOG2_E, *strides),
+        *(q, k, v, *kv_tiles(k, v, config["keys"], wanted=config["tma"]), *rows_of, dq, *offsets, batch_size, total_q, window_size, scale * LOG2_E, *strides),
         **constants,
         ROWS=config["rows"],
         KEYS=config["keys"],
@@ -72,9 +73,14 @@ def interval_attention_backward(
     sums_k, sums_v = dk, dv
     if splits > 1:
         sums_k, sums_v = (x.new_empty(splits, *x.shape, dtype=torch.float32) for x in (k, v))
+    described = None, None
+    if config["tma"] and config["rows"] % group_size == 0:
+        described = tuple(query_tiles(x, config["rows"] // group_size, group_size) for x in (q, grad_out))
+    if any(x is None for x in described):
+        described = None, None
     interval_dkdv_kernel[tiles, num_kv_heads, splits](
-        *(*tensors, sums_k, sums_v, *offsets, batch_size, window_size, splits, k.numel(), v.numel()),
-        *(scale * LOG2_E, *strides),
+        *(q, k, v, grad_out, *described, lse_2, delta, sums_k, sums_v, *offsets),
+        *(batch_size, window_size, splits, k.numel(), v.numel(), scale * LOG2_E, *strides),
         **constants,
         ROWS=config["rows"],
         KEYS=config["keys"],
