@@ -157,8 +157,6 @@ def interval_dkdv_kernel(
     K,
     V,
     GRAD_OUT,
-    Q_TILES,
-    GRAD_TILES,
     LSE_2,
     DELTA,
     DK,
@@ -196,9 +194,6 @@ def interval_dkdv_kernel(
 
     Rows are (query, head of the group); each split takes every splits-th tile of ROWS of them and leaves its sums in a
     DK, DV of its own, split_elements_* after the one before.
-
-    Q_TILES and GRAD_TILES: see `ops.descriptors.query_tiles`; the last tile ends with the last row and hides what it has
-    in common with the one before, so that nothing of another sequence is read.
 
     Limited by the tensor cores: 4 (Dk + Dv) operations for each query head and key of a visited tile.
     """
@@ -248,12 +243,7 @@ def interval_dkdv_kernel(
         offset = 0
         if CU_COMPRESSED is None:
             offset = turns - 1 - (start // QUERIES) % tl.maximum(turns, 1)
-        # By the copy engine, but of a sequence with less than a tile.
-        described: tl.constexpr = Q_TILES is not None
-        streamed = 0
-        if described:
-            streamed = tl.where(end_q - first_q < QUERIES, 0, turns)
-        for number in tl.range(tl.maximum(split, streamed), turns, splits, num_stages=1 if described else None):
+        for number in tl.range(split, turns, splits):
             turn = number
             if CU_COMPRESSED is None:
                 turn = (number + offset) % turns
@@ -270,33 +260,20 @@ def interval_dkdv_kernel(
             lse = tl.load(LSE_2 + stats)
             delta = tl.load(DELTA + stats)
             p = tl.exp2(logits(k0, k1, q0, q1) * scale - lse[None, :])
-            there = (query < QUERIES) & (begin + query < stop)
             partial = (ROWS % GROUP > 0) | (begin + QUERIES > stop)
-            p = clear_rows(
-                *(p, partial, there, begin - origin, query, ahead, key, window_size, CU_COMPRESSED),
-                *(KERNEL_SIZE, KERNEL_STRIDE, QUERIES, KEYS),
-            )
+            position = begin - origin + query
+            there = (query < QUERIES) & (begin + query < stop)
+            if CU_COMPRESSED is not None:
+                if partial | (ahead + KEYS > num_compressed(begin - origin, KERNEL_SIZE, KERNEL_STRIDE)):
+                    seen = (ahead + key)[:, None] < num_compressed(position, KERNEL_SIZE, KERNEL_STRIDE)[None, :]
+                    p = tl.where(seen & there[None, :], p, 0.0)
+            else:
+                latest = begin - origin + QUERIES - 1
+                if partial | (ahead + KEYS - 1 > begin - origin) | (latest - ahead >= window_size):
+                    seen = (ahead + key)[:, None] <= position[None, :]
+                    seen &= (ahead + key)[:, None] > (position - window_size)[None, :]
+                    p = tl.where(seen & there[None, :], p, 0.0)
             ds, dk0, dk1, dv0, dv1 = add_tile(p, q0, q1, do0, do1, v0, v1, delta, dk0, dk1, dv0, dv1)
-        if described:
-            last_begin = tl.maximum(stop, first_q + QUERIES) - QUERIES
-            for number in tl.range(split, streamed, splits):
-                turn = number
-                if CU_COMPRESSED is None:
-                    turn = (number + offset) % turns
-                own = start + turn * QUERIES
-                begin = tl.minimum(own, last_begin)
-                q0 = tl.reshape(Q_TILES.load([begin, (kv_head * GROUP).to(tl.int32), 0]), [ROWS, DIM])
-                do0 = tl.reshape(GRAD_TILES.load([begin, (kv_head * GROUP).to(tl.int32), 0]), [ROWS, V_DIM])
-                stats = tl.cast(begin, tl.int64) * num_heads + query * num_heads + head
-                lse = tl.load(LSE_2 + stats)
-                delta = tl.load(DELTA + stats)
-                p = tl.exp2(logits(k0, None, q0, None) * scale - lse[None, :])
-                there = (begin + query >= own) & (begin + query < stop)
-                p = clear_rows(
-                    *(p, own + QUERIES > stop, there, begin - origin, query, ahead, key, window_size, CU_COMPRESSED),
-                    *(KERNEL_SIZE, KERNEL_STRIDE, QUERIES, KEYS),
-                )
-                ds, dk0, dk1, dv0, dv1 = add_tile(p, q0, None, do0, None, v0, None, delta, dk0, dk1, dv0, dv1)
         key = anew(key, batch_size)
         there = first + key < end
         target = (first + key) * num_kv_heads + kv_head
@@ -308,33 +285,3 @@ def interval_dkdv_kernel(
             store_piece(dk_rows, dk1 * (scale * LN_2), there, K0, K1, DIM)
         if V1 > 0:
             store_piece(dv_rows, dv1, there, V0, V1, V_DIM)
-
-
-@triton.jit
-def clear_rows(
-    p,
-    partial,
-    there,
-    first,
-    query,
-    ahead,
-    key,
-    window_size,
-    CU_COMPRESSED,
-    KERNEL_SIZE: tl.constexpr,
-    KERNEL_STRIDE: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    """`p` [keys, rows] of keys from `ahead` on and queries at positions from `first` on: 0 where a row does not see a
-    key, or is not `there`, which it may only be in a `partial` tile."""
-    if CU_COMPRESSED is not None:
-        if partial | (ahead + KEYS > num_compressed(first, KERNEL_SIZE, KERNEL_STRIDE)):
-            seen = (ahead + key)[:, None] < num_compressed(first + query, KERNEL_SIZE, KERNEL_STRIDE)[None, :]
-            p = tl.where(seen & there[None, :], p, 0.0)
-    else:
-        if partial | (ahead + KEYS - 1 > first) | (first + QUERIES - 1 - ahead >= window_size):
-            seen = (ahead + key)[:, None] <= (first + query)[None, :]
-            seen &= (ahead + key)[:, None] > (first + query - window_size)[None, :]
-            p = tl.where(seen & there[None, :], p, 0.0)
-    return p

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from nsa_kernels_triton.configurations import launch
-from nsa_kernels_triton.ops.descriptors import kv_tiles, query_tiles
+from nsa_kernels_triton.ops.descriptors import kv_tiles
 from nsa_kernels_triton.ops.gradients import row_statistics
 from nsa_kernels_triton.ops.launching import num_processors, on_device, rows
-from nsa_kernels_triton.tiles import LOG2_E, count_tiles, pieces, row_bytes
+from nsa_kernels_triton.tiles import LOG2_E, count_tiles, pieces, power_of_two, row_bytes
 
 SPLITS = 1 << 30  # bytes for the sums of splits; those of one split may exceed it
 
@@ -58,37 +58,34 @@ def interval_attention_backward(
     }
 
     config = launch(f"{name}_dq", q.device, **case)
-    grid = count_tiles(total_q, batch_size, config["rows"] // group_size), num_kv_heads
+    tile_rows = max(config["rows"], power_of_two(group_size))
+    grid = count_tiles(total_q, batch_size, tile_rows // group_size), num_kv_heads
     interval_dq_kernel[grid](
         *(q, k, v, *kv_tiles(k, v, config["keys"], wanted=config["tma"]), *rows_of, dq, *offsets, batch_size, total_q, window_size, scale * LOG2_E, *strides),
         **constants,
-        ROWS=config["rows"],
+        ROWS=tile_rows,
         KEYS=config["keys"],
         **config.options,
     )
 
     config = launch(f"{name}_dkdv", q.device, **case)
+    tile_rows = max(config["rows"], power_of_two(group_size))
     tiles = count_tiles(total_k, batch_size, config["keys"])
     splits = _splits(q, k, v, cu_compressed is not None, tiles * num_kv_heads, config["programs"])
     sums_k, sums_v = dk, dv
     if splits > 1:
         sums_k, sums_v = (x.new_empty(splits, *x.shape, dtype=torch.float32) for x in (k, v))
-    described = None, None
-    if config["tma"] and config["rows"] % group_size == 0:
-        described = tuple(query_tiles(x, config["rows"] // group_size, group_size) for x in (q, grad_out))
-    if any(x is None for x in described):
-        described = None, None
     interval_dkdv_kernel[tiles, num_kv_heads, splits](
-        *(q, k, v, grad_out, *described, lse_2, delta, sums_k, sums_v, *offsets),
+        *(q, k, v, *rows_of, sums_k, sums_v, *offsets),
         *(batch_size, window_size, splits, k.numel(), v.numel(), scale * LOG2_E, *strides),
         **constants,
-        ROWS=config["rows"],
+        ROWS=tile_rows,
         KEYS=config["keys"],
         **config.options,
     )
     if splits > 1:
-        torch.sum(sums_k, 0, out=dk) if k.dtype == torch.float32 else dk.copy_(sums_k.sum(0))
-        torch.sum(sums_v, 0, out=dv) if v.dtype == torch.float32 else dv.copy_(sums_v.sum(0))
+        dk.copy_(sums_k.sum(0))
+        dv.copy_(sums_v.sum(0))
     return dq, dk, dv
 
 

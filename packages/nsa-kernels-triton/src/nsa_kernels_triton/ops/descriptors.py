@@ -26,31 +26,3 @@ def kv_tiles(k: Tensor, v: Tensor, keys: int, *, wanted: int) -> tuple[Any, Any]
     """Descriptors of `keys` rows of k and v; (None, None) where they are not wanted or either cannot have one."""
     described = (tiles_of(k, keys), tiles_of(v, keys)) if wanted else (None, None)
     return (None, None) if any(x is None for x in described) else described
-
-
-def query_tiles(x: Tensor, queries: int, heads: int) -> Any:
-    """A descriptor of tiles [queries, heads, D] of `x` [T, H, D], to be taken as `queries` * `heads` rows; or None."""
-    total, _, dim = x.shape
-    steps = x.data_ptr(), x.stride(0) * x.element_size(), x.stride(1) * x.element_size()
-    powers = queries & (queries - 1) == 0 and heads & (heads - 1) == 0
-    if pieces(dim) != (dim, 0) or x.stride(2) != 1 or not powers or not 0 < total < 2**31 or any(n % 16 for n in steps):
-        return None
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(x, [*x.shape], [*x.stride()], [queries, heads, dim])
-
-
-def head_tiles(x: Tensor, heads: int) -> Any:
-    """A descriptor of tiles [heads, D], neighbouring heads of one token, of `x` [T, H, D] as [T * H, D]; or None.
-
-    `x` may be some heads of a tensor whose tokens lie side by side: rows are those of the whole.
-    """
-    total, num_heads, dim = x.shape
-    per_token = x.stride(0) // max(1, dim)
-    whole = pieces(dim) == (dim, 0) and x.stride()[1:] == (dim, 1) and x.stride(0) == per_token * dim
-    rows = total * per_token
-    if not whole or not 0 < rows < 2**31 or x.data_ptr() % 16 or dim * x.element_size() % 16:
-        return None
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(x, [rows - per_token + num_heads, dim], [dim, 1], [heads, dim])

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from nsa_kernels_triton.configurations import Launch, launch
 from nsa_kernels_triton.ops.by_query import dq_by_query
-from nsa_kernels_triton.ops.descriptors import head_tiles, tiles_of
 from nsa_kernels_triton.ops.gradients import row_statistics
 from nsa_kernels_triton.ops.launching import num_processors, on_device
 from nsa_kernels_triton.ops.selected_call import SelectedCall
@@ -153,10 +152,9 @@ class _Turn:
         self.most_slots = 2 * listed // self.piece
         self.slots_dk = floats(heads * self.most_slots * call.block_size * call.head_dim)
         self.slots_dv = floats(heads * self.most_slots * call.block_size * call.v_head_dim)
-        self.parts = self.part_tiles = None
+        self.parts = None
         if config["parts"]:
-            self.parts = call.q.new_empty(heads * self.subs * self.tiles * self.rows, 1, call.head_dim)
-            self.part_tiles = tiles_of(self.parts, self.rows) if config["tma"] else None
+            self.parts = call.q.new_empty(heads * self.subs * self.tiles * self.rows, call.head_dim)
         if not once:
             self.sums_k = floats(heads * call.total_k, call.head_dim)
             self.sums_v = floats(heads * call.total_k, call.v_head_dim)
@@ -215,13 +213,10 @@ class _Turn:
         dims = dict(zip(("K0", "K1"), pieces(call.head_dim), strict=True)) | {"DIM": call.head_dim}
         both = dict(zip(("V0", "V1"), pieces(call.v_head_dim), strict=True)) | {"V_DIM": call.v_head_dim} | dims
         programs = min(most_items * heads * self.subs, num_processors(call.q.device) * config["programs"])
-        described = (None, None)
-        if config["tma"] and self.rows == call.group_size:
-            described = tuple(head_tiles(x, call.group_size) for x in (q, grad_out))
         block_gradients_kernel[(programs,)](
-            *(q, k, v, grad_out, *described, lse_2, delta, self.items, self.num_items, self.taken.zero_(), self.listed),
+            *(q, k, v, grad_out, lse_2, delta, self.items, self.num_items, self.taken.zero_(), self.listed),
             *(call.cu_seqlens_q, call.cu_seqlens_k, sums_k, sums_v, self.slots_dk, self.slots_dv),
-            *(self.parts, self.part_tiles, call.batch_size, most_items, most_listed, self.most_slots, first, heads),
+            *(self.parts, call.batch_size, most_items, most_listed, self.most_slots, first, heads),
             call.scale,
             *(x.stride(i) for x in (q, k, v, grad_out) for i in (0, 1)),
             NUM_KV_HEADS=call.num_kv_heads,
