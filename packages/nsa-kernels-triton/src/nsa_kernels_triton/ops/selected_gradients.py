@@ -12,7 +12,7 @@ from nsa_kernels_triton.ops.spread import Spread, spread_of
 from nsa_kernels_triton.tiles import LOG2_E, count_tiles, evenly, pieces, power_of_two
 
 CELL = 32  # queries whose choice of a block is the bits of one int32
-PARTS = 1 << 30  # bytes for the parts of dq, about; those of a cell and a head may exceed it
+PARTS = 5 << 28  # bytes for the parts of dq, about; those of a cell and a head may exceed it
 SUMS = 1 << 30  # bytes for dk and dv in fp32; those of a head may exceed it
 MARKS = 256 << 20  # bytes for the marks of a chunk; those of a cell may exceed it
 
