@@ -42,8 +42,8 @@ from triton.runtime.jit import JITFunction
 
 SHARED_LIMITS = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes one program may have
 TENSOR_MEMORY_COLUMNS = 512  # of one program, on SM 10.0
-# Bytes that a thread may spill on SM 9.0 at head_dim 128; other kernels none. These hold two sums in registers, and what
-# they spill lies before and behind their innermost loop.
+# Bytes that a thread may spill on SM 9.0 at head_dim 128; other kernels none. These hold two sums in registers, and
+# spill before and behind their innermost loop.
 SPILLS = {"block_gradients_kernel": 384, "interval_dkdv_kernel": 384}
 WORKERS = 2
 # What an operation measures on the device to choose a configuration: the extremes, each is tried. See `ops.spread`.
@@ -87,7 +87,7 @@ EVERY = tuple(SHARED_LIMITS)
 CASES = (
     Case("bf16 128 g16", torch.bfloat16, 128, 16, sms=EVERY),
     Case("bf16 128 g4", torch.bfloat16, 128, 4, sms=EVERY),
-    Case("bf16 128 g1", torch.bfloat16, 128, 1, sms=EVERY),
+    Case("bf16 128 g1", torch.bfloat16, 128, 1),
     Case("bf16 128 g4 one sequence", torch.bfloat16, 128, 4, num_kv_heads=1, batches=SINGLE),
     Case("bf16 128 g4 block 32 top 64", torch.bfloat16, 128, 4, block_size=32, topk=64),
     Case("bf16 128 g4 block 128", torch.bfloat16, 128, 4, block_size=128),

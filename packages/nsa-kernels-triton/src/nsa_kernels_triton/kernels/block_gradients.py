@@ -71,8 +71,8 @@ def block_gradients_kernel(
 
     Sums of a chunk are added to DK and DV, fp32, not yet scaled; ONCE, where there is no other chunk, they are written
     as what DK [Tk, NUM_KV_HEADS, DIM] and DV hold. SLOTS_DK, SLOTS_DV [heads, slots, BLOCK_SIZE, dim], fp32, take sums
-    of items that share a block. PARTS [heads, BLOCK_SIZE / KEYS, tiles, ROWS, DIM], not yet scaled, a tile as lists have
-    it, or None where dq is taken elsewhere. WIDE: a chunk's queries may be 2^31 elements apart.
+    of items that share a block. PARTS [heads, BLOCK_SIZE / KEYS, tiles, ROWS, DIM], not yet scaled, tiles as lists have
+    them, or None where dq is taken elsewhere. WIDE: a chunk's queries may be 2^31 elements apart.
 
     Persistent: a program takes the next item, counted by TAKEN, 0 before, one head's after the other: so its queries
     stay in the L2 cache. Which program does it changes no result.

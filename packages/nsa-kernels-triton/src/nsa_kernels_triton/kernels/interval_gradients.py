@@ -237,8 +237,8 @@ def interval_dkdv_kernel(
         head_q = head * q_head
         head_grad = head * grad_head
         dk0, dk1, dv0, dv1 = no_sums(KEYS, K0, K1, V0, V1)
-        # Programs of neighbouring tiles of a window begin at the same queries, not each at its first: what one loads the
-        # others find in the cache.
+        # Programs of neighbouring tiles of a window begin at the same queries, not each at its first: what one loads
+        # the others find in the cache.
         turns = tl.cdiv(tl.maximum(stop - start, 0), QUERIES)
         offset = 0
         if CU_COMPRESSED is None:
@@ -273,7 +273,7 @@ def interval_dkdv_kernel(
                     seen = (ahead + key)[:, None] <= position[None, :]
                     seen &= (ahead + key)[:, None] > (position - window_size)[None, :]
                     p = tl.where(seen & there[None, :], p, 0.0)
-            ds, dk0, dk1, dv0, dv1 = add_tile(p, q0, q1, do0, do1, v0, v1, delta, dk0, dk1, dv0, dv1)
+            _ds, dk0, dk1, dv0, dv1 = add_tile(p, q0, q1, do0, do1, v0, v1, delta, dk0, dk1, dv0, dv1)
         key = anew(key, batch_size)
         there = first + key < end
         target = (first + key) * num_kv_heads + kv_head
