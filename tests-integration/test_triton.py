@@ -24,7 +24,10 @@ FP32 = 5e-5  # what an fp32 kernel may be off by at unit-scale inputs
 
 
 class Case(NamedTuple):
-    """One way to run an operation, and the kernels that it launches."""
+    """One way to run an operation, and the kernels that it launches; those of its backward, if it has one.
+
+    `configuration`: a table of launch configurations, and the numbers that hold in it instead.
+    """
 
     op: str
     kernels: set[str]
@@ -32,17 +35,24 @@ class Case(NamedTuple):
     num_kv_heads: int = 2
     blocks: dict[str, int] | None = None
     configuration: tuple[str, dict[str, int]] | None = None
+    backward: frozenset[str] = frozenset()
 
 
 SMALL = {"kernel_size": 8, "kernel_stride": 4, "block_size": 32, "topk": 4}
 PAIRED = {"kernel_size": 16, "kernel_stride": 8, "block_size": 32, "topk": 4}
 BY_QUERY = {"by_block": 0, "tma": 0, "rows": 16, "keys": 16}
 BY_BLOCK = {"by_block": 1, "tma": 0, "rows": 16, "chunk_rows": 4096, "programs": 2, "turns": 2}
+BACKWARD = {"rows": 16, "keys": 16, "chunk_rows": 4096, "programs": 2, "turns": 2, "tma": 0}
+INTERVAL_BACKWARD = frozenset({"delta_kernel", "interval_dq_kernel", "interval_dkdv_kernel"})
+CHOOSERS = frozenset({"mark_kernel", "rank_kernel", "items_kernel", "list_kernel"})
+SELECTED_BACKWARD = CHOOSERS | {"delta_kernel", "block_gradients_kernel", "fold_kernel"}
 CASES = {
-    "pooling": Case("compress_mean", {"compress_mean_kernel"}),
-    "compressed": Case("compressed_attention", {"interval_attention_kernel"}),
-    "window": Case("window_attention", {"interval_attention_kernel"}, blocks={"window_size": 16}),
-    "combine": Case("combine", {"combine_kernel"}),
+    "pooling": Case("compress_mean", {"compress_mean_kernel"}, backward=frozenset({"compress_mean_backward_kernel"})),
+    "compressed": Case("compressed_attention", {"interval_attention_kernel"}, backward=INTERVAL_BACKWARD),
+    "window": Case(
+        "window_attention", {"interval_attention_kernel"}, blocks={"window_size": 16}, backward=INTERVAL_BACKWARD
+    ),
+    "combine": Case("combine", {"combine_kernel"}, backward=frozenset({"combine_backward_kernel"})),
     "choice": Case("select_blocks", {"block_scores_kernel", "topk_kernel"}, 8, 1, blocks=SMALL),
     "paired choice": Case(
         "select_blocks",
@@ -61,6 +71,20 @@ CASES = {
         {"count_kernel", "lay_out_kernel", "file_kernel", "near_kernel", "filed_kernel", "merge_kernel"},
         blocks=SMALL,
         configuration=("selected_attention", BY_BLOCK),
+    ),
+    "gradients by query": Case(
+        "selected_attention",
+        {"union_kernel", "shared_kernel"},
+        blocks=SMALL,
+        configuration=("selected_attention_backward", BACKWARD | {"parts": 0}),
+        backward=SELECTED_BACKWARD | {"union_kernel", "shared_dq_kernel"},
+    ),
+    "gradients by block": Case(
+        "selected_attention",
+        {"union_kernel", "shared_kernel"},
+        blocks=SMALL,
+        configuration=("selected_attention_backward", BACKWARD | {"parts": 1}),
+        backward=SELECTED_BACKWARD | {"sum_parts_kernel"},
     ),
 }
 
@@ -83,7 +107,10 @@ def launches() -> Iterator[set[str]]:
 
 
 def check(case: Case) -> None:
-    """A routed call that names the backend launches the case's kernels, and its results are the oracle's."""
+    """A routed call that names the backend launches the case's kernels, and its results are the oracle's.
+
+    So with its gradients, if it has any: on the scale of the largest, for they are sums over many rows.
+    """
     args, kwargs = op_inputs(
         *(case.op, *LENGTHS),
         num_heads=case.num_heads,
@@ -92,14 +119,27 @@ def check(case: Case) -> None:
         blocks=case.blocks,
         dtype=torch.float32,
         device="cpu",
+        requires_grad=bool(case.backward),
     )
+    doubles = [x.detach().double().requires_grad_(x.requires_grad) if is_float(x) else x for x in args]
+    expected = getattr(reference, case.op)(*doubles, **kwargs)
     table, numbers = case.configuration or ("combine", {})
-    with configurations.overridden(table, **numbers), launches() as seen:
-        found = getattr(ops, case.op)(*args, **kwargs, backend="triton", **determined(case))
-    expected = getattr(reference, case.op)(*(x.double() if is_float(x) else x for x in args), **kwargs)
-    assert seen == case.kernels
-    for got, exact in zip(*(x if isinstance(x, tuple) else (x,) for x in (found, expected)), strict=True):
-        torch.testing.assert_close(got.double(), exact.double(), rtol=0, atol=FP32 if got.is_floating_point() else 0)
+    with configurations.overridden(table, **numbers):
+        with launches() as seen:
+            found = getattr(ops, case.op)(*args, **kwargs, backend="triton", **determined(case))
+        assert seen == case.kernels
+        found, expected = (x if isinstance(x, tuple) else (x,) for x in (found, expected))
+        for got, exact in zip(found, expected, strict=True):
+            torch.testing.assert_close(got.double(), exact.double(), rtol=0, atol=FP32 if is_float(got) else 0)
+        if case.backward:
+            with launches() as seen:
+                found[0].sum().backward()
+            assert seen == case.backward
+            expected[0].sum().backward()
+            for x, exact in zip(args, doubles, strict=False):
+                if is_float(x):
+                    largest = float(exact.grad.abs().max())
+                    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=0, atol=FP32 * max(1.0, largest))
 
 
 def determined(case: Case) -> dict[str, bool]:
@@ -130,7 +170,8 @@ def test_every_kernel_has_a_case() -> None:
 
     modules = [import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
     own = {name for m in modules for name, value in vars(m).items() if name.endswith("_kernel") and callable(value)}
-    assert set().union(*(case.kernels for case in CASES.values())) == own
+    assert set().union(*(case.kernels | case.backward for case in CASES.values())) == own
+    assert {case.op for case in CASES.values() if case.backward} == set(OPS) - {"select_blocks"}
     assert {case.op for case in CASES.values()} == set(OPS)
 
 
@@ -148,7 +189,4 @@ def test_what_a_request_cannot_have_is_said(layer: dict[str, str], flags: Callab
     layout = VarlenLayout.from_lengths([40])
     x = torch.randn(40, 2, 16, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="takes float16, bfloat16 and float32, not float64"):
-        ops.compress_mean(x, layout, BlockGeometry(), backend="triton")
-    x = x.float().requires_grad_()
-    with pytest.raises(RuntimeError, match="records no gradients"):
         ops.compress_mean(x, layout, BlockGeometry(), backend="triton")

@@ -14,6 +14,7 @@ import torch
 from nsa_kernels_triton import contracts
 from nsa_kernels_triton.backend import BACKEND
 from nsa_kernels_triton.contracts import OPS
+from nsa_kernels_triton.ops import attention, combining, pooling, selected, selection
 from nsa_varlen import BlockGeometry, VarlenLayout, reference
 from nsa_varlen.testing import random_inputs, to_pages
 
@@ -70,7 +71,7 @@ def test_what_is_taken(op: str) -> None:
         *({"head_dim": dim, "v_head_dim": 257 - dim} for dim in (1, 8, 24, 96, 100, 128, 192, 255, 256)),
         *({"group_size": size} for size in (1, 2, 3, 7, 16, 63, 64)),
         *({"block_size": size} for size in (32, 64, 128)),
-        *({"deterministic": asked} for asked in (True, False)),
+        *({"deterministic": asked, "needs_grad": learns} for asked in (True, False) for learns in (True, False)),
     ):
         assert refusal(op, **asked) is None, asked
 
@@ -134,9 +135,9 @@ def test_block_sizes(op: str, size: int) -> None:
 
 
 @EACH
-def test_pages_and_gradients(op: str) -> None:
-    assert refusal(op, paged=True) == "does not take paged keys and values"
-    assert refusal(op, needs_grad=True) == "records no gradients"
+def test_pages(op: str) -> None:
+    for learns in (False, True):
+        assert refusal(op, paged=True, needs_grad=learns) == "does not take paged keys and values"
 
 
 @EACH
@@ -260,9 +261,19 @@ LEARNING = [
 
 
 @pytest.mark.parametrize(("op", "learning"), LEARNING)
-def test_direct_calls_that_would_lose_gradients(op: str, learning: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_direct_calls_that_learn_are_taken(op: str, learning: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the contract: no kernel is called."""
+    taken = []
+    for module in (attention, combining, pooling, selected, selection):
+        if hasattr(module, op):
+            monkeypatch.setattr(module, op, lambda *args: taken.append(any(map(learns, args))))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert_refused(call(op, learning=learning), op, "records no gradients")
+    call(op, learning=learning)()
+    assert taken == [True]
+
+
+def learns(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.requires_grad
 
 
 def test_without_grad_mode_no_gradients_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,11 +293,16 @@ def test_without_grad_mode_no_gradients_are_asked_for(monkeypatch: pytest.Monkey
 
 
 def test_each_branch_counts_for_combine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    asked = []
+    monkeypatch.setattr(
+        "nsa_kernels_triton.backend.unmet", lambda op, problem: asked.append(problem.needs_grad) or "no"
+    )
     gates, out = torch.ones(3, 2, 3), torch.ones(3, 2, 8)
-    for place in range(3):
-        outs = [out.clone().requires_grad_() if i == place else out for i in range(3)]
-        assert_refused(lambda outs=outs: BACKEND.combine(gates, *outs), "combine", "records no gradients")
+    for place in range(4):
+        outs = [out.clone().requires_grad_(i == place) for i in range(3)]
+        with pytest.raises(ValueError, match="combine on backend triton: no"):
+            BACKEND.combine(gates, *outs)
+    assert asked == [True] * 3 + [False]
 
 
 @EACH

@@ -5,7 +5,7 @@ import torch
 from nsa_kernels_triton.backend import BACKEND
 from nsa_kernels_triton.ops import pooling
 from nsa_varlen import BlockGeometry, VarlenLayout, reference
-from nsa_varlen.testing import poisoned_empty
+from nsa_varlen.testing import gradients, poisoned_empty
 from torch import Tensor
 
 SMALL = BlockGeometry(kernel_size=4, kernel_stride=2, block_size=32)
@@ -126,3 +126,87 @@ def test_the_operator_is_well_registered(kind: str, device: torch.device) -> Non
     sizes = compressed.total, SMALL.kernel_size, SMALL.kernel_stride
     arguments = x, layout.cu_seqlens_k, compressed.cu_seqlens, *sizes
     torch.library.opcheck(pooling.compress_mean, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def unpooled(x: Tensor, grad_out: Tensor, layout: VarlenLayout, blocks: BlockGeometry) -> Tensor:
+    with poisoned_empty():
+        (dx,) = gradients(lambda x: BACKEND.compress_mean(x, layout, blocks), [x], grad_out)
+    return dx
+
+
+def assert_gradient_right(x: Tensor, grad_out: Tensor, layout: VarlenLayout, blocks: BlockGeometry) -> None:
+    """As `assert_right`: a token's gradient sums those of the l/d blocks that hold it, over l."""
+
+    def oracle(grad_out: Tensor) -> Tensor:
+        (dx,) = gradients(lambda x: reference.compress_mean(x, layout, blocks), [x.double()], grad_out)
+        return dx
+
+    actual = unpooled(x, grad_out, layout, blocks)
+    exact, sizes = oracle(grad_out.double()), oracle(grad_out.double().abs())
+    assert (actual.shape, actual.dtype, actual.is_contiguous()) == (x.shape, x.dtype, True)
+    kind = torch.finfo(x.dtype)
+    bound = (blocks.kernel_size // blocks.kernel_stride + 1) * 2.0**-24 * sizes
+    if x.dtype != torch.float32:
+        bound = bound + (exact.abs() + bound) * kind.eps / 2 + kind.smallest_normal * kind.eps / 2
+    assert bool(((actual.double() - exact).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("blocks", [SMALL, DISJOINT, PAPER], ids=["overlapping", "disjoint", "paper"])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_gradients(lengths: list[int], blocks: BlockGeometry, dtype: torch.dtype, device: torch.device) -> None:
+    """Tokens that no complete block holds get 0."""
+    layout = VarlenLayout.from_lengths(lengths, device=device)
+    grad_out = rows(layout.compressed(blocks).total, 2, 8, device, dtype)
+    assert_gradient_right(rows(layout.total_k, 2, 8, device, dtype), grad_out, layout, blocks)
+
+
+@pytest.mark.parametrize("dim", [1, 24, 96, 256])
+def test_gradients_of_head_dims(dim: int, device: torch.device) -> None:
+    layout = VarlenLayout.from_lengths([9, 7], device=device)
+    assert_gradient_right(rows(16, 1, dim, device), rows(5, 1, dim, device), layout, SMALL)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["heads-of-more", "heads-first", "every-other-row", "columns-apart", "one-head-repeated", "one-row-repeated"],
+)
+def test_views_of_gradients(kind: str, device: torch.device) -> None:
+    layout = VarlenLayout.from_lengths([19, 0, 21], device=device)
+    grad_out = view(kind, layout.compressed(SMALL).total, device)
+    assert not grad_out.is_contiguous()
+    assert_gradient_right(rows(layout.total_k, 3, 16, device), grad_out, layout, SMALL)
+
+
+def test_no_gradients_but_those_of_its_own_blocks_are_read(device: torch.device) -> None:
+    layout = VarlenLayout.from_lengths([9, 7, 9], device=device)
+    grad_out = rows(8, 2, 8, device)
+    grad_out[:3], grad_out[5:] = torch.nan, torch.nan
+    dx = unpooled(rows(25, 2, 8, device), grad_out, layout, SMALL)
+    assert dx.isnan().all(-1).all(-1).tolist() == [True] * 8 + [False] * 8 + [True] * 8 + [False]
+    assert not dx[15].any(), "the seventh token is in no block"
+    assert not dx[24].any()
+
+
+def test_gradients_repeat_and_have_none_themselves(device: torch.device) -> None:
+    layout = VarlenLayout.from_lengths([41, 38], device=device)
+    x, grad_out = rows(79, 2, 64, device, torch.float16), rows(2, 2, 64, device, torch.float16)
+    assert torch.equal(unpooled(x, grad_out, layout, PAPER), unpooled(x, grad_out, layout, PAPER))
+    out = BACKEND.compress_mean(x.requires_grad_(), layout, PAPER)
+    (dx,) = torch.autograd.grad(out, x, grad_out.requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "columns-apart", "heads-first"])
+def test_the_backward_is_well_registered(kind: str, device: torch.device) -> None:
+    layout = VarlenLayout.from_lengths([9, 7], device=device)
+    compressed = layout.compressed(SMALL)
+    sizes = SMALL.kernel_size, SMALL.kernel_stride
+    offsets = layout.cu_seqlens_k, compressed.cu_seqlens
+    grad_out = rows(compressed.total, 3, 16, device) if kind == "contiguous" else view(kind, compressed.total, device)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(pooling.compress_mean_backward, (grad_out, *offsets, 16, *sizes), test_utils=checks)
+    x = rows(16, 3, 16, device).requires_grad_()
+    learning = (*checks, "test_autograd_registration")
+    torch.library.opcheck(pooling.compress_mean, (x, *offsets, compressed.total, *sizes), test_utils=learning)

@@ -233,6 +233,58 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float 
     return torch.einsum("thgs,shd->thgd", weights, v).flatten(1, 2)
 
 
+def gradients(run: Any, inputs: Sequence[Tensor], grad_out: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of `inputs` after `grad_out` of what `run(*inputs)` returns: an output, or the first of several.
+
+    Example:
+        >>> gradients(lambda x: x * x, [torch.tensor([3.0])], torch.tensor([1.0]))
+        (tensor([6.]),)
+    """
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = run(*leaves)
+    return torch.autograd.grad(out[0] if isinstance(out, tuple) else out, leaves, grad_out)
+
+
+def gradient_bounds(
+    q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, mask: Tensor, scale: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How far dq, dk and dv of softmax attention over mask [Tq, Hk or 1, Tk] may be off in fp32: fp64, value by value.
+
+    First order, worst case, doubled for what that leaves out; logits are those whose exponentials fp32 holds. Where a
+    row or a key sees nothing the bound is 0. With u = 2^-24, K keys that a row sees, R rows that see a key:
+
+    - a = scale |q|.|k|, the largest of a row, bounds the absolute terms of its logits: each is off by (Dk + 4) a u.
+    - The LSE is off by as much, and by a sum of K terms and a rescaling for every 16 keys, 2a + 4 each. The argument of
+      an exponential is rounded, at most |LSE| + a. Together the relative error of a probability p is
+      eps = (2 (Dk + 5) a + K + (K / 16 + 1) (2a + 4) + 2 |LSE|) u.
+    - S = |do|.|v| bounds do.v, off by Dv S u, and M = sum p S bounds do.out, off by M (eps + (K + Dv + 4) u).
+      So ds = p (do.v - do.out) is at most p (S + M), and off by p (S + M) (2 eps + (K + Dv + 8) u).
+    - dq = scale sum ds k over K keys, dk = scale sum ds q over R rows, dv = sum p do over R rows: terms of the size
+      that they may have, and (K + 4) u or (R + 4) u for the sum.
+    """
+    scale, u = q.shape[-1] ** -0.5 if scale is None else scale, 2.0**-24
+    k, v = k.double(), v.double()
+    q, grad_out = (x.double().unflatten(1, (k.shape[1], -1)) for x in (q, grad_out))
+    hidden = ~mask[:, :, None]
+    sees, seen = (~hidden).sum(-1, keepdim=True), (~hidden).sum((0, 2)).T[..., None] * q.shape[2]
+    logits = (torch.einsum("thgd,shd->thgs", q, k) * scale).masked_fill(hidden, -torch.inf)
+    lse = logits.logsumexp(-1, keepdim=True)
+    lse = torch.where(lse.isinf(), 0.0, lse)
+    p = (logits - lse).exp()
+    q, k, v, grad_out = (x.abs() for x in (q, k, v, grad_out))
+    sizes = (torch.einsum("thgd,shd->thgs", q, k) * scale).masked_fill(hidden, 0.0)
+    a = torch.nn.functional.pad(sizes, (0, 1)).amax(-1, keepdim=True)
+    eps = u * (2 * (q.shape[-1] + 5) * a + sees + (sees / 16 + 1) * (2 * a + 4) + 2 * lse.abs())
+    products = torch.einsum("thgd,shd->thgs", grad_out, v)
+    ds = p * (products + (p * products).sum(-1, keepdim=True))
+    off = ds * (2 * eps + u * (2 * sees + v.shape[-1] + 12))
+    dq = torch.einsum("thgs,shd->thgd", off, k).flatten(1, 2)
+    dk = torch.einsum("thgs,thgd->shd", off, q) + u * seen * torch.einsum("thgs,thgd->shd", ds, q)
+    dv = torch.einsum("thgs,thgd->shd", p * (eps + 4 * u), grad_out)
+    dv += u * seen * torch.einsum("thgs,thgd->shd", p, grad_out)
+    return 2 * scale * dq, 2 * scale * dk, 2 * dv
+
+
 def errors(actual: Tensor, exact: Tensor) -> tuple[float, float]:
     """(max-abs, root mean square) of actual - exact, in fp64; (0, 0) for empty tensors."""
     difference = torch.nn.functional.pad((actual.double() - exact.double()).flatten(), (0, 1))

@@ -84,14 +84,14 @@ def _(
 
 
 def _keep_compressed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens_q, cu_seqlens_k, cu_compressed, kernel_size, kernel_stride, scale = inputs
-    keep(ctx, (q, k, v), output, cu_seqlens_q, cu_seqlens_k, cu_compressed)
+    q, k, v, *offsets, kernel_size, kernel_stride, scale = inputs
+    keep(ctx, (q, k, v), output, *offsets)
     ctx.rest = kernel_size, kernel_stride, 1, scale
 
 
 def _keep_window(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens_q, cu_seqlens_k, window_size, scale = inputs
-    keep(ctx, (q, k, v), output, cu_seqlens_q, cu_seqlens_k, None)
+    q, k, v, *offsets, window_size, scale = inputs
+    keep(ctx, (q, k, v), output, *offsets, None)
     ctx.rest = 1, 1, min(window_size, max(1, k.shape[0])), scale
 
 

@@ -76,9 +76,9 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, cu_seqlens, cu_compressed, _, *sizes = inputs
-    ctx.save_for_backward(cu_seqlens, cu_compressed)
-    ctx.rest = x.shape[0], *sizes
+    x, *offsets, _, kernel_size, kernel_stride = inputs
+    ctx.save_for_backward(*offsets)
+    ctx.rest = x.shape[0], kernel_size, kernel_stride
 
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:

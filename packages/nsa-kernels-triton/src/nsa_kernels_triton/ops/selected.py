@@ -70,8 +70,9 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k, *ctx.rest = inputs
-    keep(ctx, (q, k, v), output, block_indices, cu_seqlens_q, cu_seqlens_k)
+    q, k, v, block_indices, *offsets = inputs[:6]
+    keep(ctx, (q, k, v), output, block_indices, *offsets)
+    ctx.rest = inputs[6:]
 
 
 def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
