@@ -226,9 +226,7 @@ def calls(case: Case, batch: Batch) -> dict[str, Callable[[], object]]:
     }
     return forward | {
         "compress_mean backward": lambda: backward(run.compress_mean, [k], layout, blocks),
-        "compressed_attention backward": lambda: backward(
-            run.compressed_attention, [q, k_cmp, v_cmp], layout, blocks
-        ),
+        "compressed_attention backward": lambda: backward(run.compressed_attention, [q, k_cmp, v_cmp], layout, blocks),
         "selected_attention backward": lambda: backward(run.selected_attention, [q, k, v], listed, layout, blocks),
         "window_attention backward": lambda: backward(run.window_attention, [q, k, v], layout, blocks),
         "combine backward": lambda: backward(run.combine, [gates, out, out, out]),

@@ -148,7 +148,7 @@ def make_base(work: Path) -> Path:
 
 
 # A sibling that is missing is missing for every case of a test: one is enough here, `hatch run test` runs them all.
-ONE_CASE = '''
+ONE_CASE = """
 import pytest
 
 @pytest.hookimpl(tryfirst=True)
@@ -157,7 +157,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         first.setdefault((item.path, item.parent.name, getattr(item, "originalname", item.name)), item)
     items[:] = first.values()
-'''
+"""
 
 
 def try_alone(package: Package, packages: dict[str, Package], base: Path, work: Path) -> int:

@@ -13,6 +13,7 @@ from nsa_kernels_triton import configurations
 from nsa_kernels_triton.backend import BACKEND
 from nsa_kernels_triton.contracts import interpreted
 from nsa_kernels_triton.ops import selected_gradients, spread
+from nsa_kernels_triton.ops.selected_call import SelectedCall
 from nsa_varlen import BlockGeometry, VarlenLayout, masks, reference
 from nsa_varlen.testing import (
     assert_within_budget,
@@ -32,15 +33,15 @@ pytestmark = [
 BLOCKS = BlockGeometry(kernel_size=8, kernel_stride=4, block_size=32, topk=5)
 RAGGED = [19, 0, 3, 6], [19, 5, 130, 2]  # whole, empty, prefixed, more queries than keys
 LONGER = [35, 0, 3, 6], RAGGED[1]  # queries of two cells, of which the first ones see nothing
-NUMBERS = {"rows": 16, "keys": 16, "chunk_rows": 1 << 20, "programs": 2, "turns": 2, "tma": 0}
+NUMBERS = {"rows": 16, "keys": 16, "chunk_rows": 1 << 20, "programs": 2, "turns": 2}
 ORGANISATIONS = {"by-block": {"parts": 1}, "by-query": {"parts": 0}}
 NAMES = ("dq", "dk", "dv")
 
 
 @contextmanager
-def configured(**numbers: int) -> Iterator[None]:
-    """Small tiles, so that there are several, and these numbers."""
-    dq = {"rows": 16, "keys": 16, "tma": numbers.get("tma", 0)}
+def configured(tma: int = 0, **numbers: int) -> Iterator[None]:
+    """Small tiles, so that there are several, and these numbers; `tma` is of dq by query."""
+    dq = {"rows": 16, "keys": 16, "tma": tma}
     with ExitStack() as stack:
         for name, own in (
             ("selected_attention", {"by_block": 0, "rows": 64, "keys": 64, "tma": 0}),
@@ -125,16 +126,16 @@ def test_any_list_over_a_ragged_batch(heads: int, kv_heads: int) -> None:
     assert_right(make_inputs(layout, heads, kv_heads, (24, 40)), listed(layout, kv_heads, 6), layout)
 
 
-@pytest.mark.parametrize("parts, heads", [(0, (4, 2)), (1, (4, 2)), (0, (16, 1)), (1, (32, 2))], ids=str)
-def test_descriptors(parts: int, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the copy engine could load and store: widths are powers of two. 16 rows are all heads of a group of 16."""
+@pytest.mark.parametrize("heads", [(4, 2), (16, 1)], ids=str)
+def test_descriptors(heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the copy engine could load: widths are powers of two."""
     made: list[object] = []
-    head_tiles = selected_gradients.head_tiles
-    monkeypatch.setattr(selected_gradients, "head_tiles", lambda *x: made.append(head_tiles(*x)) or made[-1])
+    kv_tiles = SelectedCall.kv_tiles
+    monkeypatch.setattr(SelectedCall, "kv_tiles", lambda *x: made.extend(kv_tiles(*x)) or made[-2:])
     layout = VarlenLayout.from_lengths([17, 9], [40, 30])
-    with configured(parts=parts, tma=1):
+    with configured(parts=0, tma=1):
         assert_right(make_inputs(layout, *heads, (16, 32)), listed(layout, heads[1], 4), layout)
-    assert len(made) == (2 if heads[0] // heads[1] == 16 else 0)
+    assert len(made) == 2
     assert None not in made
 
 
@@ -249,13 +250,13 @@ def test_chunks(parts: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> N
     inputs = make_inputs(layout, 2 * kv_heads, kv_heads)
     indices = listed(layout, kv_heads, 3)
     turns: list[tuple[int, int]] = []
-    run = selected_gradients._Turn.run
+    run = selected_gradients._BlockGradients._chunk
 
-    def noted(self: object, first_head: int, heads: int, first: int, end: int, *args: object) -> None:
-        turns.append((heads, end - first))
-        run(self, first_head, heads, first, end, *args)
+    def noted(self: object, own: slice, first: int, end: int, *args: object) -> None:
+        turns.append((own.stop - own.start, end - first))
+        run(self, own, first, end, *args)
 
-    monkeypatch.setattr(selected_gradients._Turn, "run", noted)
+    monkeypatch.setattr(selected_gradients._BlockGradients, "_chunk", noted)
     cells = layout.total_q // selected_gradients.CELL + len(LONGER[0])
     with configured(parts=parts):
         whole = assert_right(inputs, indices, layout)
@@ -271,7 +272,8 @@ def test_chunks(parts: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> N
         turns.clear()
         assert_right(inputs, indices, layout)
         assert turns == [(kv_heads, 1)] * cells
-        monkeypatch.setattr(selected_gradients, "SUMS", 2 * 4 * layout.total_k * 32)  # of two heads
+        slots = 2 * 32 * 3 // 16 * 32  # rows: twice a cell's entries, of items of 2 tiles of 8 queries, a block's rows
+        monkeypatch.setattr(selected_gradients, "SUMS", 2 * 4 * (layout.total_k + slots) * 32)  # of two heads
         turns.clear()
         assert_right(inputs, indices, layout)
         assert [heads for heads, _ in turns] == ([1] * cells if kv_heads == 1 else [2] * cells + [1] * cells)
@@ -400,7 +402,15 @@ def test_a_rule_by_spread_is_obeyed_unless_results_must_repeat(monkeypatch: pyte
     monkeypatch.setattr(configurations, "table", lambda name: table)
     taken: list[int] = []
     monkeypatch.setattr(selected_gradients, "dq_by_query", lambda *args: None)
-    monkeypatch.setattr(selected_gradients, "_by_block", lambda call, config, *args: taken.append(config["parts"]))
+
+    class Noted:
+        def __init__(self, call: object, config: configurations.Launch, *args: object) -> None:
+            self.parts = config["parts"]
+
+        def run(self) -> None:
+            taken.append(self.parts)
+
+    monkeypatch.setattr(selected_gradients, "_BlockGradients", Noted)
     layout = VarlenLayout.from_lengths([16], [32 * 64])
     *inputs, grad_out = make_inputs(layout)
     indices = torch.arange(4, dtype=torch.int32).expand(16, 2, 4).contiguous()
@@ -419,19 +429,21 @@ def test_the_workspace_is_no_larger_than_it_says(monkeypatch: pytest.MonkeyPatch
     indices = listed(layout, 2, 4)
     cell = 32 * 2 * 4 * 2 * 16 * 4  # bytes of a cell's parts: rows, entries, halves of a block, columns
     monkeypatch.setattr(selected_gradients, "PARTS", 2 * cell)
-    monkeypatch.setattr(selected_gradients, "SUMS", 100 * 4 * 32)
+    slots = 2 * 64 * 4 // 16 * 32  # rows: twice two cells' entries, of items of 2 tiles of 8 queries, a block's rows
+    monkeypatch.setattr(selected_gradients, "SUMS", (100 + slots) * 4 * 32)
     monkeypatch.setattr(selected_gradients, "MARKS", 2 * 8 * 4)
-    made: list[selected_gradients._Turn] = []
-    prepare = selected_gradients._Turn.__init__
+    made: list[selected_gradients._BlockGradients] = []
+    prepare = selected_gradients._BlockGradients.__init__
 
-    def noted(self: selected_gradients._Turn, *args: object, **kwargs: object) -> None:
-        prepare(self, *args, **kwargs)
+    def noted(self: selected_gradients._BlockGradients, *args: object) -> None:
+        prepare(self, *args)
         made.append(self)
 
-    monkeypatch.setattr(selected_gradients._Turn, "__init__", noted)
+    monkeypatch.setattr(selected_gradients._BlockGradients, "__init__", noted)
     with configured(parts=1):
         assert_right([*inputs, grad_out], indices, layout)
-    (turn,) = made
-    assert turn.marks.nbytes <= selected_gradients.MARKS
-    assert turn.sums_k.nbytes + turn.sums_v.nbytes <= selected_gradients.SUMS
-    assert 2 * cell <= turn.parts.nbytes <= 2 * cell + 4 * 2 * 16 * 16 * 4
+    (run,) = made
+    assert (run.chunk, run.heads) == (2, 1)
+    assert run.choosers._marks.nbytes <= selected_gradients.MARKS
+    assert sum(x.nbytes for x in run.slots) == slots * 4 * 32
+    assert 2 * cell <= run.parts.nbytes <= 2 * cell + 4 * 2 * 16 * 16 * 4

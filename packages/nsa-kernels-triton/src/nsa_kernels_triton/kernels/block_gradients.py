@@ -15,9 +15,7 @@ from nsa_kernels_triton.kernels.pieces import load_piece, logits, store_piece
 from nsa_kernels_triton.kernels.tiles import anew, find_tile, key_rows
 
 
-@triton.jit(
-    do_not_specialize=["batch_size", "most_items", "most_listed", "most_slots", "first_cell", "num_heads"]
-)
+@triton.jit(do_not_specialize=["batch_size", "most_items", "most_listed", "most_slots", "first_cell", "num_heads"])
 def block_gradients_kernel(
     Q,
     K,
@@ -189,9 +187,7 @@ def key_products(ds, k, ROWS: tl.constexpr):
 
 
 @triton.jit
-def hand_in(
-    ROWS, x, scale, there, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ONCE: tl.constexpr
-):
+def hand_in(ROWS, x, scale, there, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ONCE: tl.constexpr):
     """Add x [n, WIDTH] to the rows at the pointers ROWS [n], this program's alone; ONCE, write it there, scaled."""
     if ONCE:
         store_piece(ROWS, x * scale, there, START, WIDTH, DIM)

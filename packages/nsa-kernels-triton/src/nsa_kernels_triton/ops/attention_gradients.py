@@ -61,7 +61,8 @@ def interval_attention_backward(
     tile_rows = max(config["rows"], power_of_two(group_size))
     grid = count_tiles(total_q, batch_size, tile_rows // group_size), num_kv_heads
     interval_dq_kernel[grid](
-        *(q, k, v, *kv_tiles(k, v, config["keys"], wanted=config["tma"]), *rows_of, dq, *offsets, batch_size, total_q, window_size, scale * LOG2_E, *strides),
+        *(q, k, v, *kv_tiles(k, v, config["keys"], wanted=config["tma"]), *rows_of, dq, *offsets),
+        *(batch_size, total_q, window_size, scale * LOG2_E, *strides),
         **constants,
         ROWS=tile_rows,
         KEYS=config["keys"],

@@ -17,7 +17,7 @@ class Choosers:
     Bytes, beside MARKS: 8 for each entry of block_indices, 8 more for each query of a block's last, partial tile.
 
     Fields:
-        counts, starts, slots, items, num_items, taken, listed, chosen, places: as `kernels.choosers` says. `taken` is 0.
+        counts, starts, slots, items, num_items, taken, listed, chosen, places: see `kernels.choosers`; `taken` is 0.
         most_slots: how many slots there may be. tiles: how many tiles of `queries` the lists of a head may take.
     """
 

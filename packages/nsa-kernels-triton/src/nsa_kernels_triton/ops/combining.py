@@ -76,9 +76,7 @@ def _(
     return _gradients(gates, o_cmp, o_slc, o_win)
 
 
-def _gradients(
-    gates: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _gradients(gates: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of gates and the branches, not yet written."""
     d_gates, d_cmp, d_slc, d_win = (x.new_empty(x.shape) for x in (gates, o_cmp, o_slc, o_win))
     return d_gates, d_cmp, d_slc, d_win

@@ -9,9 +9,7 @@ from nsa_kernels_triton.configurations import launch
 from nsa_kernels_triton.tiles import pieces
 
 
-def keep(
-    ctx: Any, qkv: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor], *others: Tensor | None
-) -> None:
+def keep(ctx: Any, qkv: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor], *others: Tensor | None) -> None:
     """Save for the backward: q, k, v, out, lse and others. lse carries no gradient."""
     out, lse = output
     ctx.mark_non_differentiable(lse)

@@ -98,7 +98,7 @@ class _BlockGradients:
         marks = 8 * count_blocks(call)
         slots = 2 * CELL * call.num_slots * call.block_size * row_sums // piece
         self.cells = count_tiles(call.total_q, call.batch_size, CELL)
-        wanted = config["chunk_rows"] // (CELL * call.group_size) + 1  # 2^n queries may take a cell more than 2^n / CELL
+        wanted = config["chunk_rows"] // (CELL * call.group_size) + 1  # 2^n queries may take one cell more
         fitting = PARTS // max(1, parts), MARKS // marks, SUMS // max(1, slots)
         self.chunk = chunk = evenly(self.cells, min(wanted, MOST_CELLS, *fitting))
         self.once = chunk == self.cells
