@@ -315,10 +315,7 @@ def test_operators(branch: str) -> None:
     )
 
 
-@pytest.mark.parametrize("lengths", [([20], [10]), ([10], [30])], ids=str)
-@pytest.mark.parametrize("window", [2**31 - 1, 2**31, 2**40])
-def test_windows_of_any_size(window: int, lengths: tuple[list[int], list[int]]) -> None:
-    """A position before the first key, less the window, must not come out beyond the last."""
+def check_window(window: int, lengths: tuple[list[int], list[int]]) -> None:
     layout = make_layout(lengths)
     blocks = BlockGeometry(window_size=window)
     inputs = make_inputs("window_attention", layout)
@@ -328,3 +325,16 @@ def test_windows_of_any_size(window: int, lengths: tuple[list[int], list[int]]) 
     bounds = gradient_bounds(*inputs, masks.window_mask(layout, blocks)[:, None])
     for name, got, right, bound in zip(NAMES, found, exact, bounds, strict=True):
         assert bool(((got.double() - right).abs() <= bound).all()), name
+
+
+@pytest.mark.parametrize("window", [1, 22, 23, 24])
+def test_where_a_window_ends(window: int) -> None:
+    """8 queries see 16 keys wholly where the last is no nearer than 15 and the first no farther than 22."""
+    check_window(window, ([40], [40]))
+
+
+@pytest.mark.parametrize("lengths", [([20], [10]), ([10], [30])], ids=str)
+@pytest.mark.parametrize("window", [2**31 - 1, 2**31, 2**40])
+def test_windows_of_any_size(window: int, lengths: tuple[list[int], list[int]]) -> None:
+    """A position before the first key, less the window, must not come out beyond the last."""
+    check_window(window, lengths)
