@@ -1,4 +1,4 @@
-"""Install each package's wheel on its own and run its own tests against it: `hatch run wheels:alone`.
+"""Install each package's wheel on its own and run its own tests against it, one case of each: `hatch run wheels:alone`.
 
 One base environment holds what all need and what is large: torch, numpy, pytest. Each package gets an empty child
 environment that sees the base through a .pth file, then its wheel and the wheels of the siblings it declares, by path:
@@ -147,6 +147,19 @@ def make_base(work: Path) -> Path:
     return base
 
 
+# A sibling that is missing is missing for every case of a test: one is enough here, `hatch run test` runs them all.
+ONE_CASE = '''
+import pytest
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    first = {}
+    for item in items:
+        first.setdefault((item.path, item.parent.name, getattr(item, "originalname", item.name)), item)
+    items[:] = first.values()
+'''
+
+
 def try_alone(package: Package, packages: dict[str, Package], base: Path, work: Path) -> int:
     """Install, check and test one package in an environment of its own; returns how many tests passed."""
     needed = siblings(package, packages)
@@ -169,6 +182,7 @@ def try_alone(package: Package, packages: dict[str, Package], base: Path, work: 
     if not (package.folder / "tests").is_dir():
         raise Failure("it has no tests")
     shutil.copytree(package.folder / "tests", bench / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    (bench / "conftest.py").write_text(ONE_CASE)
     report = bench / "report.xml"
     pytest = [
         python_of(child),

@@ -23,8 +23,6 @@ def block_gradients_kernel(
     K,
     V,
     GRAD_OUT,
-    Q_TILES,
-    GRAD_TILES,
     LSE_2,
     DELTA,
     ITEMS,
@@ -38,7 +36,6 @@ def block_gradients_kernel(
     SLOTS_DK,
     SLOTS_DV,
     PARTS,
-    PART_TILES,
     batch_size,
     most_items,
     most_listed,
@@ -74,10 +71,8 @@ def block_gradients_kernel(
 
     Sums of a chunk are added to DK and DV, fp32, not yet scaled; ONCE, where there is no other chunk, they are written
     as what DK [Tk, NUM_KV_HEADS, DIM] and DV hold. SLOTS_DK, SLOTS_DV [heads, slots, BLOCK_SIZE, dim], fp32, take sums
-    of items that share a block. PARTS [heads, BLOCK_SIZE / KEYS, tiles, ROWS, DIM], not yet scaled, a tile as lists have
-    it, or None where dq is taken elsewhere; PART_TILES: its descriptor, see `ops.descriptors`, or None. Q_TILES and
-    GRAD_TILES: those of a query's heads, where they are the rows of a tile. WIDE: a chunk's queries may be 2^31
-    elements apart.
+    of items that share a block. PARTS [heads, BLOCK_SIZE / KEYS, tiles, ROWS, DIM], not yet scaled, tiles as lists have
+    them, or None where dq is taken elsewhere. WIDE: a chunk's queries may be 2^31 elements apart.
 
     Persistent: a program takes the next item, counted by TAKEN, 0 before, one head's after the other: so its queries
     stay in the L2 cache. Which program does it changes no result.
@@ -131,52 +126,36 @@ def block_gradients_kernel(
             turns = tl.cdiv(count, QUERIES)
             following = tl.load(listed_here + start + tl.minimum(query, count - 1))
             for turn in tl.range(0, turns, num_stages=STAGES):
-                earliest = tl.load(listed_here + start + turn * QUERIES)
-                if Q_TILES is not None:
-                    tile_row = ((base + earliest) * (NUM_KV_HEADS * GROUP_SIZE) + head * GROUP_SIZE).to(tl.int32)
-                    q0 = Q_TILES.load([tile_row, 0])
-                    do0 = GRAD_TILES.load([tile_row, 0])
-                    q1 = None
-                    do1 = None
-                    chunk_row = earliest + query
+                chunk_row = following
+                following = tl.load(listed_here + start + tl.minimum((turn + 1) * QUERIES + query, count - 1))
+                if WIDE:
+                    q_rows = q_here + (chunk_row.to(tl.int64) * q_row + member.to(tl.int64) * q_head)
+                    grads = grad_here + (chunk_row.to(tl.int64) * grad_row + member.to(tl.int64) * grad_head)
                 else:
-                    chunk_row = following
-                    following = tl.load(listed_here + start + tl.minimum((turn + 1) * QUERIES + query, count - 1))
-                    if WIDE:
-                        q_rows = q_here + (chunk_row.to(tl.int64) * q_row + member.to(tl.int64) * q_head)
-                        grads = grad_here + (chunk_row.to(tl.int64) * grad_row + member.to(tl.int64) * grad_head)
-                    else:
-                        q_rows = q_here + (chunk_row * q_row + member * q_head)
-                        grads = grad_here + (chunk_row * grad_row + member * grad_head)
-                    # Behind the list its last query stands in.
-                    q0 = load_piece(q_rows, None, 0, K0, DIM)
-                    q1 = load_piece(q_rows, None, K0, K1, DIM)
-                    do0 = load_piece(grads, None, 0, V0, V_DIM)
-                    do1 = load_piece(grads, None, V0, V1, V_DIM)
+                    q_rows = q_here + (chunk_row * q_row + member * q_head)
+                    grads = grad_here + (chunk_row * grad_row + member * grad_head)
+                # Behind the list its last query stands in.
+                q0 = load_piece(q_rows, None, 0, K0, DIM)
+                q1 = load_piece(q_rows, None, K0, K1, DIM)
+                do0 = load_piece(grads, None, 0, V0, V_DIM)
+                do1 = load_piece(grads, None, V0, V1, V_DIM)
                 stats = stats_here + (chunk_row * (NUM_KV_HEADS * GROUP_SIZE) + member)
                 lse = tl.load(LSE_2 + stats)
                 delta = tl.load(DELTA + stats)
                 p = tl.exp2(logits(k0, k1, q0, q1) * scale - lse[None, :])
                 # Lists ascend: behind their first query all see a block that it sees wholly.
-                whole = earliest + origin >= ahead + KEYS - 1
-                if QUERIES == 1:
-                    if not whole:
-                        p = tl.where((ahead + key)[:, None] <= earliest + origin, p, 0.0)
-                elif (ROWS % GROUP_SIZE > 0) | (turn == turns - 1) | (not whole):
+                earliest = tl.load(listed_here + start + turn * QUERIES) + origin
+                if (ROWS % GROUP_SIZE > 0) | (turn == turns - 1) | (earliest < ahead + KEYS - 1):
                     seen = (ahead + key)[:, None] <= (origin + chunk_row)[None, :]
                     there = (query < QUERIES) & (turn * QUERIES + query < count)
                     p = tl.where(seen & there[None, :], p, 0.0)
                 ds, dk0, dk1, dv0, dv1 = add_tile(p, q0, q1, do0, do1, v0, v1, delta, dk0, dk1, dv0, dv1)
                 if PARTS is not None:
                     tile = (head * SUBS + item % SUBS) * (most_listed // QUERIES) + start // QUERIES + turn
-                    part0 = key_products(ds, k0, ROWS)
-                    if PART_TILES is not None:
-                        PART_TILES.store([(tile * ROWS).to(tl.int32), 0], part0.to(k0.dtype))
-                    else:
-                        parts = PARTS + (tile * ROWS + row) * DIM
-                        store_piece(parts, part0, row >= 0, 0, K0, DIM)
-                        if k1 is not None:
-                            store_piece(parts, key_products(ds, k1, ROWS), row >= 0, K0, K1, DIM)
+                    parts = PARTS + (tile * ROWS + row) * DIM
+                    store_piece(parts, key_products(ds, k0, ROWS), row >= 0, 0, K0, DIM)
+                    if k1 is not None:
+                        store_piece(parts, key_products(ds, k1, ROWS), row >= 0, K0, K1, DIM)
             key = anew(key, batch_size)
             if slot < 0:
                 mine = first + key < end

@@ -91,23 +91,52 @@ def mark_kernel(
 
 
 @triton.jit(do_not_specialize=["num_blocks", "num_cells"])
-def rank_kernel(MARKS, COUNTS, num_blocks, num_cells, WIDTH: tl.constexpr, DEPTH: tl.constexpr):
-    """Beside each cell's bits, how many are set in the cells before; COUNTS [Hk, num_blocks]: in all of them.
+def tally_kernel(MARKS, TALLIES, num_blocks, num_cells, WIDTH: tl.constexpr, DEPTH: tl.constexpr):
+    """TALLIES [Hk, segments, num_blocks]: bits set in each DEPTH cells. Grid (blocks / WIDTH, Hk, segments).
 
-    Grid (blocks / WIDTH, Hk). Limited by bytes: the matrix is read and half of it written.
+    Limited by bytes: the matrix is read.
     """
     block = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    head = tl.program_id(1)
-    marks = MARKS + head.to(tl.int64) * num_cells * num_blocks * 2 + block * 2
-    count = tl.zeros([WIDTH], tl.int32)
-    for start in range(0, num_cells, DEPTH):
-        cell = start + tl.arange(0, DEPTH)
-        there = (cell < num_cells)[:, None] & (block < num_blocks)[None, :]
-        places = marks[None, :] + (cell.to(tl.int64) * num_blocks * 2)[:, None]
-        many = popcount(tl.load(places, mask=there, other=0))
-        tl.store(places + 1, count[None, :] + tl.cumsum(many, 0) - many, mask=there)
-        count += tl.sum(many, 0)
-    tl.store(COUNTS + head * num_blocks + block, count, mask=block < num_blocks)
+    marks, there = segment(MARKS, block, num_blocks, num_cells, DEPTH)
+    many = popcount(tl.load(marks, mask=there, other=0))
+    tallies = TALLIES + (tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)) * num_blocks
+    tl.store(tallies + block, tl.sum(many, 0), mask=block < num_blocks)
+
+
+@triton.jit(do_not_specialize=["num_blocks", "num_cells"])
+def rank_kernel(
+    MARKS,
+    TALLIES,
+    COUNTS,
+    num_blocks,
+    num_cells,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Beside each cell's bits, how many are set in the cells before; COUNTS [Hk, num_blocks]: in all of them.
+
+    Grid as of `tally_kernel`. Limited by bytes: the matrix is read and half of it written.
+    """
+    block = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    known = block < num_blocks
+    before = tl.zeros([WIDTH], tl.int32)
+    tallies = TALLIES + tl.program_id(1) * tl.num_programs(2) * num_blocks + block
+    for earlier in range(tl.program_id(2)):
+        before += tl.load(tallies + earlier * num_blocks, mask=known, other=0)
+    marks, there = segment(MARKS, block, num_blocks, num_cells, DEPTH)
+    many = popcount(tl.load(marks, mask=there, other=0))
+    tl.store(marks + 1, before[None, :] + tl.cumsum(many, 0) - many, mask=there)
+    if tl.program_id(2) == tl.num_programs(2) - 1:
+        tl.store(COUNTS + tl.program_id(1) * num_blocks + block, before + tl.sum(many, 0), mask=known)
+
+
+@triton.jit
+def segment(MARKS, block, num_blocks, num_cells, DEPTH: tl.constexpr):
+    """(pointers, which are there) [DEPTH, blocks] to the marks of a program's head and segment of cells."""
+    cell = tl.program_id(2) * DEPTH + tl.arange(0, DEPTH)
+    there = (cell < num_cells)[:, None] & (block < num_blocks)[None, :]
+    row = tl.program_id(1).to(tl.int64) * num_cells + cell
+    return MARKS + row[:, None] * num_blocks * 2 + block[None, :] * 2, there
 
 
 @triton.jit(do_not_specialize=["num_blocks", "most_items"])

@@ -18,6 +18,8 @@ def interval_dq_kernel(
     Q,
     K,
     V,
+    K_TILES,
+    V_TILES,
     GRAD_OUT,
     LSE_2,
     DELTA,
@@ -95,26 +97,41 @@ def interval_dq_kernel(
         V += kv_head * v_head
         acc0 = tl.zeros([ROWS, K0], tl.float32)
         acc1 = tl.zeros([ROWS, K1] if K1 > 0 else [1], tl.float32)
-        key = tl.arange(0, KEYS)
-        for tile_start in tl.range(any_start, any_stop, KEYS):
-            near = tl.minimum(key, any_stop - 1 - tile_start)  # rows of another sequence may hold anything
+        # What stands in for rows of another sequence: see `interval_attention_kernel`.
+        described: tl.constexpr = K_TILES is not None
+        NEAR: tl.constexpr = KEYS // 4 if described and KEYS > 32 else KEYS
+        engine_start = any_stop
+        if described:
+            engine_start = tl.where(any_stop - any_start < KEYS, any_stop, any_start)
+        key = tl.arange(0, NEAR)
+        for tile_start in tl.range(any_start, engine_start, NEAR, num_stages=1 if described else None):
+            near = tl.minimum(key, any_stop - 1 - tile_start)
             packed = key_first + tile_start
             k_rows = K + packed * k_row + near * k_row
             v_rows = V + packed * v_row + near * v_row
             k0 = load_piece(k_rows, None, 0, K0, DIM)
             k1 = load_piece(k_rows, None, K0, K1, DIM)
-            s = logits(q0, q1, k0, k1)
+            p = tl.exp2(logits(q0, q1, k0, k1) * scale - lse[:, None])
+            if (tile_start < all_start) | (tile_start + NEAR > all_stop):
+                p = clear(p, key + tile_start, start, stop)
             dp = logits(do0, do1, load_piece(v_rows, None, 0, V0, V_DIM), load_piece(v_rows, None, V0, V1, V_DIM))
-            p = tl.exp2(s * scale - lse[:, None])
-            if (tile_start < all_start) | (tile_start + KEYS > all_stop):
-                seen = (key + tile_start)[None, :] < stop[:, None]
-                if start is not None:
-                    seen &= (key + tile_start)[None, :] >= start[:, None]
-                p = tl.where(seen, p, 0.0)
             ds = (p * (dp - delta[:, None])).to(k0.dtype)
             acc0 = tl.dot(ds, k0, acc0, input_precision="ieee")
             if k1 is not None:
                 acc1 = tl.dot(ds, k1, acc1, input_precision="ieee")
+        if described:
+            key = tl.arange(0, KEYS)
+            for tile_start in tl.range(engine_start, any_stop, KEYS):
+                begin = tl.minimum(tile_start, any_stop - KEYS)
+                packed = (key_first + begin).to(tl.int32)
+                k0 = K_TILES.load([packed, (kv_head * DIM).to(tl.int32)])
+                p = tl.exp2(logits(q0, None, k0, None) * scale - lse[:, None])
+                if (begin < all_start) | (tile_start + KEYS > all_stop):
+                    p = clear(p, key + begin, start, stop)
+                    p = tl.where((key + begin >= tile_start)[None, :], p, 0.0)
+                v0 = V_TILES.load([packed, (kv_head * V_DIM).to(tl.int32)])
+                ds = (p * (logits(do0, None, v0, None) - delta[:, None])).to(k0.dtype)
+                acc0 = tl.dot(ds, k0, acc0, input_precision="ieee")
         row = anew(row, total_q)
         query = row // GROUP
         there = (query < ROWS // GROUP) & (first + query < end)
@@ -123,6 +140,15 @@ def interval_dq_kernel(
         store_piece(outs, acc0 * (scale * LN_2), there, 0, K0, DIM)
         if K1 > 0:
             store_piece(outs, acc1 * (scale * LN_2), there, K0, K1, DIM)
+
+
+@triton.jit
+def clear(p, key, start, stop):
+    """`p` [rows, keys], 0 where a row does not see a key: outside [start, stop); a `start` of None hides nothing."""
+    seen = key[None, :] < stop[:, None]
+    if start is not None:
+        seen &= key[None, :] >= start[:, None]
+    return tl.where(seen, p, 0.0)
 
 
 @triton.jit(do_not_specialize=["batch_size", "window_size", "splits", "split_elements_k", "split_elements_v"])
@@ -211,8 +237,8 @@ def interval_dkdv_kernel(
         head_q = head * q_head
         head_grad = head * grad_head
         dk0, dk1, dv0, dv1 = no_sums(KEYS, K0, K1, V0, V1)
-        # Programs of neighbouring tiles of a window begin at the same queries, not each at its first: what one loads the
-        # others find in the cache.
+        # Programs of neighbouring tiles of a window begin at the same queries, not each at its first: what one loads
+        # the others find in the cache.
         turns = tl.cdiv(tl.maximum(stop - start, 0), QUERIES)
         offset = 0
         if CU_COMPRESSED is None:
@@ -247,7 +273,7 @@ def interval_dkdv_kernel(
                     seen = (ahead + key)[:, None] <= position[None, :]
                     seen &= (ahead + key)[:, None] > (position - window_size)[None, :]
                     p = tl.where(seen & there[None, :], p, 0.0)
-            ds, dk0, dk1, dv0, dv1 = add_tile(p, q0, q1, do0, do1, v0, v1, delta, dk0, dk1, dv0, dv1)
+            _ds, dk0, dk1, dv0, dv1 = add_tile(p, q0, q1, do0, do1, v0, v1, delta, dk0, dk1, dv0, dv1)
         key = anew(key, batch_size)
         there = first + key < end
         target = (first + key) * num_kv_heads + kv_head

@@ -1,4 +1,4 @@
-"""dq of selected attention, query by query: neighbouring queries share the blocks that they chose, as in the forward."""
+"""dq of selected attention, query by query: neighbouring queries share the blocks that they chose."""
 
 import triton
 import triton.language as tl

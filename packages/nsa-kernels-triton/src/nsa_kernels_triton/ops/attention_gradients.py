@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from nsa_kernels_triton.configurations import launch
+from nsa_kernels_triton.ops.descriptors import kv_tiles
 from nsa_kernels_triton.ops.gradients import row_statistics
 from nsa_kernels_triton.ops.launching import num_processors, on_device, rows
-from nsa_kernels_triton.tiles import LOG2_E, count_tiles, pieces, row_bytes
+from nsa_kernels_triton.tiles import LOG2_E, count_tiles, pieces, power_of_two, row_bytes
 
 SPLITS = 1 << 30  # bytes for the sums of splits; those of one split may exceed it
 
@@ -46,7 +47,7 @@ def interval_attention_backward(
         "group_size": group_size,
         "rows_per_sequence": -(-total_q // batch_size) * group_size,
     }
-    tensors = q, k, v, grad_out, lse_2, delta
+    rows_of = grad_out, lse_2, delta
     offsets = cu_seqlens_q, cu_seqlens_k, cu_compressed
     strides = [x.stride(i) for x in (q, k, v, grad_out) for i in (0, 1)]
     constants = {
@@ -57,32 +58,34 @@ def interval_attention_backward(
     }
 
     config = launch(f"{name}_dq", q.device, **case)
-    grid = count_tiles(total_q, batch_size, config["rows"] // group_size), num_kv_heads
+    tile_rows = max(config["rows"], power_of_two(group_size))
+    grid = count_tiles(total_q, batch_size, tile_rows // group_size), num_kv_heads
     interval_dq_kernel[grid](
-        *(*tensors, dq, *offsets, batch_size, total_q, window_size, scale * LOG2_E, *strides),
+        *(q, k, v, *kv_tiles(k, v, config["keys"], wanted=config["tma"]), *rows_of, dq, *offsets, batch_size, total_q, window_size, scale * LOG2_E, *strides),
         **constants,
-        ROWS=config["rows"],
+        ROWS=tile_rows,
         KEYS=config["keys"],
         **config.options,
     )
 
     config = launch(f"{name}_dkdv", q.device, **case)
+    tile_rows = max(config["rows"], power_of_two(group_size))
     tiles = count_tiles(total_k, batch_size, config["keys"])
     splits = _splits(q, k, v, cu_compressed is not None, tiles * num_kv_heads, config["programs"])
     sums_k, sums_v = dk, dv
     if splits > 1:
         sums_k, sums_v = (x.new_empty(splits, *x.shape, dtype=torch.float32) for x in (k, v))
     interval_dkdv_kernel[tiles, num_kv_heads, splits](
-        *(*tensors, sums_k, sums_v, *offsets, batch_size, window_size, splits, k.numel(), v.numel()),
-        *(scale * LOG2_E, *strides),
+        *(q, k, v, *rows_of, sums_k, sums_v, *offsets),
+        *(batch_size, window_size, splits, k.numel(), v.numel(), scale * LOG2_E, *strides),
         **constants,
-        ROWS=config["rows"],
+        ROWS=tile_rows,
         KEYS=config["keys"],
         **config.options,
     )
     if splits > 1:
-        torch.sum(sums_k, 0, out=dk) if k.dtype == torch.float32 else dk.copy_(sums_k.sum(0))
-        torch.sum(sums_v, 0, out=dv) if v.dtype == torch.float32 else dv.copy_(sums_v.sum(0))
+        dk.copy_(sums_k.sum(0))
+        dv.copy_(sums_v.sum(0))
     return dq, dk, dv
 
 

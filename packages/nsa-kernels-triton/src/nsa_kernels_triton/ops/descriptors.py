@@ -26,19 +26,3 @@ def kv_tiles(k: Tensor, v: Tensor, keys: int, *, wanted: int) -> tuple[Any, Any]
     """Descriptors of `keys` rows of k and v; (None, None) where they are not wanted or either cannot have one."""
     described = (tiles_of(k, keys), tiles_of(v, keys)) if wanted else (None, None)
     return (None, None) if any(x is None for x in described) else described
-
-
-def head_tiles(x: Tensor, heads: int) -> Any:
-    """A descriptor of tiles [heads, D], neighbouring heads of one token, of `x` [T, H, D] as [T * H, D]; or None.
-
-    `x` may be some heads of a tensor whose tokens lie side by side: rows are those of the whole.
-    """
-    total, num_heads, dim = x.shape
-    per_token = x.stride(0) // max(1, dim)
-    whole = pieces(dim) == (dim, 0) and x.stride()[1:] == (dim, 1) and x.stride(0) == per_token * dim
-    rows = total * per_token
-    if not whole or not 0 < rows < 2**31 or x.data_ptr() % 16 or dim * x.element_size() % 16:
-        return None
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(x, [rows - per_token + num_heads, dim], [dim, 1], [heads, dim])

@@ -15,8 +15,8 @@ from torch import Tensor
 from nsa_kernels_triton.configurations import launch
 from nsa_kernels_triton.ops.by_block import by_block
 from nsa_kernels_triton.ops.by_query import by_query
-from nsa_kernels_triton.ops.launching import on_device
 from nsa_kernels_triton.ops.gradients import keep
+from nsa_kernels_triton.ops.launching import on_device
 from nsa_kernels_triton.ops.selected_call import SelectedCall
 from nsa_kernels_triton.ops.selected_gradients import selected_attention_backward
 from nsa_kernels_triton.ops.spread import Spread, spread_of

@@ -1,21 +1,22 @@
-"""Gradients of selected attention: the launches of `kernels.choosers` and `kernels.block_gradients`."""
+"""Gradients of selected attention: dk and dv block by block, dq as their parts or query by query.
+
+The launches of `kernels.block_gradients`. What lists of blocks and queries it works from is in `ops.choosers`.
+"""
 
 import torch
 from torch import Tensor
 
 from nsa_kernels_triton.configurations import Launch, launch
 from nsa_kernels_triton.ops.by_query import dq_by_query
-from nsa_kernels_triton.ops.descriptors import head_tiles, tiles_of
+from nsa_kernels_triton.ops.choosers import CELL, MARKS, MOST_CELLS, Choosers, count_blocks
 from nsa_kernels_triton.ops.gradients import row_statistics
 from nsa_kernels_triton.ops.launching import num_processors, on_device
 from nsa_kernels_triton.ops.selected_call import SelectedCall
 from nsa_kernels_triton.ops.spread import Spread, spread_of
 from nsa_kernels_triton.tiles import LOG2_E, count_tiles, evenly, pieces, power_of_two
 
-CELL = 32  # queries whose choice of a block is the bits of one int32
-PARTS = 1 << 30  # bytes for the parts of dq, about; those of a cell and a head may exceed it
-SUMS = 1 << 30  # bytes for dk and dv in fp32; those of a head may exceed it
-MARKS = 256 << 20  # bytes for the marks of a chunk; those of a cell may exceed it
+PARTS = 5 << 28  # bytes for the parts of dq, about; those of a cell and a head may exceed it
+SUMS = 1 << 30  # bytes for sums in fp32, about; those of a head, and what several items share in a cell, may exceed it
 
 
 @torch.library.custom_op("nsa_kernels_triton::selected_attention_backward", mutates_args=())
@@ -44,9 +45,9 @@ def selected_attention_backward(
     spread = Spread() if deterministic else spread_of(call.indices, block_size)
     config = launch("selected_attention_backward", q.device, spread=spread.percent, **call.case)
     if not config["parts"]:
-        case = launch("selected_attention_dq", q.device, spread=spread.percent, **call.case)
-        dq_by_query(call, case, grad_out, lse_2, delta, dq)
-    _by_block(call, config, (grad_out, lse_2, delta), (dq, dk, dv))
+        dq_config = launch("selected_attention_dq", q.device, spread=spread.percent, **call.case)
+        dq_by_query(call, dq_config, grad_out, lse_2, delta, dq)
+    _BlockGradients(call, config, (grad_out, lse_2, delta), (dq, dk, dv)).run()
     return dq, dk, dv
 
 
@@ -73,193 +74,130 @@ def _gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _by_block(
-    call: SelectedCall, config: Launch, rows: tuple[Tensor, Tensor, Tensor], gradients: tuple[Tensor, Tensor, Tensor]
-) -> None:
-    """All of it in chunks of queries, some kv heads at a time."""
-    dq, dk, dv = gradients
-    keys = min(config["keys"], call.block_size)
-    subs = call.block_size // keys
-    cells = count_tiles(call.total_q, call.batch_size, CELL)
-    num_blocks = count_tiles(call.total_k, call.batch_size, call.block_size)
-    cell_parts = CELL * call.group_size * call.num_slots * subs * call.head_dim * call.q.element_size()
-    cell_parts *= config["parts"]
-    chunk = evenly(
-        cells,
-        min(
-            config["chunk_rows"] // (CELL * call.group_size) + 1,  # 2^n queries may be one cell more than 2^n / CELL
-            PARTS // max(1, cell_parts),
-            MARKS // (8 * num_blocks),
-        ),
-    )
-    sums = 4 * call.total_k * (call.head_dim + call.v_head_dim) if chunk < cells else 1
-    heads = min(PARTS // max(1, chunk * cell_parts), SUMS // sums, MARKS // (8 * chunk * num_blocks))
-    heads = evenly(call.num_kv_heads, heads)
-    turn = _Turn(call, config, keys, chunk, num_blocks, heads, once=chunk == cells)
-    if turn.once:  # then no block that nobody chose is written
-        dk.zero_()
-        dv.zero_()
-    for first in range(0, call.num_kv_heads, heads):
-        many = min(heads, call.num_kv_heads - first)
-        own = slice(first, first + many)
-        if turn.once:
-            turn.run(first, many, 0, cells, rows, dq, dk[:, own], dv[:, own])
-            continue
-        sums_k, sums_v = turn.sums_k[: many * call.total_k], turn.sums_v[: many * call.total_k]
-        sums_k, sums_v = (x.zero_().view(call.total_k, many, -1) for x in (sums_k, sums_v))
-        for cell in range(0, cells, chunk):
-            turn.run(first, many, cell, min(cell + chunk, cells), rows, dq, sums_k, sums_v)
-        torch.mul(sums_k, call.scale / LOG2_E, out=dk[:, own])
-        dv[:, own].copy_(sums_v)
-
-
-class _Turn:
-    """The lists, parts and sums of one chunk of queries and some kv heads, and its launches."""
+class _BlockGradients:
+    """A call's gradients block by block: in chunks of queries, for some kv heads at a time."""
 
     def __init__(
         self,
         call: SelectedCall,
         config: Launch,
-        keys: int,
-        chunk: int,
-        num_blocks: int,
-        heads: int,
-        *,
-        once: bool,
+        rows: tuple[Tensor, Tensor, Tensor],
+        gradients: tuple[Tensor, Tensor, Tensor],
     ) -> None:
-        self.call, self.config, self.keys, self.num_blocks, self.once = call, config, keys, num_blocks, once
-        self.subs = call.block_size // keys
-        self.rows = max(config["rows"], power_of_two(call.group_size))
-        self.queries = self.rows // call.group_size  # of a tile
-        self.piece = config["turns"] * self.queries
-        rows = min(chunk * CELL, call.total_q)
-        listed = rows * call.num_slots
-        chosen = min(num_blocks, listed)  # most different blocks
-        self.tiles = listed // self.queries + chosen
+        self.call, self.config, self.rows, self.gradients = call, config, rows, gradients
+        self.keys = min(config["keys"], call.block_size)
+        self.subs = call.block_size // self.keys
+        self.tile_rows = max(config["rows"], power_of_two(call.group_size))
+        queries = self.tile_rows // call.group_size
+        piece = config["turns"] * queries
+        row_sums = 4 * (call.head_dim + call.v_head_dim)
 
-        def ints(*shape: int) -> Tensor:
-            return call.indices.new_empty(shape)
+        # Bytes for a cell of one head.
+        parts = config["parts"] * CELL * call.group_size * call.num_slots * self.subs * call.head_dim
+        parts *= call.q.element_size()
+        marks = 8 * count_blocks(call)
+        slots = 2 * CELL * call.num_slots * call.block_size * row_sums // piece
+        self.cells = count_tiles(call.total_q, call.batch_size, CELL)
+        wanted = config["chunk_rows"] // (CELL * call.group_size) + 1  # 2^n queries may take a cell more than 2^n / CELL
+        fitting = PARTS // max(1, parts), MARKS // marks, SUMS // max(1, slots)
+        self.chunk = chunk = evenly(self.cells, min(wanted, MOST_CELLS, *fitting))
+        self.once = chunk == self.cells
+        sums = chunk * slots + (0 if self.once else row_sums * call.total_k)
+        fitting = PARTS // max(1, chunk * parts), MARKS // (chunk * marks), SUMS // max(1, sums)
+        self.heads = evenly(call.num_kv_heads, min(fitting))
 
         def floats(*shape: int) -> Tensor:
             return call.q.new_empty(shape, dtype=torch.float32)
 
-        self.marks = ints(heads * chunk * num_blocks * 2)
-        self.counts, self.starts, self.slots = (ints(heads, num_blocks) for _ in range(3))
-        self.chosen = ints(rows, call.num_kv_heads)
-        self.places = ints(rows, call.num_kv_heads, call.num_slots)
-        self.items = ints(heads, listed // self.piece + chosen, 4)
-        self.num_items, self.taken = ints(heads), ints(1)
-        self.listed = ints(heads, self.tiles * self.queries)
-        self.most_slots = 2 * listed // self.piece
-        self.slots_dk = floats(heads * self.most_slots * call.block_size * call.head_dim)
-        self.slots_dv = floats(heads * self.most_slots * call.block_size * call.v_head_dim)
-        self.parts = self.part_tiles = None
+        self.choosers = Choosers(call, chunk, self.heads, queries, piece)
+        shared = self.heads * self.choosers.most_slots * call.block_size
+        self.slots = floats(shared, call.head_dim), floats(shared, call.v_head_dim)
+        self.parts = None
         if config["parts"]:
-            self.parts = call.q.new_empty(heads * self.subs * self.tiles * self.rows, 1, call.head_dim)
-            self.part_tiles = tiles_of(self.parts, self.rows) if config["tma"] else None
-        if not once:
-            self.sums_k = floats(heads * call.total_k, call.head_dim)
-            self.sums_v = floats(heads * call.total_k, call.v_head_dim)
+            part_rows = self.heads * self.subs * self.choosers.tiles * self.tile_rows
+            self.parts = call.q.new_empty(part_rows, call.head_dim)
 
-    def run(
-        self,
-        first_head: int,
-        heads: int,
-        first: int,
-        end: int,
-        rows: tuple[Tensor, Tensor, Tensor],
-        dq: Tensor,
-        sums_k: Tensor,
-        sums_v: Tensor,
-    ) -> None:
-        """Cells `first` to `end` of `heads` kv heads."""
-        from nsa_kernels_triton.kernels.block_gradients import block_gradients_kernel, fold_kernel, sum_parts_kernel
-        from nsa_kernels_triton.kernels.choosers import items_kernel, list_kernel, mark_kernel, rank_kernel
+    def run(self) -> None:
+        """Write dk and dv, and dq if it is summed from parts."""
+        call, (_, dk, dv) = self.call, self.gradients
+        if self.once:  # blocks that nobody chose are not written
+            dk.zero_()
+            dv.zero_()
+        for first in range(0, call.num_kv_heads, self.heads):
+            own = slice(first, min(first + self.heads, call.num_kv_heads))
+            if self.once:
+                self._chunk(own, 0, self.cells, dk[:, own], dv[:, own])
+                continue
+            sums_k, sums_v = (torch.zeros_like(x[:, own], dtype=torch.float32).contiguous() for x in (dk, dv))
+            for cell in range(0, self.cells, self.chunk):
+                self._chunk(own, cell, min(cell + self.chunk, self.cells), sums_k, sums_v)
+            torch.mul(sums_k, call.scale / LOG2_E, out=dk[:, own])
+            dv[:, own].copy_(sums_v)
 
-        call, config, num_blocks, cells = self.call, self.config, self.num_blocks, end - first
-        members = slice(first_head * call.group_size, (first_head + heads) * call.group_size)
-        own = slice(first_head, first_head + heads)
-        marking, ranking, itemizing, folding, adding = (
-            launch(name, call.q.device) for name in ("marking", "ranking", "itemizing", "folding", "adding")
-        )
-        chosen = call.indices[:, own], call.cu_seqlens_q, call.cu_seqlens_k
-        sizes = call.batch_size, call.num_kv_heads, call.num_slots, num_blocks
-        entries = {"BLOCK_SIZE": call.block_size, "CELL": CELL, "SLOTS": power_of_two(call.num_slots)}
-        marks = self.marks[: heads * cells * num_blocks * 2].zero_()
-        mark_kernel[heads, cells](
-            *(*chosen, marks, self.chosen, *sizes, first),
-            **entries,
-            **marking.options,
-        )
-        rank_kernel[-(-num_blocks // ranking["width"]), heads](
-            *(marks, self.counts, num_blocks, cells),
-            WIDTH=ranking["width"],
-            DEPTH=ranking["depth"],
-            **ranking.options,
-        )
-        most_items, most_listed = self.items.shape[1], self.listed.shape[1]
-        items_kernel[(heads,)](
-            *(self.counts, self.starts, self.slots, self.items, self.num_items, num_blocks, most_items),
-            QUERIES=self.queries,
-            PIECE=self.piece,
-            WIDTH=itemizing["width"],
-            **itemizing.options,
-        )
-        list_kernel[heads, cells](
-            *(*chosen, marks, self.starts, self.listed, self.places, *sizes, most_listed, first),
-            **entries,
-            **marking.options,
-        )
-        grad_out, lse_2, delta = (x[:, members] for x in rows)
+    def _chunk(self, own: slice, first: int, end: int, sums_k: Tensor, sums_v: Tensor) -> None:
+        """Cells `first` to `end` of the kv heads `own`: what they add to dk and dv goes to the sums."""
+        from nsa_kernels_triton.kernels.block_gradients import block_gradients_kernel, fold_kernel
+
+        call, config, found = self.call, self.config, self.choosers
+        heads, members = own.stop - own.start, _members(own, call.group_size)
+        found.find(own, first, end)
         q, k, v = call.q[:, members], call.k[:, own], call.v[:, own]
-        dims = dict(zip(("K0", "K1"), pieces(call.head_dim), strict=True)) | {"DIM": call.head_dim}
-        both = dict(zip(("V0", "V1"), pieces(call.v_head_dim), strict=True)) | {"V_DIM": call.v_head_dim} | dims
-        programs = min(most_items * heads * self.subs, num_processors(call.q.device) * config["programs"])
-        described = (None, None)
-        if config["tma"] and self.rows == call.group_size:
-            described = tuple(head_tiles(x, call.group_size) for x in (q, grad_out))
+        grad_out, lse_2, delta = (x[:, members] for x in self.rows)
+        items, listed = found.items.shape[1], found.listed.shape[1]
+        dims = {
+            **dict(zip(("K0", "K1"), pieces(call.head_dim), strict=True)),
+            **dict(zip(("V0", "V1"), pieces(call.v_head_dim), strict=True)),
+            **{"DIM": call.head_dim, "V_DIM": call.v_head_dim},
+            **{"NUM_KV_HEADS": call.num_kv_heads, "BLOCK_SIZE": call.block_size, "ONCE": self.once},
+        }
+        programs = min(items * heads * self.subs, num_processors(call.q.device) * config["programs"])
         block_gradients_kernel[(programs,)](
-            *(q, k, v, grad_out, *described, lse_2, delta, self.items, self.num_items, self.taken.zero_(), self.listed),
-            *(call.cu_seqlens_q, call.cu_seqlens_k, sums_k, sums_v, self.slots_dk, self.slots_dv),
-            *(self.parts, self.part_tiles, call.batch_size, most_items, most_listed, self.most_slots, first, heads),
-            call.scale,
+            *(q, k, v, grad_out, lse_2, delta, found.items, found.num_items, found.taken, found.listed),
+            *(call.cu_seqlens_q, call.cu_seqlens_k, sums_k, sums_v, *self.slots, self.parts),
+            *(call.batch_size, items, listed, found.most_slots, first, heads, call.scale),
             *(x.stride(i) for x in (q, k, v, grad_out) for i in (0, 1)),
-            NUM_KV_HEADS=call.num_kv_heads,
             GROUP_SIZE=call.group_size,
-            BLOCK_SIZE=call.block_size,
             CELL=CELL,
             KEYS=self.keys,
-            ROWS=self.rows,
-            WIDE=self.chosen.shape[0] * max(q.stride(0), grad_out.stride(0)) >= 2**31,
-            ONCE=self.once,
+            ROWS=self.tile_rows,
+            WIDE=found.chosen.shape[0] * max(q.stride(0), grad_out.stride(0)) >= 2**31,
             STAGES=config.num_stages,
-            **both,
+            **dims,
             **config.options,
         )
+        folding = launch("folding", call.q.device)
         fold_keys = min(folding["keys"], call.block_size)
-        fold_kernel[num_blocks, heads, call.block_size // fold_keys](
-            *(self.counts, self.slots, self.slots_dk, self.slots_dv, call.cu_seqlens_k, sums_k, sums_v),
-            *(call.batch_size, num_blocks, self.most_slots, call.scale),
-            PIECE=self.piece,
-            NUM_KV_HEADS=call.num_kv_heads,
-            ONCE=self.once,
-            BLOCK_SIZE=call.block_size,
+        fold_kernel[found.num_blocks, heads, call.block_size // fold_keys](
+            *(found.counts, found.slots, *self.slots, call.cu_seqlens_k, sums_k, sums_v),
+            *(call.batch_size, found.num_blocks, found.most_slots, call.scale),
+            PIECE=found.piece,
             KEYS=fold_keys,
-            **both,
+            **dims,
             **folding.options,
         )
-        if self.parts is None:
-            return
-        sum_parts_kernel[-(-self.chosen.shape[0] * call.group_size // adding["rows"]), heads](
-            *(self.parts, self.places, self.chosen, call.cu_seqlens_q, dq[:, members]),
-            *(call.batch_size, call.num_kv_heads, call.num_slots, first, end, self.tiles, call.scale / LOG2_E),
+        if self.parts is not None:
+            self._sum_parts(self.parts, members, heads, first, end)
+
+    def _sum_parts(self, parts: Tensor, members: slice, heads: int, first: int, end: int) -> None:
+        from nsa_kernels_triton.kernels.block_gradients import sum_parts_kernel
+
+        call, found, adding = self.call, self.choosers, launch("adding", self.call.q.device)
+        sum_parts_kernel[-(-found.chosen.shape[0] * call.group_size // adding["rows"]), heads](
+            *(parts, found.places, found.chosen, call.cu_seqlens_q, self.gradients[0][:, members]),
+            *(call.batch_size, call.num_kv_heads, call.num_slots, first, end, found.tiles, call.scale / LOG2_E),
             GROUP_SIZE=call.group_size,
             SUBS=self.subs,
             CELL=CELL,
-            TILE_QUERIES=self.queries,
-            TILE_ROWS=self.rows,
+            TILE_QUERIES=found.queries,
+            TILE_ROWS=self.tile_rows,
             ROWS=adding["rows"],
+            DIM=call.head_dim,
+            **dict(zip(("K0", "K1"), pieces(call.head_dim), strict=True)),
             STAGES=adding.num_stages,
-            **dims,
             **adding.options,
         )
+
+
+def _members(own: slice, group_size: int) -> slice:
+    """The query heads of some kv heads."""
+    return slice(own.start * group_size, own.stop * group_size)
