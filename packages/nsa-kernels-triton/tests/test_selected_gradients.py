@@ -6,6 +6,7 @@ for a key that nobody chose.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,15 +33,15 @@ pytestmark = [
 BLOCKS = BlockGeometry(kernel_size=8, kernel_stride=4, block_size=32, topk=5)
 RAGGED = [19, 0, 3, 6], [19, 5, 130, 2]  # whole, empty, prefixed, more queries than keys
 LONGER = [35, 0, 3, 6], RAGGED[1]  # queries of two cells, of which the first ones see nothing
-NUMBERS = {"rows": 16, "keys": 16, "chunk_rows": 1 << 20, "programs": 2, "turns": 2, "tma": 0}
+NUMBERS = {"rows": 16, "keys": 16, "chunk_rows": 1 << 20, "programs": 2, "turns": 2}
 ORGANISATIONS = {"by-block": {"parts": 1}, "by-query": {"parts": 0}}
 NAMES = ("dq", "dk", "dv")
 
 
 @contextmanager
-def configured(**numbers: int) -> Iterator[None]:
-    """Small tiles, so that there are several, and these numbers."""
-    dq = {"rows": 16, "keys": 16, "tma": numbers.get("tma", 0)}
+def configured(*, tma: int = 0, **numbers: int) -> Iterator[None]:
+    """Small tiles, so that there are several, and these numbers; `tma` is that of dq by query."""
+    dq = {"rows": 16, "keys": 16, "tma": tma}
     with ExitStack() as stack:
         for name, own in (
             ("selected_attention", {"by_block": 0, "rows": 64, "keys": 64, "tma": 0}),
@@ -125,17 +126,12 @@ def test_any_list_over_a_ragged_batch(heads: int, kv_heads: int) -> None:
     assert_right(make_inputs(layout, heads, kv_heads, (24, 40)), listed(layout, kv_heads, 6), layout)
 
 
-@pytest.mark.parametrize("parts, heads", [(0, (4, 2)), (1, (4, 2)), (0, (16, 1)), (1, (32, 2))], ids=str)
-def test_descriptors(parts: int, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the copy engine could load and store: widths are powers of two. 16 rows are all heads of a group of 16."""
-    made: list[object] = []
-    head_tiles = selected_gradients.head_tiles
-    monkeypatch.setattr(selected_gradients, "head_tiles", lambda *x: made.append(head_tiles(*x)) or made[-1])
+@pytest.mark.parametrize("heads", [(4, 2), (16, 1)], ids=str)
+def test_descriptors(heads: tuple[int, int]) -> None:
+    """Where the copy engine could load k and v: heads side by side, whose width is a power of two."""
     layout = VarlenLayout.from_lengths([17, 9], [40, 30])
-    with configured(parts=parts, tma=1):
+    with configured(parts=0, tma=1):
         assert_right(make_inputs(layout, *heads, (16, 32)), listed(layout, heads[1], 4), layout)
-    assert len(made) == (2 if heads[0] // heads[1] == 16 else 0)
-    assert None not in made
 
 
 @pytest.mark.usefixtures("organisation")
@@ -207,8 +203,7 @@ def test_strided_inputs() -> None:
 
 @pytest.mark.filterwarnings("ignore:All-NaN", "ignore:invalid value")  # numpy's, of the rows that do hold NaN
 @pytest.mark.parametrize("keys", [40, 9])
-@pytest.mark.parametrize("tma", [0, 1])
-@pytest.mark.parametrize("parts", [0, 1])
+@pytest.mark.parametrize("parts, tma", [(0, 0), (0, 1), (1, 0)])
 def test_other_sequences_may_be_nan(parts: int, tma: int, keys: int) -> None:
     """NaN there would show: 0 * NaN is NaN. The last block is not full, and of 9 keys not even a tile."""
     layout = VarlenLayout.from_lengths([2, 10, 3], [keys] * 3)
@@ -249,13 +244,13 @@ def test_chunks(parts: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> N
     inputs = make_inputs(layout, 2 * kv_heads, kv_heads)
     indices = listed(layout, kv_heads, 3)
     turns: list[tuple[int, int]] = []
-    run = selected_gradients._Turn.run
+    run = selected_gradients._BlockGradients._chunk
 
-    def noted(self: object, first_head: int, heads: int, first: int, end: int, *args: object) -> None:
-        turns.append((heads, end - first))
-        run(self, first_head, heads, first, end, *args)
+    def noted(self: object, own: slice, first: int, end: int, *sums: Tensor) -> None:
+        turns.append((own.stop - own.start, end - first))
+        run(self, own, first, end, *sums)
 
-    monkeypatch.setattr(selected_gradients._Turn, "run", noted)
+    monkeypatch.setattr(selected_gradients._BlockGradients, "_chunk", noted)
     cells = layout.total_q // selected_gradients.CELL + len(LONGER[0])
     with configured(parts=parts):
         whole = assert_right(inputs, indices, layout)
@@ -271,7 +266,9 @@ def test_chunks(parts: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> N
         turns.clear()
         assert_right(inputs, indices, layout)
         assert turns == [(kv_heads, 1)] * cells
-        monkeypatch.setattr(selected_gradients, "SUMS", 2 * 4 * layout.total_k * 32)  # of two heads
+    # Those of two heads, and room for what is shared in a cell, little where an item is as long as here.
+    monkeypatch.setattr(selected_gradients, "SUMS", 3 * 4 * layout.total_k * 32 - 1)
+    with configured(parts=parts, chunk_rows=1, turns=64):
         turns.clear()
         assert_right(inputs, indices, layout)
         assert [heads for heads, _ in turns] == ([1] * cells if kv_heads == 1 else [2] * cells + [1] * cells)
@@ -400,7 +397,10 @@ def test_a_rule_by_spread_is_obeyed_unless_results_must_repeat(monkeypatch: pyte
     monkeypatch.setattr(configurations, "table", lambda name: table)
     taken: list[int] = []
     monkeypatch.setattr(selected_gradients, "dq_by_query", lambda *args: None)
-    monkeypatch.setattr(selected_gradients, "_by_block", lambda call, config, *args: taken.append(config["parts"]))
+    monkeypatch.setattr(
+        *(selected_gradients, "_BlockGradients"),
+        lambda call, config, *args: SimpleNamespace(run=lambda: taken.append(config["parts"])),
+    )
     layout = VarlenLayout.from_lengths([16], [32 * 64])
     *inputs, grad_out = make_inputs(layout)
     indices = torch.arange(4, dtype=torch.int32).expand(16, 2, 4).contiguous()
@@ -418,20 +418,22 @@ def test_the_workspace_is_no_larger_than_it_says(monkeypatch: pytest.MonkeyPatch
     *inputs, grad_out = make_inputs(layout)
     indices = listed(layout, 2, 4)
     cell = 32 * 2 * 4 * 2 * 16 * 4  # bytes of a cell's parts: rows, entries, halves of a block, columns
+    shared = 2 * 32 * 4 * 32 * 32 * 4 // 16  # bytes of sums that items of 16 queries may leave in a cell
     monkeypatch.setattr(selected_gradients, "PARTS", 2 * cell)
-    monkeypatch.setattr(selected_gradients, "SUMS", 100 * 4 * 32)
+    monkeypatch.setattr(selected_gradients, "SUMS", 2 * shared + 100 * 32 * 4)
     monkeypatch.setattr(selected_gradients, "MARKS", 2 * 8 * 4)
-    made: list[selected_gradients._Turn] = []
-    prepare = selected_gradients._Turn.__init__
+    made: list[selected_gradients._BlockGradients] = []
+    prepare = selected_gradients._BlockGradients.__init__
 
-    def noted(self: selected_gradients._Turn, *args: object, **kwargs: object) -> None:
-        prepare(self, *args, **kwargs)
+    def noted(self: selected_gradients._BlockGradients, *args: object) -> None:
+        prepare(self, *args)
         made.append(self)
 
-    monkeypatch.setattr(selected_gradients._Turn, "__init__", noted)
+    monkeypatch.setattr(selected_gradients._BlockGradients, "__init__", noted)
     with configured(parts=1):
         assert_right([*inputs, grad_out], indices, layout)
-    (turn,) = made
-    assert turn.marks.nbytes <= selected_gradients.MARKS
-    assert turn.sums_k.nbytes + turn.sums_v.nbytes <= selected_gradients.SUMS
-    assert 2 * cell <= turn.parts.nbytes <= 2 * cell + 4 * 2 * 16 * 16 * 4
+    (call,) = made
+    assert (call.chunk, call.heads) == (2, 1)
+    assert call.choosers._marks.nbytes == selected_gradients.MARKS
+    assert sum(x.nbytes for x in call.slots) <= 2 * shared
+    assert 2 * cell <= call.parts.nbytes <= 2 * cell + 4 * 2 * 16 * 16 * 4
