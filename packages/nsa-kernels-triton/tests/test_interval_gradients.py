@@ -125,16 +125,18 @@ def test_layouts(branch: str, lengths: tuple[list[int], list[int]], tma: int) ->
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dims"),
+    ("dtype", "heads", "kv_heads", "dims"),
     [
-        (2, 2, (8, 8)),
-        (4, 2, (96, 16)),
-        (3, 1, (16, 72)),
-        (4, 1, (24, 40)),
-        (16, 1, (16, 1)),
+        (torch.float32, 2, 2, (8, 8)),
+        (torch.float32, 4, 2, (96, 16)),
+        (torch.float32, 3, 1, (16, 72)),
+        (torch.float32, 4, 1, (24, 40)),
+        (torch.float32, 16, 1, (16, 1)),
+        (torch.float16, 3, 1, (16, 72)),
+        (torch.float16, 4, 2, (32, 32)),
     ],
+    ids=str,
 )
 def test_heads(branch: str, dtype: torch.dtype, heads: int, kv_heads: int, dims: tuple[int, int]) -> None:
     layout = make_layout(MIXED)
