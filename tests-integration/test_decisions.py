@@ -203,18 +203,18 @@ def test_what_the_design_promises_holds_in_every_case() -> None:
             if case["op"] in SELECTION:
                 assert not taken & set(FA2_BACKENDS), "no FA-2 for selection"
                 forced = case["preset"] == "perf" and case["NSA_TRITON_SEL_FORCE"] == "1"
-                assert ("triton" in taken) == (forced and case["grad"] == "no"), "and it records no gradients yet"
+                assert ("triton" in taken) == forced
             elif case["NSA_FA2"] == "auto":
                 assert not taken & set(FA2_BACKENDS), "opt-in"
 
 
 def test_what_perf_takes() -> None:
     for name in ("A100", "RTX 3090", "H100"):
-        for case, made in cases(machine=name, preset="perf", grad="no"):
+        for case, made in cases(machine=name, preset="perf"):
             long = case["op"] == "compressed_attention" and case["length"] > 16_384
             faster = long and "cudnn" in made.accepted  # measured on the H100
             assert made.backend == ("cudnn" if faster else "triton"), case
-    assert "triton" not in {made.backend for _, made in cases(machine="B200", preset="perf", grad="no")}
+    assert "triton" not in {made.backend for _, made in cases(machine="B200", preset="perf")}
 
 
 @pytest.mark.parametrize("op, least", [("window_attention", 1024), ("compressed_attention", 8192)])

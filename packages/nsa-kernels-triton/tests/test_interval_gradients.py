@@ -43,11 +43,12 @@ def small_tiles() -> Iterator[None]:
         yield
 
 
-def tiles(rows: int, keys: int, programs: int = 1) -> ExitStack:
+def tiles(rows: int, keys: int, programs: int = 1, tma: int = 0) -> ExitStack:
+    """`tma`: dq takes its keys and values through descriptors."""
     stack = ExitStack()
     for branch in BRANCHES:
         stack.enter_context(overridden(branch, rows=64, keys=64, tma=0))
-        stack.enter_context(overridden(f"{branch}_dq", rows=rows, keys=keys))
+        stack.enter_context(overridden(f"{branch}_dq", rows=rows, keys=keys, tma=tma))
         stack.enter_context(overridden(f"{branch}_dkdv", rows=rows, keys=keys, programs=programs))
     return stack
 
@@ -110,11 +111,13 @@ def assert_right(branch: str, inputs: list[Tensor], layout: VarlenLayout, **opti
     return found
 
 
+@pytest.mark.parametrize("tma", [0, 1])
 @pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.parametrize("lengths", LAYOUTS.values(), ids=LAYOUTS)
-def test_layouts(branch: str, lengths: tuple[list[int], list[int]]) -> None:
+def test_layouts(branch: str, lengths: tuple[list[int], list[int]], tma: int) -> None:
     layout = make_layout(lengths)
-    dq, dk, dv = assert_right(branch, make_inputs(branch, layout), layout)
+    with tiles(16, 16, tma=tma):
+        dq, dk, dv = assert_right(branch, make_inputs(branch, layout), layout)
     mask = make_mask(branch, layout)[:, 0]
     assert not dq[~mask.any(1)].any()
     assert not dk[~mask.any(0)].any()
@@ -122,16 +125,18 @@ def test_layouts(branch: str, lengths: tuple[list[int], list[int]]) -> None:
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dims"),
+    ("dtype", "heads", "kv_heads", "dims"),
     [
-        (2, 2, (8, 8)),
-        (4, 2, (96, 16)),
-        (3, 1, (16, 72)),
-        (4, 1, (24, 40)),
-        (16, 1, (16, 1)),
+        (torch.float32, 2, 2, (8, 8)),
+        (torch.float32, 4, 2, (96, 16)),
+        (torch.float32, 3, 1, (16, 72)),
+        (torch.float32, 4, 1, (24, 40)),
+        (torch.float32, 16, 1, (16, 1)),
+        (torch.float16, 3, 1, (16, 72)),
+        (torch.float16, 4, 2, (32, 32)),
     ],
+    ids=str,
 )
 def test_heads(branch: str, dtype: torch.dtype, heads: int, kv_heads: int, dims: tuple[int, int]) -> None:
     layout = make_layout(MIXED)
@@ -141,7 +146,7 @@ def test_heads(branch: str, dtype: torch.dtype, heads: int, kv_heads: int, dims:
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_a_group_of_64(branch: str) -> None:
     layout = make_layout(([4, 2], [30, 2]))
-    with tiles(64, 16):
+    with tiles(16, 16):
         assert_right(branch, make_inputs(branch, layout, heads=64, kv_heads=1, dims=(8, 16)), layout)
 
 
@@ -194,9 +199,9 @@ def test_scale(branch: str) -> None:
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
-@pytest.mark.parametrize(("rows", "keys"), [(16, 16), (64, 64)])
+@pytest.mark.parametrize(("rows", "keys", "tma"), [(16, 16, 0), (64, 64, 0), (16, 16, 1), (16, 64, 1)])
 @pytest.mark.filterwarnings("ignore:All-NaN", "ignore:invalid value")  # numpy's, of the rows that do hold NaN
-def test_other_sequences_may_be_nan(branch: str, rows: int, keys: int) -> None:
+def test_other_sequences_may_be_nan(branch: str, rows: int, keys: int, tma: int) -> None:
     """NaN there would show: 0 * NaN is NaN."""
     layout = make_layout(([9, 0, 20, 9], [40, 40, 70, 40]))
     inputs = make_inputs(branch, layout)
@@ -204,7 +209,7 @@ def test_other_sequences_may_be_nan(branch: str, rows: int, keys: int) -> None:
     own_keys = slice(80, 150)
     if branch == "compressed_attention":
         own_keys = slice(18, 34)  # 9 blocks of 40 tokens, 16 of 70
-    with tiles(rows, keys):
+    with tiles(rows, keys, tma=tma):
         expected = backward(branch, inputs, layout)
         for x, own in zip(inputs, (third, own_keys, own_keys, third), strict=True):
             kept = x[own].clone()
@@ -216,17 +221,19 @@ def test_other_sequences_may_be_nan(branch: str, rows: int, keys: int) -> None:
         assert bool(got[own].any()), name
 
 
+@pytest.mark.parametrize("tma", [0, 1])
 @pytest.mark.parametrize("branch", BRANCHES)
-def test_unseen_keys_may_be_nan(branch: str) -> None:
+def test_unseen_keys_may_be_nan(branch: str, tma: int) -> None:
     """Keys that a prefix has left behind the window, or that lie in sequences without queries."""
     layout = make_layout(([0, 20, 0, 9, 0], [40, 70, 40, 9, 40]))
     inputs = make_inputs(branch, layout)
     unseen = ~make_mask(branch, layout)[:, 0].any(0)
     assert int(unseen.sum()) > 20
-    expected = backward(branch, inputs, layout)
-    inputs[1][unseen] = torch.nan
-    inputs[2][unseen] = torch.nan
-    dq, dk, dv = backward(branch, inputs, layout)
+    with tiles(16, 16, tma=tma):
+        expected = backward(branch, inputs, layout)
+        inputs[1][unseen] = torch.nan
+        inputs[2][unseen] = torch.nan
+        dq, dk, dv = backward(branch, inputs, layout)
     assert torch.equal(dq, expected[0])
     assert torch.equal(dk[~unseen], expected[1][~unseen])
     assert torch.equal(dv[~unseen], expected[2][~unseen])
@@ -315,10 +322,7 @@ def test_operators(branch: str) -> None:
     )
 
 
-@pytest.mark.parametrize("lengths", [([20], [10]), ([10], [30])], ids=str)
-@pytest.mark.parametrize("window", [2**31 - 1, 2**31, 2**40])
-def test_windows_of_any_size(window: int, lengths: tuple[list[int], list[int]]) -> None:
-    """A position before the first key, less the window, must not come out beyond the last."""
+def check_window(window: int, lengths: tuple[list[int], list[int]]) -> None:
     layout = make_layout(lengths)
     blocks = BlockGeometry(window_size=window)
     inputs = make_inputs("window_attention", layout)
@@ -328,3 +332,16 @@ def test_windows_of_any_size(window: int, lengths: tuple[list[int], list[int]]) 
     bounds = gradient_bounds(*inputs, masks.window_mask(layout, blocks)[:, None])
     for name, got, right, bound in zip(NAMES, found, exact, bounds, strict=True):
         assert bool(((got.double() - right).abs() <= bound).all()), name
+
+
+@pytest.mark.parametrize("window", [1, 22, 23, 24])
+def test_where_a_window_ends(window: int) -> None:
+    """8 queries see 16 keys wholly where the last is no nearer than 15 and the first no farther than 22."""
+    check_window(window, ([40], [40]))
+
+
+@pytest.mark.parametrize("lengths", [([20], [10]), ([10], [30])], ids=str)
+@pytest.mark.parametrize("window", [2**31 - 1, 2**31, 2**40])
+def test_windows_of_any_size(window: int, lengths: tuple[list[int], list[int]]) -> None:
+    """A position before the first key, less the window, must not come out beyond the last."""
+    check_window(window, lengths)

@@ -6,6 +6,7 @@ for a key that nobody chose.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from nsa_kernels_triton import configurations
 from nsa_kernels_triton.backend import BACKEND
 from nsa_kernels_triton.contracts import interpreted
 from nsa_kernels_triton.ops import selected_gradients, spread
-from nsa_kernels_triton.ops.selected_call import SelectedCall
 from nsa_varlen import BlockGeometry, VarlenLayout, masks, reference
 from nsa_varlen.testing import (
     assert_within_budget,
@@ -32,15 +32,15 @@ pytestmark = [
 
 BLOCKS = BlockGeometry(kernel_size=8, kernel_stride=4, block_size=32, topk=5)
 RAGGED = [19, 0, 3, 6], [19, 5, 130, 2]  # whole, empty, prefixed, more queries than keys
-LONGER = [35, 0, 3, 6], RAGGED[1]  # queries of two cells, of which the first ones see nothing
+LONGER = [35, 0, 3], [20, 5, 70]  # queries of two cells, of which the first ones see nothing
 NUMBERS = {"rows": 16, "keys": 16, "chunk_rows": 1 << 20, "programs": 2, "turns": 2}
 ORGANISATIONS = {"by-block": {"parts": 1}, "by-query": {"parts": 0}}
 NAMES = ("dq", "dk", "dv")
 
 
 @contextmanager
-def configured(tma: int = 0, **numbers: int) -> Iterator[None]:
-    """Small tiles, so that there are several, and these numbers; `tma` is of dq by query."""
+def configured(*, tma: int = 0, **numbers: int) -> Iterator[None]:
+    """Small tiles, so that there are several, and these numbers; `tma` is that of dq by query."""
     dq = {"rows": 16, "keys": 16, "tma": tma}
     with ExitStack() as stack:
         for name, own in (
@@ -127,16 +127,11 @@ def test_any_list_over_a_ragged_batch(heads: int, kv_heads: int) -> None:
 
 
 @pytest.mark.parametrize("heads", [(4, 2), (16, 1)], ids=str)
-def test_descriptors(heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the copy engine could load: widths are powers of two."""
-    made: list[object] = []
-    kv_tiles = SelectedCall.kv_tiles
-    monkeypatch.setattr(SelectedCall, "kv_tiles", lambda *x: made.extend(kv_tiles(*x)) or made[-2:])
+def test_descriptors(heads: tuple[int, int]) -> None:
+    """Where the copy engine could load k and v: heads side by side, whose width is a power of two."""
     layout = VarlenLayout.from_lengths([17, 9], [40, 30])
     with configured(parts=0, tma=1):
         assert_right(make_inputs(layout, *heads, (16, 32)), listed(layout, heads[1], 4), layout)
-    assert len(made) == 2
-    assert None not in made
 
 
 @pytest.mark.usefixtures("organisation")
@@ -208,8 +203,7 @@ def test_strided_inputs() -> None:
 
 @pytest.mark.filterwarnings("ignore:All-NaN", "ignore:invalid value")  # numpy's, of the rows that do hold NaN
 @pytest.mark.parametrize("keys", [40, 9])
-@pytest.mark.parametrize("tma", [0, 1])
-@pytest.mark.parametrize("parts", [0, 1])
+@pytest.mark.parametrize("parts, tma", [(0, 0), (0, 1), (1, 0)])
 def test_other_sequences_may_be_nan(parts: int, tma: int, keys: int) -> None:
     """NaN there would show: 0 * NaN is NaN. The last block is not full, and of 9 keys not even a tile."""
     layout = VarlenLayout.from_lengths([2, 10, 3], [keys] * 3)
@@ -252,28 +246,28 @@ def test_chunks(parts: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> N
     turns: list[tuple[int, int]] = []
     run = selected_gradients._BlockGradients._chunk
 
-    def noted(self: object, own: slice, first: int, end: int, *args: object) -> None:
+    def noted(self: object, own: slice, first: int, end: int, *sums: Tensor) -> None:
         turns.append((own.stop - own.start, end - first))
-        run(self, own, first, end, *args)
+        run(self, own, first, end, *sums)
 
     monkeypatch.setattr(selected_gradients._BlockGradients, "_chunk", noted)
     cells = layout.total_q // selected_gradients.CELL + len(LONGER[0])
     with configured(parts=parts):
         whole = assert_right(inputs, indices, layout)
         assert turns == [(kv_heads, cells)]
-        for limit in ("PARTS", "MARKS") if parts else ("MARKS",):
-            turns.clear()
-            with monkeypatch.context() as patch:
-                patch.setattr(selected_gradients, limit, 1)
-                found = assert_right(inputs, indices, layout)
-            assert turns == [(1, 1)] * (kv_heads * cells)
-            assert torch.equal(found[0], whole[0])
+        turns.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(selected_gradients, "PARTS" if parts else "MARKS", 1)
+            found = assert_right(inputs, indices, layout)
+        assert turns == [(1, 1)] * (kv_heads * cells)
+        assert torch.equal(found[0], whole[0])
     with configured(parts=parts, chunk_rows=1):
         turns.clear()
         assert_right(inputs, indices, layout)
         assert turns == [(kv_heads, 1)] * cells
-        slots = 2 * 32 * 3 // 16 * 32  # rows: twice a cell's entries, of items of 2 tiles of 8 queries, a block's rows
-        monkeypatch.setattr(selected_gradients, "SUMS", 2 * 4 * (layout.total_k + slots) * 32)  # of two heads
+    # Those of two heads, and room for what is shared in a cell, little where an item is as long as here.
+    monkeypatch.setattr(selected_gradients, "SUMS", 3 * 4 * layout.total_k * 32 - 1)
+    with configured(parts=parts, chunk_rows=1, turns=64):
         turns.clear()
         assert_right(inputs, indices, layout)
         assert [heads for heads, _ in turns] == ([1] * cells if kv_heads == 1 else [2] * cells + [1] * cells)
@@ -357,8 +351,8 @@ def test_the_choice_of_blocks_has_no_gradient() -> None:
 @pytest.mark.parametrize(("parts", "chunk_rows"), [(0, 1), (1, 1), (1, 1 << 20)], ids=str)
 def test_runs_are_equal(parts: int, chunk_rows: int) -> None:
     layout = VarlenLayout.from_lengths(*RAGGED)
-    *inputs, grad_out = make_inputs(layout)
-    indices = listed(layout, 2, 5)
+    *inputs, grad_out = make_inputs(layout, 2, 1)
+    indices = listed(layout, 1, 5)
     leaves = [x.requires_grad_() for x in inputs]
     with configured(parts=parts, turns=1, chunk_rows=chunk_rows):
         out, _ = BACKEND.selected_attention(*leaves, indices, layout, BLOCKS, deterministic=True)
@@ -402,15 +396,10 @@ def test_a_rule_by_spread_is_obeyed_unless_results_must_repeat(monkeypatch: pyte
     monkeypatch.setattr(configurations, "table", lambda name: table)
     taken: list[int] = []
     monkeypatch.setattr(selected_gradients, "dq_by_query", lambda *args: None)
-
-    class Noted:
-        def __init__(self, call: object, config: configurations.Launch, *args: object) -> None:
-            self.parts = config["parts"]
-
-        def run(self) -> None:
-            taken.append(self.parts)
-
-    monkeypatch.setattr(selected_gradients, "_BlockGradients", Noted)
+    monkeypatch.setattr(
+        *(selected_gradients, "_BlockGradients"),
+        lambda call, config, *args: SimpleNamespace(run=lambda: taken.append(config["parts"])),
+    )
     layout = VarlenLayout.from_lengths([16], [32 * 64])
     *inputs, grad_out = make_inputs(layout)
     indices = torch.arange(4, dtype=torch.int32).expand(16, 2, 4).contiguous()
@@ -428,9 +417,9 @@ def test_the_workspace_is_no_larger_than_it_says(monkeypatch: pytest.MonkeyPatch
     *inputs, grad_out = make_inputs(layout)
     indices = listed(layout, 2, 4)
     cell = 32 * 2 * 4 * 2 * 16 * 4  # bytes of a cell's parts: rows, entries, halves of a block, columns
+    shared = 2 * 32 * 4 * 32 * 32 * 4 // 16  # bytes of sums that items of 16 queries may leave in a cell
     monkeypatch.setattr(selected_gradients, "PARTS", 2 * cell)
-    slots = 2 * 64 * 4 // 16 * 32  # rows: twice two cells' entries, of items of 2 tiles of 8 queries, a block's rows
-    monkeypatch.setattr(selected_gradients, "SUMS", (100 + slots) * 4 * 32)
+    monkeypatch.setattr(selected_gradients, "SUMS", 2 * shared + 100 * 32 * 4)
     monkeypatch.setattr(selected_gradients, "MARKS", 2 * 8 * 4)
     made: list[selected_gradients._BlockGradients] = []
     prepare = selected_gradients._BlockGradients.__init__
@@ -442,8 +431,8 @@ def test_the_workspace_is_no_larger_than_it_says(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(selected_gradients._BlockGradients, "__init__", noted)
     with configured(parts=1):
         assert_right([*inputs, grad_out], indices, layout)
-    (run,) = made
-    assert (run.chunk, run.heads) == (2, 1)
-    assert run.choosers._marks.nbytes <= selected_gradients.MARKS
-    assert sum(x.nbytes for x in run.slots) == slots * 4 * 32
-    assert 2 * cell <= run.parts.nbytes <= 2 * cell + 4 * 2 * 16 * 16 * 4
+    (call,) = made
+    assert (call.chunk, call.heads) == (2, 1)
+    assert call.choosers._marks.nbytes == selected_gradients.MARKS
+    assert sum(x.nbytes for x in call.slots) <= 2 * shared
+    assert 2 * cell <= call.parts.nbytes <= 2 * cell + 4 * 2 * 16 * 16 * 4
