@@ -40,11 +40,12 @@ class _Asked:
 class TritonBackend:
     """Every operation as Triton kernels. Arguments, results and errors are those of `nsa_varlen.reference`.
 
-    Inputs are fp16, bf16 or fp32; sums are fp32, products of fp32 inputs IEEE. lse is fp32, [Hq, Tq]. Results are
-    bitwise equal across runs, of `selected_attention` with `deterministic=True`: else it may change its organisation by
-    what it has measured. A value that is not finite may spoil any query of the same tile of the same sequence. No
-    operation waits for the device. Each is an operator of `torch.library` (namespace `nsa_kernels_triton`), which
-    torch.compile takes as it is.
+    Inputs are fp16, bf16 or fp32; sums are fp32, products of fp32 inputs IEEE. lse is fp32, [Hq, Tq], and carries no
+    gradient. Results and gradients are bitwise equal across runs, of `selected_attention` with `deterministic=True`:
+    else it may change its organisation by what it has measured. A value that is not finite may spoil any query, or in
+    the backward any key, of the same tile of the same sequence. No operation waits for the device. Each is an operator
+    of `torch.library` (namespace `nsa_kernels_triton`), which torch.compile takes as it is, and so is its backward,
+    which has no derivative of its own.
 
     Raises (every operation):
         TypeError, ValueError: as the reference; ValueError also for what the kernels do not do, in the words of
