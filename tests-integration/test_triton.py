@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import nsa_kernels_triton
 import pytest
 import torch
-from nsa import ops
+from nsa import NSAAttention, NSAConfig, ops
 from nsa_kernels_triton import configurations
 from nsa_kernels_triton.contracts import interpreted
 from nsa_routing import OPS
@@ -190,3 +190,26 @@ def test_what_a_request_cannot_have_is_said(layer: dict[str, str], flags: Callab
     x = torch.randn(40, 2, 16, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="takes float16, bfloat16 and float32, not float64"):
         ops.compress_mean(x, layout, BlockGeometry(), backend="triton")
+
+
+def test_the_layer_learns_as_on_sdpa(flags: Callable) -> None:
+    """Gradients of every parameter and of x, over a ragged batch, on the scale of the largest of each tensor.
+
+    fp32 kernels may be off by FP32 on the scale of their results; a parameter's gradient passes through five of them.
+    """
+    torch.manual_seed(0)
+    sizes = {"kernel_size": 8, "kernel_stride": 4, "block_size": 32, "window_size": 10}
+    places = {"topk": 2, "init_blocks": 0, "local_blocks": 1}
+    layer = NSAAttention(NSAConfig(hidden_size=32, num_heads=2, num_kv_heads=1, head_dim=16, **sizes, **places))
+    layout = VarlenLayout.from_lengths([100, 0, 20])
+    x, grad_out = torch.randn(120, 32), torch.randn(120, 32)
+
+    def gradients(backend: str) -> dict[str, torch.Tensor]:
+        flags(BACKEND=backend)
+        leaf = x.clone().requires_grad_()
+        named = {"x": leaf} | dict(layer.named_parameters())
+        return dict(zip(named, torch.autograd.grad(layer(leaf, layout=layout), named.values(), grad_out), strict=True))
+
+    found, expected = (gradients(backend) for backend in ("triton", "sdpa"))
+    for name, right in expected.items():
+        assert (found[name] - right).abs().max() <= 5 * FP32 * right.abs().max(), name

@@ -2,6 +2,7 @@
 
 import mmap
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -62,3 +63,32 @@ def test_heads_far_apart(op: str, group: int) -> None:
 
     with configurations.overridden("selected_attention", **ORGANISATIONS.get(op, {})):
         assert torch.equal(run(*map(far, inputs[:3])), run(*inputs[:3]))
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("op", ["compress_mean", "window", "compressed", "dq by parts", "dq by query", "combine"])
+def test_gradients_of_heads_far_apart(op: str, group: int) -> None:
+    q, k, v, _ = random_inputs(LAYOUT, heads=3, kv_heads=3 // group, head_dim=16, dtype=torch.float16)
+    rows = slice(0, LAYOUT.compressed(BLOCKS).total)
+    indices = torch.zeros(8, 3 // group, 1, dtype=torch.int32)
+    gates = torch.ones(8, 3, 3, dtype=torch.float16)
+    args = LAYOUT, BLOCKS
+    given, run = {
+        "compress_mean": ([k], lambda k: BACKEND.compress_mean(k, *args)),
+        "window": ([q, k, v], lambda q, k, v: BACKEND.window_attention(q, k, v, *args)[0]),
+        "compressed": ([q, k[rows], v[rows]], lambda q, k, v: BACKEND.compressed_attention(q, k, v, *args)[0]),
+        "combine": ([q, q + 1, q - 1], lambda *outs: BACKEND.combine(gates, *outs)),
+    }.get(op, ([q, k, v], lambda q, k, v: BACKEND.selected_attention(q, k, v, indices, *args, deterministic=True)[0]))
+    small = {"rows": 16, "keys": 16, "chunk_rows": 96, "programs": 2, "turns": 2, "parts": int(op == "dq by parts")}
+
+    def gradients(place: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        leaves = [place(x).requires_grad_() for x in given]
+        out = run(*leaves)
+        grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out.dtype)
+        return torch.autograd.grad(out, leaves, place(grad_out))
+
+    with (
+        configurations.overridden("selected_attention_backward", **small),
+        configurations.overridden("selected_attention_dq", rows=16, keys=16, tma=0),
+    ):
+        assert all(map(torch.equal, gradients(far), gradients(torch.clone)))

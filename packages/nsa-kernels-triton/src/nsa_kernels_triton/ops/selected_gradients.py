@@ -160,7 +160,9 @@ class _BlockGradients:
             CELL=CELL,
             KEYS=self.keys,
             ROWS=self.tile_rows,
-            WIDE=found.chosen.shape[0] * max(q.stride(0), grad_out.stride(0)) >= 2**31,
+            WIDE=any(
+                found.chosen.shape[0] * x.stride(0) + call.group_size * x.stride(1) >= 2**31 for x in (q, grad_out)
+            ),
             STAGES=config.num_stages,
             **dims,
             **config.options,
