@@ -239,6 +239,7 @@ def test_moved_choices_allow_more_but_no_wrong_gradient(use: Callable, wrong: Ca
         assert first_difference(moved) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
 def test_triton_learns_the_same_in_the_interpreter(flags: Callable) -> None:
     expected(FEW)

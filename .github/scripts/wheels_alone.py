@@ -192,6 +192,8 @@ def try_alone(package: Package, packages: dict[str, Package], base: Path, work: 
         "-q",
         "-n",
         "auto",
+        "--dist",
+        "worksteal",
         "-m",
         "not slow and not once",
         f"--junitxml={report}",
