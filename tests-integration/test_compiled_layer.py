@@ -91,7 +91,7 @@ ONE_GRAPH = [("opaque", name, check) for name in VARIANTS for check in ("flag", 
 ONE_GRAPH += [("triton", "mean", "flag")]  # interpreted kernels are slow, and the rest of the graph is the same
 
 
-@pytest.fixture(params=["opaque", "triton"])
+@pytest.fixture(params=["opaque", pytest.param("triton", marks=pytest.mark.slow)])
 def backend(request: pytest.FixtureRequest, install: Callable, opaque: type, flags: Callable) -> str:
     """A backend of operators, obeyed in every operation."""
     if request.param == "triton" and not interpreted():
@@ -189,7 +189,9 @@ def test_a_compiled_checkpoint_selects_once(
 
 
 @pytest.mark.parametrize(
-    "backend, region", [("opaque", torch.bfloat16), ("triton", torch.float16)], indirect=["backend"]
+    "backend, region",
+    [("opaque", torch.bfloat16), pytest.param("triton", torch.float16, marks=pytest.mark.slow)],
+    indirect=["backend"],
 )
 @pytest.mark.parametrize("where", ["inside", "around"])
 def test_autocast_and_one_graph_go_together(where: str, region: torch.dtype, backend: str) -> None:

@@ -91,7 +91,7 @@ def test_groups(heads: int, kv_heads: int, dtype: torch.dtype, ties: bool) -> No
 
 
 @pytest.mark.parametrize("keys", [32, 64])
-@pytest.mark.parametrize("group", [1, 2, 4])
+@pytest.mark.parametrize("group", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_pairs_of_blocks_in_fp32(group: int, keys: int) -> None:
     """The kernel for small groups, which fp32 inputs do not take by themselves, and over more than one tile."""
     with overridden("block_scores", keys=keys, columns=128):
