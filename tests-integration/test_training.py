@@ -216,7 +216,7 @@ def test_rounding_otherwise_is_no_difference(use: Callable, wide: Any) -> None:
     assert {*BRANCHES, "select_blocks", "combine"} <= set(wide.ran)
 
 
-@pytest.mark.parametrize("run", [EARLY, FEW], ids=["early", "few"])
+@pytest.mark.parametrize("run", [EARLY, pytest.param(FEW, marks=pytest.mark.slow)], ids=["early", "few"])
 @pytest.mark.parametrize("op", BRANCHES)
 @pytest.mark.parametrize("argument, factor", [("q", 0.0), ("k", 0.0), ("v", 0.0), ("v", 0.99)])
 def test_a_wrong_gradient_is_a_difference(

@@ -51,7 +51,7 @@ def check(layout: VarlenLayout, heads: int, kv_heads: int, dims: tuple[int, int]
 
 
 @pytest.mark.usefixtures("organisation")
-@pytest.mark.parametrize("heads, kv_heads", [(4, 2), (2, 2), (3, 1), (16, 1)])
+@pytest.mark.parametrize("heads, kv_heads", [(4, 2), (2, 2), (3, 1), pytest.param(16, 1, marks=pytest.mark.slow)])
 def test_any_list_over_a_ragged_batch(heads: int, kv_heads: int) -> None:
     check(VarlenLayout.from_lengths(*RAGGED), heads, kv_heads, (24, 40), entries=6)
 

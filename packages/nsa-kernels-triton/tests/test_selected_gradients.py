@@ -120,7 +120,9 @@ def assert_right(
 
 
 @pytest.mark.usefixtures("organisation")
-@pytest.mark.parametrize("heads, kv_heads", [(4, 2), (2, 2), (3, 1), (4, 1), (16, 1)])
+@pytest.mark.parametrize(
+    "heads, kv_heads", [(4, 2), (2, 2), (3, 1), pytest.param(4, 1, marks=pytest.mark.slow), (16, 1)]
+)
 def test_any_list_over_a_ragged_batch(heads: int, kv_heads: int) -> None:
     layout = VarlenLayout.from_lengths(*RAGGED)
     assert_right(make_inputs(layout, heads, kv_heads, (24, 40)), listed(layout, kv_heads, 6), layout)

@@ -114,13 +114,16 @@ def test_whole_prefill() -> None:
 
 
 @pytest.mark.parametrize("ties", [False, True], ids=["margin", "ties"])
-@pytest.mark.parametrize("topk, init", [(16, 1), (35, 1), (40, 0), (66, 1)])
+@pytest.mark.parametrize("topk, init", [(16, 1), pytest.param(35, 1, marks=pytest.mark.slow), (40, 0), (66, 1)])
 def test_many_candidates(topk: int, init: int, ties: bool) -> None:
     check(LONG, geometry(stride=32, topk=topk, init=init), ties=ties, heads=1, kv_heads=1, head_dim=8)
 
 
 @pytest.mark.parametrize("ties", [False, True], ids=["margin", "ties"])
-@pytest.mark.parametrize("topk, init, length", [(16, 1, 300), (5, 0, 300), (40, 1, 300), (140, 1, 600)])
+@pytest.mark.parametrize(
+    "topk, init, length",
+    [(16, 1, 300), pytest.param(5, 0, 300, marks=pytest.mark.slow), (40, 1, 300), (140, 1, 600)],
+)
 def test_tournament(topk: int, init: int, length: int, ties: bool) -> None:
     """Rows of more than a span: two levels for 16, three for 40, longer spans for 140."""
     with overridden("topk", span=128):
@@ -149,7 +152,9 @@ def test_levels_halve_at_least() -> None:
 
 @pytest.mark.parametrize("bound", [1, 20_000])
 @pytest.mark.parametrize(
-    "lengths", [([150], [170]), ([150], [100]), ([40, 0, 30], [100, 0, 200])], ids=["one", "less", "more"]
+    "lengths",
+    [([150], [170]), pytest.param(([150], [100]), marks=pytest.mark.slow), ([40, 0, 30], [100, 0, 200])],
+    ids=["one", "less", "more"],
 )
 def test_chunks(lengths: tuple[list[int], list[int]], bound: int) -> None:
     with patch.object(selection, "SCORE_BYTES", bound), overridden("topk", rows=2):
