@@ -10,9 +10,8 @@ import triton
 import triton.language as tl
 
 from nsa_kernels_triton.kernels.gradients import LN_2, add_tile, no_sums
-from nsa_kernels_triton.kernels.inverting import chunk_start
 from nsa_kernels_triton.kernels.pieces import load_piece, logits, store_piece
-from nsa_kernels_triton.kernels.tiles import anew, find_tile, key_rows
+from nsa_kernels_triton.kernels.tiles import anew, chunk_start, find_tile, key_rows
 
 
 @triton.jit(do_not_specialize=["batch_size", "most_items", "most_listed", "most_slots", "first_cell", "num_heads"])

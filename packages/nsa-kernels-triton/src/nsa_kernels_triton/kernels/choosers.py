@@ -10,9 +10,8 @@ Blocks of all sequences are numbered like tiles: block j of sequence b is cu_seq
 import triton
 import triton.language as tl
 
-from nsa_kernels_triton.kernels.inverting import chunk_start
 from nsa_kernels_triton.kernels.sharing import chosen_blocks, named_before
-from nsa_kernels_triton.kernels.tiles import find_tile, key_rows
+from nsa_kernels_triton.kernels.tiles import chunk_start, find_tile, key_rows
 from nsa_kernels_triton.kernels.topk import popcount
 
 

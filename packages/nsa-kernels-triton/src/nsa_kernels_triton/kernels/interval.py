@@ -74,23 +74,12 @@ def interval_attention_kernel(
 
         # A row sees keys [start, stop), counted from packed row key_first; the tile's rows see any_start..any_stop
         # together, and each of them all_start..all_stop, which may be nothing.
-        key_first, _, shift = key_rows(CU_SEQLENS_Q, CU_SEQLENS_K, sequence)
-        position = (first + shift - key_first).to(tl.int32)
-        last = position + (tl.minimum(end - first, ROWS // GROUP) - 1).to(tl.int32)
+        key_first, start, stop, any_start, any_stop, all_start, all_stop = interval_of(
+            *(CU_SEQLENS_Q, CU_SEQLENS_K, CU_COMPRESSED, sequence, first, end, query, window_size),
+            *(KERNEL_SIZE, KERNEL_STRIDE, ROWS // GROUP),
+        )
         if CU_COMPRESSED is not None:
-            key_first = tl.load(CU_COMPRESSED + sequence).to(tl.int64)
             start = None
-            stop = num_compressed(position + query, KERNEL_SIZE, KERNEL_STRIDE)
-            any_start, all_start = 0, 0
-            all_stop = num_compressed(position, KERNEL_SIZE, KERNEL_STRIDE)
-            any_stop = num_compressed(last, KERNEL_SIZE, KERNEL_STRIDE)
-        else:
-            start = position + 1 - window_size + query
-            stop = position + 1 + query
-            any_start = tl.maximum(position + 1 - window_size, 0)
-            all_start = tl.maximum(last + 1 - window_size, 0)
-            all_stop = tl.maximum(position + 1, 0)
-            any_stop = tl.maximum(last + 1, 0)
         K += kv_head * k_head
         V += kv_head * v_head
 
@@ -111,7 +100,7 @@ def interval_attention_kernel(
             v_rows = V + packed * v_row + near * v_row
             s = logits(q0, q1, load_piece(k_rows, None, 0, K0, DIM), load_piece(k_rows, None, K0, K1, DIM))
             if (tile_start < all_start) | (tile_start + NEAR > all_stop):
-                s = hide(s, key + tile_start, start, stop)
+                s = hide(s, key + tile_start, start, stop, float("-inf"))
             v0 = load_piece(v_rows, None, 0, V0, V_DIM)
             v1 = load_piece(v_rows, None, V0, V1, V_DIM)
             top, total, acc0, acc1 = update(s, scale, top, total, acc0, acc1, v0, v1)
@@ -122,7 +111,7 @@ def interval_attention_kernel(
                 packed = (key_first + begin).to(tl.int32)
                 s = logits(q0, None, K_TILES.load([packed, (kv_head * DIM).to(tl.int32)]), None)
                 if (begin < all_start) | (tile_start + KEYS > all_stop):
-                    s = hide(s, key + begin, start, stop)
+                    s = hide(s, key + begin, start, stop, float("-inf"))
                     s = tl.where((key + begin >= tile_start)[None, :], s, float("-inf"))
                 v0 = V_TILES.load([packed, (kv_head * V_DIM).to(tl.int32)])
                 top, total, acc0, acc1 = update(s, scale, top, total, acc0, acc1, v0, None)
@@ -140,15 +129,53 @@ def interval_attention_kernel(
 
 
 @triton.jit
+def interval_of(
+    CU_SEQLENS_Q,
+    CU_SEQLENS_K,
+    CU_COMPRESSED,
+    sequence,
+    first,
+    end,
+    query,
+    window_size,
+    KERNEL_SIZE: tl.constexpr,
+    KERNEL_STRIDE: tl.constexpr,
+    QUERIES: tl.constexpr,
+):
+    """(key_first, start, stop, any_start, any_stop, all_start, all_stop) of a tile's rows: queries `first` + `query`.
+
+    Of compressed blocks every row's first is 0, and `start` says nothing: Triton 3.6 has no None among several results.
+    """
+    key_first, _, shift = key_rows(CU_SEQLENS_Q, CU_SEQLENS_K, sequence)
+    position = (first + shift - key_first).to(tl.int32)
+    last = position + (tl.minimum(end - first, QUERIES) - 1).to(tl.int32)
+    if CU_COMPRESSED is not None:
+        key_first = tl.load(CU_COMPRESSED + sequence).to(tl.int64)
+        stop = num_compressed(position + query, KERNEL_SIZE, KERNEL_STRIDE)
+        start = stop
+        any_start, all_start = 0, 0
+        all_stop = num_compressed(position, KERNEL_SIZE, KERNEL_STRIDE)
+        any_stop = num_compressed(last, KERNEL_SIZE, KERNEL_STRIDE)
+    else:
+        start = position + 1 - window_size + query
+        stop = position + 1 + query
+        any_start = tl.maximum(position + 1 - window_size, 0)
+        all_start = tl.maximum(last + 1 - window_size, 0)
+        all_stop = tl.maximum(position + 1, 0)
+        any_stop = tl.maximum(last + 1, 0)
+    return key_first, start, stop, any_start, any_stop, all_start, all_stop
+
+
+@triton.jit
 def num_compressed(position, KERNEL_SIZE: tl.constexpr, KERNEL_STRIDE: tl.constexpr):
     """Compressed blocks that end at or before a position, which may be negative."""
     return tl.maximum(position + (1 + KERNEL_STRIDE - KERNEL_SIZE), 0) // KERNEL_STRIDE
 
 
 @triton.jit
-def hide(s, key, start, stop):
-    """`s` [rows, keys], -inf where a row does not see a key: outside [start, stop); a `start` of None hides nothing."""
+def hide(x, key, start, stop, hidden):
+    """`x` [rows, keys], `hidden` where a row does not see a key: outside [start, stop); no start hides none before."""
     seen = key[None, :] < stop[:, None]
     if start is not None:
         seen &= key[None, :] >= start[:, None]
-    return tl.where(seen, s, float("-inf"))
+    return tl.where(seen, x, hidden)

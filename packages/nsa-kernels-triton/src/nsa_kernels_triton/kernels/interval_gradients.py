@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from nsa_kernels_triton.kernels.gradients import LN_2, add_tile, no_sums
-from nsa_kernels_triton.kernels.interval import num_compressed
+from nsa_kernels_triton.kernels.interval import hide, interval_of, num_compressed
 from nsa_kernels_triton.kernels.pieces import load_piece, logits, store_piece
 from nsa_kernels_triton.kernels.tiles import anew, find_tile, key_rows
 
@@ -76,23 +76,12 @@ def interval_dq_kernel(
         lse = tl.load(LSE_2 + stats, mask=there, other=float("inf"))
         delta = tl.load(DELTA + stats, mask=there, other=0.0)
 
-        key_first, _, shift = key_rows(CU_SEQLENS_Q, CU_SEQLENS_K, sequence)
-        position = (first + shift - key_first).to(tl.int32)
-        last = position + (tl.minimum(end - first, ROWS // GROUP) - 1).to(tl.int32)
+        key_first, start, stop, any_start, any_stop, all_start, all_stop = interval_of(
+            *(CU_SEQLENS_Q, CU_SEQLENS_K, CU_COMPRESSED, sequence, first, end, query, window_size),
+            *(KERNEL_SIZE, KERNEL_STRIDE, ROWS // GROUP),
+        )
         if CU_COMPRESSED is not None:
-            key_first = tl.load(CU_COMPRESSED + sequence).to(tl.int64)
             start = None
-            stop = num_compressed(position + query, KERNEL_SIZE, KERNEL_STRIDE)
-            any_start, all_start = 0, 0
-            all_stop = num_compressed(position, KERNEL_SIZE, KERNEL_STRIDE)
-            any_stop = num_compressed(last, KERNEL_SIZE, KERNEL_STRIDE)
-        else:
-            start = position + 1 - window_size + query
-            stop = position + 1 + query
-            any_start = tl.maximum(position + 1 - window_size, 0)
-            all_start = tl.maximum(last + 1 - window_size, 0)
-            all_stop = tl.maximum(position + 1, 0)
-            any_stop = tl.maximum(last + 1, 0)
         K += kv_head * k_head
         V += kv_head * v_head
         acc0 = tl.zeros([ROWS, K0], tl.float32)
@@ -113,7 +102,7 @@ def interval_dq_kernel(
             k1 = load_piece(k_rows, None, K0, K1, DIM)
             p = tl.exp2(logits(q0, q1, k0, k1) * scale - lse[:, None])
             if (tile_start < all_start) | (tile_start + NEAR > all_stop):
-                p = clear(p, key + tile_start, start, stop)
+                p = hide(p, key + tile_start, start, stop, 0.0)
             dp = logits(do0, do1, load_piece(v_rows, None, 0, V0, V_DIM), load_piece(v_rows, None, V0, V1, V_DIM))
             ds = (p * (dp - delta[:, None])).to(k0.dtype)
             acc0 = tl.dot(ds, k0, acc0, input_precision="ieee")
@@ -127,7 +116,7 @@ def interval_dq_kernel(
                 k0 = K_TILES.load([packed, (kv_head * DIM).to(tl.int32)])
                 p = tl.exp2(logits(q0, None, k0, None) * scale - lse[:, None])
                 if (begin < all_start) | (tile_start + KEYS > all_stop):
-                    p = clear(p, key + begin, start, stop)
+                    p = hide(p, key + begin, start, stop, 0.0)
                     p = tl.where((key + begin >= tile_start)[None, :], p, 0.0)
                 v0 = V_TILES.load([packed, (kv_head * V_DIM).to(tl.int32)])
                 ds = (p * (logits(do0, None, v0, None) - delta[:, None])).to(k0.dtype)
@@ -140,15 +129,6 @@ def interval_dq_kernel(
         store_piece(outs, acc0 * (scale * LN_2), there, 0, K0, DIM)
         if K1 > 0:
             store_piece(outs, acc1 * (scale * LN_2), there, K0, K1, DIM)
-
-
-@triton.jit
-def clear(p, key, start, stop):
-    """`p` [rows, keys], 0 where a row does not see a key: outside [start, stop); a `start` of None hides nothing."""
-    seen = key[None, :] < stop[:, None]
-    if start is not None:
-        seen &= key[None, :] >= start[:, None]
-    return tl.where(seen, p, 0.0)
 
 
 @triton.jit(do_not_specialize=["batch_size", "window_size", "splits", "split_elements_k", "split_elements_v"])

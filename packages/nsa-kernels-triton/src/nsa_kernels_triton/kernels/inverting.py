@@ -12,19 +12,12 @@ import triton
 import triton.language as tl
 
 from nsa_kernels_triton.kernels.sharing import chosen_blocks, named_before
-from nsa_kernels_triton.kernels.tiles import find_tile, key_rows
+from nsa_kernels_triton.kernels.tiles import chunk_start, find_tile, key_rows
 
 CHOSE_OWN = tl.constexpr(1)
 CHOSE_PREVIOUS = tl.constexpr(2)
 CHOSE_FIRST = tl.constexpr(4)
 FAR_SHIFT = tl.constexpr(3)  # above these bits: how many other blocks the query chose
-
-
-@triton.jit
-def chunk_start(CU_SEQLENS_Q, first_tile, batch_size, QUERIES: tl.constexpr):
-    """First packed query row of a chunk of tiles that begins with tile `first_tile`."""
-    _, first, end = find_tile(CU_SEQLENS_Q, first_tile, batch_size, QUERIES)
-    return tl.minimum(first, end)  # of a number without rows: where the next sequence begins
 
 
 @triton.jit

@@ -3,9 +3,10 @@
 import triton
 import triton.language as tl
 
-from nsa_kernels_triton.kernels.inverting import FAR_SHIFT, chunk_start
+from nsa_kernels_triton.kernels.inverting import FAR_SHIFT
 from nsa_kernels_triton.kernels.pieces import load_piece, store_piece
 from nsa_kernels_triton.kernels.softmax import empty, finish
+from nsa_kernels_triton.kernels.tiles import chunk_start
 
 
 @triton.jit(do_not_specialize=["batch_size", "total_q", "first_tile", "end_tile", "first_head", "head_parts"])

@@ -8,10 +8,10 @@ with n filed blocks has parts 0 to n, the last of them the near one. `kernels.me
 import triton
 import triton.language as tl
 
-from nsa_kernels_triton.kernels.inverting import CHOSE_FIRST, CHOSE_OWN, CHOSE_PREVIOUS, FAR_SHIFT, chunk_start
+from nsa_kernels_triton.kernels.inverting import CHOSE_FIRST, CHOSE_OWN, CHOSE_PREVIOUS, FAR_SHIFT
 from nsa_kernels_triton.kernels.pieces import load_piece, logits, store_piece
 from nsa_kernels_triton.kernels.softmax import empty, mean, update
-from nsa_kernels_triton.kernels.tiles import anew, find_tile, key_rows
+from nsa_kernels_triton.kernels.tiles import anew, chunk_start, find_tile, key_rows
 
 
 @triton.jit(

@@ -24,6 +24,13 @@ def find_tile(CU_SEQLENS, tile, batch_size, SIZE: tl.constexpr):
 
 
 @triton.jit
+def chunk_start(CU_SEQLENS_Q, first_tile, batch_size, QUERIES: tl.constexpr):
+    """First packed query row of a chunk of tiles that begins with tile `first_tile`."""
+    _, first, end = find_tile(CU_SEQLENS_Q, first_tile, batch_size, QUERIES)
+    return tl.minimum(first, end)  # of a number without rows: where the next sequence begins
+
+
+@triton.jit
 def key_rows(CU_SEQLENS_Q, CU_SEQLENS_K, sequence):
     """(first, end, shift) of a sequence's keys among the packed ones: query row r sits on key row r + shift. int64."""
     first = tl.load(CU_SEQLENS_K + sequence).to(tl.int64)

@@ -51,8 +51,8 @@ def window_attention(
     See `TritonBackend.window_attention`.
     """
     sizes = {"KERNEL_SIZE": 1, "KERNEL_STRIDE": 1}
-    window_size = min(window_size, max(1, k.shape[0]))  # int32, whatever is asked for
-    return _attend("window_attention", q, k, v, (cu_seqlens_q, cu_seqlens_k, None), window_size, scale, sizes)
+    offsets = cu_seqlens_q, cu_seqlens_k, None
+    return _attend("window_attention", q, k, v, offsets, _within(window_size, k), scale, sizes)
 
 
 @compressed_attention.register_fake
@@ -92,19 +92,21 @@ def _keep_compressed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
 def _keep_window(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, *offsets, window_size, scale = inputs
     keep(ctx, (q, k, v), output, *offsets, None)
-    ctx.rest = 1, 1, min(window_size, max(1, k.shape[0])), scale
+    ctx.rest = 1, 1, _within(window_size, k), scale
 
 
-def _backward_compressed(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *interval_attention_backward(grad_out, *ctx.saved_tensors, *ctx.rest), *[None] * 6
+def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    found = interval_attention_backward(grad_out, *ctx.saved_tensors, *ctx.rest)
+    return *found, *[None] * (len(ctx.needs_input_grad) - len(found))
 
 
-def _backward_window(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *interval_attention_backward(grad_out, *ctx.saved_tensors, *ctx.rest), *[None] * 4
+compressed_attention.register_autograd(_backward, setup_context=_keep_compressed)
+window_attention.register_autograd(_backward, setup_context=_keep_window)
 
 
-compressed_attention.register_autograd(_backward_compressed, setup_context=_keep_compressed)
-window_attention.register_autograd(_backward_window, setup_context=_keep_window)
+def _within(window_size: int, k: Tensor) -> int:
+    """A window of all keys in place of a larger one: it fits int32."""
+    return min(window_size, max(1, k.shape[0]))
 
 
 def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from nsa_kernels_triton.configurations import launch
 from nsa_kernels_triton.ops.descriptors import kv_tiles
-from nsa_kernels_triton.ops.gradients import row_statistics
+from nsa_kernels_triton.ops.gradients import row_statistics, unwritten
 from nsa_kernels_triton.ops.launching import num_processors, on_device, rows
 from nsa_kernels_triton.tiles import LOG2_E, count_tiles, pieces, power_of_two, row_bytes
 
@@ -34,7 +34,7 @@ def interval_attention_backward(
 
     name = "window_attention" if cu_compressed is None else "compressed_attention"
     q, k, v, grad_out = rows(q), rows(k), rows(v), rows(grad_out)
-    dq, dk, dv = _gradients(q, k, v)
+    dq, dk, dv = unwritten(q, k, v)
     if not q.numel() or not k.numel():
         return dq.zero_(), dk.zero_(), dv.zero_()
     total_q, num_heads, head_dim = q.shape
@@ -106,12 +106,7 @@ def _(
     window_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients(q, k, v)
-
-
-def _gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv), not yet written."""
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return unwritten(q, k, v)
 
 
 def _splits(q: Tensor, k: Tensor, v: Tensor, compressed: bool, programs: int, wanted: int) -> int:

@@ -16,6 +16,11 @@ def keep(ctx: Any, qkv: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Ten
     ctx.save_for_backward(*qkv, out, lse, *others)
 
 
+def unwritten(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv), contiguous, not yet written."""
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
 def row_statistics(out: Tensor, grad_out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """(delta, lse to base 2), fp32 [Tq, Hq]: see `kernels.gradients.delta_kernel`."""
     from nsa_kernels_triton.kernels.gradients import delta_kernel

@@ -9,8 +9,8 @@ from torch import Tensor
 from nsa_kernels_triton.configurations import Launch, launch
 from nsa_kernels_triton.ops.by_query import dq_by_query
 from nsa_kernels_triton.ops.choosers import CELL, MARKS, MOST_CELLS, Choosers, count_blocks
-from nsa_kernels_triton.ops.gradients import row_statistics
-from nsa_kernels_triton.ops.launching import num_processors, on_device
+from nsa_kernels_triton.ops.gradients import row_statistics, unwritten
+from nsa_kernels_triton.ops.launching import num_processors, on_device, rows
 from nsa_kernels_triton.ops.selected_call import SelectedCall
 from nsa_kernels_triton.ops.spread import Spread, spread_of
 from nsa_kernels_triton.tiles import LOG2_E, count_tiles, evenly, pieces, power_of_two
@@ -37,10 +37,10 @@ def selected_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of `selected_attention`. Bitwise repeatable; keys that nobody chose get zeros."""
     call = SelectedCall(q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k, block_size, scale)
-    dq, dk, dv = _gradients(q, k, v)
+    dq, dk, dv = unwritten(q, k, v)
     if not q.numel() or not k.numel() or call.num_slots == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
+    grad_out = rows(grad_out)
     delta, lse_2 = row_statistics(out, grad_out, lse)
     spread = Spread() if deterministic else spread_of(call.indices, block_size)
     config = launch("selected_attention_backward", q.device, spread=spread.percent, **call.case)
@@ -66,12 +66,7 @@ def _(
     scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients(q, k, v)
-
-
-def _gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv), not yet written."""
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return unwritten(q, k, v)
 
 
 class _BlockGradients:
