@@ -4,8 +4,11 @@ Random inputs: neighbouring queries are independent, so they choose unrelated bl
 average of the last `SMOOTHED` of a random walk's steps, so neighbours choose much the same.
 """
 
+import argparse
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +21,19 @@ SHAPES = {"g16": (64, 4), "g4": (32, 8), "g1": (16, 16)}  # query heads, kv head
 DIM, DTYPE = 128, torch.bfloat16
 SMOOTHED = 1024
 FLOPS, BANDWIDTH = 692e12, 3.0e12  # a second: bf16 matrix products, bytes copied, as an H100 reached them
+
+
+def asked(about: str, tokens: list[int]) -> argparse.Namespace:
+    """The command line of a script that runs these shapes, by default at `tokens`; it ends without a CUDA device."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--out", type=Path, help="CSV file to write")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--tokens", nargs="+", type=int, default=tokens)
+    parser.add_argument("--repeats", type=int, default=11)
+    given = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("needs a CUDA device")
+    return given
 
 
 def normal(*shape: int, seed: int) -> Tensor:

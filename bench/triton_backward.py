@@ -20,18 +20,15 @@ once, over 3.0 TB/s: rates that an H100 reached. `peak_mib` is what one backward
 the gradients that it returns included.
 """
 
-import argparse
 import os
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("NSA_PRESET", "perf")
 
 import torch
-from cases import BLOCKS, DENSE, DIM, DTYPE, SHAPES, Inputs, floor_ms, gradients, normal, sizes
+from cases import BLOCKS, DENSE, DIM, DTYPE, Inputs, asked, floor_ms, gradients, normal, sizes
 from nsa import nsa_attention, ops
 from nsa_fa2 import CUDNN, FA2, FA2_TORCH
 from nsa_kernels_triton import BACKEND
@@ -220,14 +217,7 @@ def measured(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="the Triton backward beside dense attention")
-    parser.add_argument("--out", type=Path, help="CSV file to write")
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
-    parser.add_argument("--tokens", nargs="+", type=int, default=[16_384, 32_768, 65_536])
-    parser.add_argument("--repeats", type=int, default=11)
-    given = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("needs a CUDA device")
+    given = asked("the Triton backward beside dense attention", [16_384, 32_768, 65_536])
     import triton
 
     versions = [f"torch {torch.__version__}", f"triton {triton.__version__}"]

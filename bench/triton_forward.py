@@ -13,16 +13,13 @@ are written over, which empties the L2 cache and hides the launches. `floor_ms` 
 TFLOP/s and bytes, each tensor once, over 3.0 TB/s: rates that this kind of GPU reached.
 """
 
-import argparse
 import os
-import sys
 from functools import partial
-from pathlib import Path
 
 os.environ.setdefault("NSA_PRESET", "perf")
 
 import torch
-from cases import BLOCKS, DENSE, SHAPES, Inputs, floor_ms, sizes
+from cases import BLOCKS, DENSE, Inputs, asked, floor_ms, sizes
 from nsa import nsa_attention, ops
 from nsa_fa2 import CUDNN
 from nsa_kernels_triton import BACKEND
@@ -133,14 +130,7 @@ def measured(row: str, shape: str, tokens: int, inputs: str, union8: float, runs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="the Triton forward beside dense attention")
-    parser.add_argument("--out", type=Path, help="CSV file to write")
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
-    parser.add_argument("--tokens", nargs="+", type=int, default=[8_192, 16_384, 65_536])
-    parser.add_argument("--repeats", type=int, default=11)
-    given = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("needs a CUDA device")
+    given = asked("the Triton forward beside dense attention", [8_192, 16_384, 65_536])
     import triton
 
     versions = f"torch {torch.__version__}", f"triton {triton.__version__}", f"cuDNN {torch.backends.cudnn.version()}"
