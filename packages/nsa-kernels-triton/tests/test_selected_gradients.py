@@ -275,6 +275,14 @@ def test_chunks(parts: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> N
         assert [heads for heads, _ in turns] == ([1] * cells if kv_heads == 1 else [2] * cells + [1] * cells)
 
 
+def test_ranks_go_on_from_segment_to_segment() -> None:
+    """Of one cell each, and of four blocks at a time: queries of every segment chose the same ones."""
+    layout = VarlenLayout.from_lengths([100], [130])
+    indices = torch.tensor([1, 0], dtype=torch.int32).expand(100, 1, 2).contiguous()
+    with configured(parts=1), configurations.overridden("ranking", depth=1, width=4):
+        assert_right(make_inputs(layout, 2, 1), indices, layout)
+
+
 @pytest.mark.parametrize("chunk_rows", [1, 1 << 20], ids=["chunks", "whole"])
 @pytest.mark.parametrize("turns", [1, 50])
 def test_blocks_that_many_chose(turns: int, chunk_rows: int) -> None:
