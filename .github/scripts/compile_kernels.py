@@ -37,6 +37,7 @@ import torch
 import triton
 from nsa_kernels_triton import backend, configurations, contracts, kernels
 from nsa_varlen import BlockGeometry, VarlenLayout
+from nsa_varlen.testing import gradients
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -225,21 +226,18 @@ def calls(case: Case, batch: Batch) -> dict[str, Callable[[], object]]:
         "window_attention": lambda: run.window_attention(q, k, v, layout, blocks),
         "combine": lambda: run.combine(gates, out, out, out),
     }
+    qkv = [q, k, v]
     return forward | {
-        "compress_mean backward": lambda: backward(run.compress_mean, [k], layout, blocks),
-        "compressed_attention backward": lambda: backward(run.compressed_attention, [q, k_cmp, v_cmp], layout, blocks),
-        "selected_attention backward": lambda: backward(run.selected_attention, [q, k, v], listed, layout, blocks),
-        "window_attention backward": lambda: backward(run.window_attention, [q, k, v], layout, blocks),
-        "combine backward": lambda: backward(run.combine, [gates, out, out, out]),
+        "compress_mean backward": lambda: gradients(lambda x: run.compress_mean(x, layout, blocks), [k], k_cmp),
+        "compressed_attention backward": lambda: gradients(
+            lambda *x: run.compressed_attention(*x, layout, blocks), [q, k_cmp, v_cmp], out
+        ),
+        "selected_attention backward": lambda: gradients(
+            lambda *x: run.selected_attention(*x, listed, layout, blocks), qkv, out
+        ),
+        "window_attention backward": lambda: gradients(lambda *x: run.window_attention(*x, layout, blocks), qkv, out),
+        "combine backward": lambda: gradients(run.combine, [gates, out, out, out], out),
     }
-
-
-def backward(op: Callable[..., Any], inputs: list[torch.Tensor], *rest: object) -> tuple[torch.Tensor, ...]:
-    """The gradients of an operation's inputs."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    made = op(*leaves, *rest)
-    out = made[0] if isinstance(made, tuple) else made
-    return torch.autograd.grad(out, leaves, torch.zeros_like(out))
 
 
 def record(cases: list[tuple[Case, int]]) -> tuple[Recorder, list[str]]:
