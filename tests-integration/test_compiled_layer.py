@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
     pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),  # advice, not taken: fp32 is compared
 ]
 
 
@@ -212,3 +213,25 @@ def test_autocast_and_one_graph_go_together(where: str, region: torch.dtype, bac
     assert [y.dtype for y in got] == [y.dtype for y in expected] == [region, *[torch.float32] * (len(expected) - 1)]
     # A sum in another order may round to the neighbour, and the backward's few products carry that on.
     assert_close(got, expected, 4 * torch.finfo(region).eps)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_a_layer_on_a_gpu_is_one_graph_of_its_kernels(packed: bool, dtype: torch.dtype, flags: Callable) -> None:
+    """What TorchInductor generates around the Triton kernels, and what it keeps for their backward."""
+    flags(BACKEND="triton")
+    torch.manual_seed(0)
+    blocks = {"kernel_size": 16, "kernel_stride": 8, "block_size": 32, "topk": 16, "window_size": 32}  # all blocks
+    layer = NSAAttention(NSAConfig(128, num_heads=8, num_kv_heads=2, head_dim=64, **blocks)).to("cuda", dtype)
+    x, layout = torch.randn(2, 300, 128, device="cuda", dtype=dtype), None
+    if packed:
+        x, layout = x.flatten(0, 1), VarlenLayout.from_lengths([90, 510], device="cuda")
+        layout.compressed(layer.config.blocks)
+    got = gradients(torch.compile(layer, fullgraph=True), layer, x, layout)
+    expected = gradients(layer, layer, x, layout)
+    assert all(y.isfinite().all() for y in got)
+    # A fused chain rounds once where single operations round each: some roundings of a chain of ten or so.
+    assert_close(got, expected, 16 * torch.finfo(dtype).eps)
+    assert poll() == frozenset()

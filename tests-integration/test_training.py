@@ -38,7 +38,7 @@ class Run(NamedTuple):
 EARLY = Run(steps=12, batch=4, length=128)
 LONG = Run(steps=300, batch=4, length=128)
 FEW = Run(steps=2, batch=1, length=72, learning_rate=1e-2)  # for the interpreter: 10 s a step
-ON_GPU = Run(steps=300, batch=1, length=2048, hidden=128, device="cuda", moved=1)
+ON_GPU = Run(steps=300, batch=1, length=1024, hidden=128, device="cuda", moved=1)
 
 BRANCHES = ("compressed_attention", "selected_attention", "window_attention")
 FACTOR = 4

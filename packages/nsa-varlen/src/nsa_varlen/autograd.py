@@ -12,6 +12,22 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def in_autocast(kind: str) -> bool:
+    """Whether this is an autocast region of a kind of device; of one that knows none, such as "meta", it never is.
+
+    Example:
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16):
+        ...     in_autocast("cpu"), in_autocast("meta")
+        (True, False)
+    """
+    return _knows_autocast(kind) and torch.is_autocast_enabled(kind)
+
+
+@torch.compiler.assume_constant_result  # Dynamo of torch 2.11 does not trace the question
+def _knows_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
+
+
 def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
     """Run `function` with autocast off on the device of its first tensor.
 
@@ -21,7 +37,7 @@ def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         device = next(x.device.type for x in args if isinstance(x, Tensor))
-        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        if not in_autocast(device):
             return function(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from nsa_varlen.autograd import in_autocast
 from torch import Tensor
 
 
@@ -14,10 +15,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
         ...     autocast_dtype(torch.device("cpu"))
         torch.bfloat16
     """
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return None
+    return torch.get_autocast_dtype(device.type) if in_autocast(device.type) else None
 
 
 def autocast(*values: Any) -> tuple[Any, ...]:
