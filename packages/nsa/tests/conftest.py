@@ -39,7 +39,7 @@ VARIANTS = [
     {"v_head_dim": None, "num_kv_heads": 4},
     {"num_kv_heads": 1, "bias": True},
 ]
-
+WINDOW_KEPT = SIZES["window_size"] - 1 + 8  # rows that a cache keeps at least: a window, and the default rollback
 
 # What backend sdpa may do to a score in fp64: it reads an LSE rounded to fp32 (|lse| < 16, so a relative error of
 # 16 * 2^-24 in each probability) and ranks scores rounded to fp32. Scores are at most G * l / d = 4.
@@ -104,9 +104,8 @@ def make_cache() -> Callable[..., NSACache]:
     def make(config: NSAConfig, batch_size: int = 1, max_tokens: int = 128, **options: object) -> NSACache:
         options = {"page_size": 16, "dtype": torch.float64} | options
         cache = NSACache(config, batch_size, max_tokens, **options)
-        for stream in (cache.cmp, cache.slc, cache.win):
-            stream.k_pages.fill_(torch.nan)
-            stream.v_pages.fill_(torch.nan)
+        cache.pool.k_pages.fill_(torch.nan)
+        cache.pool.v_pages.fill_(torch.nan)
         return cache
 
     return make
@@ -154,7 +153,9 @@ def certify() -> Callable[[NSAAttention, Tensor, VarlenLayout], Tensor]:
 
 @pytest.fixture(scope="session")
 def contents() -> Callable[[NSACache], list[dict[str, Tensor]]]:
-    """What a cache holds, sequence by sequence: rows of every stream and the raw tokens that wait."""
+    """What a cache holds, sequence by sequence: rows of every stream (of the window the last `WINDOW_KEPT`) and the raw
+    tokens that wait.
+    """
 
     def read(cache: NSACache) -> list[dict[str, Tensor]]:
         blocks, found = cache.config.blocks, []
@@ -163,12 +164,13 @@ def contents() -> Callable[[NSACache], list[dict[str, Tensor]]]:
             counts = {"cmp": blocks.num_compressed(length), "slc": length, "win": length}
             lengths = torch.tensor(cache.lengths, dtype=torch.int32)
             for name, count in counts.items():
-                where = torch.full((count,), sequence), torch.arange(count)
+                first = max(0, length - WINDOW_KEPT) if name == "win" else 0
+                position = torch.arange(first, count)
+                where = torch.full_like(position, sequence), position
                 keys, values = getattr(cache, name).views(lengths)
                 rows[f"k_{name}"], rows[f"v_{name}"] = keys.rows(*where), values.rows(*where)
-            waiting = length - counts["cmp"] * blocks.kernel_stride
-            rows["pending_k"] = cache.pending_k[sequence, :waiting].clone()
-            rows["pending_v"] = cache.pending_v[sequence, :waiting].clone()
+            waiting = torch.arange(counts["cmp"] * blocks.kernel_stride, length)
+            rows["k_raw"], rows["v_raw"] = cache.tail.read(torch.full_like(waiting, sequence), waiting)
             found.append(rows)
         return found
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from nsa import NSAAttention, NSACache, NSAConfig, nsa_attention, ops
+from nsa import NSAAttention, NSACache, NSAConfig, PagePool, nsa_attention, ops
 from nsa_varlen import BlockGeometry, PagedKV, VarlenLayout
 from torch import Tensor
 
@@ -275,10 +275,9 @@ def test_layer(call: dict, error: Any, message: str, make_layer: Callable) -> No
 
 
 def state(cache: NSACache) -> list[Any]:
-    streams = [getattr(stream, part) for stream in (cache.cmp, cache.slc, cache.win) for part in vars(stream)]
-    return [x.clone() if isinstance(x, Tensor) else repr(x) for x in [*streams, cache.pending_k, cache.pending_v]] + [
-        cache.lengths
-    ]
+    parts = (cache.pool, cache.tail, cache.cmp, cache.slc, cache.win)
+    held = [value for part in parts for value in vars(part).values() if not isinstance(value, PagePool)]
+    return [x.clone() if isinstance(x, Tensor) else repr(x) for x in [*held, cache.device_lengths]] + [cache.lengths]
 
 
 def assert_untouched(cache: NSACache, before: list[Any]) -> None:

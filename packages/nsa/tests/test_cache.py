@@ -10,20 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nsa import NSACache, NSAConfig
-from nsa.cache import CacheStep
+from nsa.cache_step import CacheStep
 from nsa_varlen import BlockGeometry, VarlenLayout
 from torch import Tensor
 
 BLOCKS = BlockGeometry(kernel_size=8, kernel_stride=4, block_size=16)  # as `make_config` has them
+WINDOW_KEPT = 12 - 1 + 8  # rows of the window that `contents` reads
 
 
 def tensors(cache: NSACache) -> dict[str, Tensor]:
     """Every tensor of a cache by a name for it."""
-    found = {"pending_k": cache.pending_k, "pending_v": cache.pending_v}
-    for name in ("cmp", "slc", "win"):
-        stream = getattr(cache, name)
-        found |= {f"{name}.k": stream.k_pages, f"{name}.v": stream.v_pages, f"{name}.table": stream.block_table}
-    return found
+    found = {"raw.k": cache.tail.k, "raw.v": cache.tail.v, "lengths": cache.device_lengths}
+    found |= {"pool.k": cache.pool.k_pages, "pool.v": cache.pool.v_pages}
+    return found | {f"{name}.table": getattr(cache, name).block_table for name in ("cmp", "slc", "win")}
 
 
 def snapshot(cache: NSACache) -> tuple[tuple[int, ...], dict[str, Tensor]]:
@@ -97,7 +96,8 @@ def test_defaults_are_those_of_torch(config: NSAConfig) -> None:
         cache = NSACache(config, 1, 64)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert {x.dtype for name, x in tensors(cache).items() if "table" not in name} == {cache.dtype} == {torch.float64}
+    floats = {x.dtype for x in tensors(cache).values() if x.is_floating_point()}
+    assert floats == {cache.dtype} == {torch.float64}
     assert NSACache(config, 1, 64, device="meta").device.type == "meta"
 
 
@@ -107,7 +107,8 @@ def test_a_page_is_taken_when_a_row_needs_it(config: NSAConfig, make_cache: Call
         with cache.extend([1]) as step:
             append(step, *rows(1, config))
         raw, blocks = -(-token // 16), config.blocks.num_compressed(token)
-        assert pages_in_use(cache) == {"cmp": -(-blocks // 16), "slc": raw, "win": raw}
+        behind = max(0, token - WINDOW_KEPT) // 16
+        assert pages_in_use(cache) == {"cmp": -(-blocks // 16), "slc": raw, "win": raw - behind}
 
 
 def test_streams_hold_what_was_written(cache: NSACache, config: NSAConfig, contents: Callable) -> None:
@@ -116,13 +117,13 @@ def test_streams_hold_what_was_written(cache: NSACache, config: NSAConfig, conte
         held = contents(cache)[sequence]
         assert torch.equal(held["k_slc"], k[part])
         assert torch.equal(held["v_slc"], v[part])
-        assert torch.equal(held["k_win"], 2 * k[part])
+        assert torch.equal(held["k_win"], 2 * k[part][-WINDOW_KEPT:])
         blocks = config.blocks.num_compressed(part.stop - part.start)
         expected = [k[part][4 * i : 4 * i + 8].mean(0) for i in range(blocks)]
         assert len(held["k_cmp"]) == len(expected)
         assert all(torch.equal(row, mean) for row, mean in zip(held["k_cmp"], expected, strict=True))
-        assert torch.equal(held["pending_k"], k[part][4 * blocks :])
-        assert torch.equal(held["pending_v"], v[part][4 * blocks :])
+        assert torch.equal(held["k_raw"], k[part][4 * blocks :])
+        assert torch.equal(held["v_raw"], v[part][4 * blocks :])
 
 
 def test_what_a_step_says(cache: NSACache, config: NSAConfig) -> None:
@@ -257,7 +258,8 @@ def test_reserved_pages_serve_later_steps(cache: NSACache, config: NSAConfig) ->
         with cache.extend([1, 1]) as step:
             append(step, *rows(2, config))
         for name, table in tables.items():
-            assert torch.equal(tensors(cache)[name], table)
+            now = tensors(cache)[name]
+            assert torch.equal(now.where(now >= 0, table), table)  # none taken; those behind the window are returned
 
 
 @pytest.mark.parametrize("tokens, error", [(35, ValueError), (-1, ValueError), (1.5, TypeError)])
@@ -281,16 +283,14 @@ def test_reset_forgets_and_frees(cache: NSACache, config: NSAConfig, make_cache:
 
 
 def test_pages_are_taken_again_and_nothing_grows(cache: NSACache, config: NSAConfig) -> None:
-    places = {name: (x.data_ptr(), x.shape) for name, x in tensors(cache).items() if "pending" not in name}
-    shapes = cache.pending_k.shape, cache.pending_v.shape
+    places = {name: (x.data_ptr(), x.shape) for name, x in tensors(cache).items()}
     for _ in range(5):
         cache.reset()
         for new in ([40, 1], [24, 63]):
             with cache.extend(new) as step:
                 append(step, *rows(sum(new), config))
-    assert {name: (x.data_ptr(), x.shape) for name, x in tensors(cache).items() if "pending" not in name} == places
-    assert (cache.pending_k.shape, cache.pending_v.shape) == shapes
-    assert pages_in_use(cache) == {"cmp": 2, "slc": 8, "win": 8}
+    assert {name: (x.data_ptr(), x.shape) for name, x in tensors(cache).items()} == places
+    assert pages_in_use(cache) == {"cmp": 2, "slc": 8, "win": 4}
 
 
 @settings(max_examples=25, deadline=None)
@@ -335,13 +335,12 @@ def test_any_history_holds_the_tokens_of_its_steps(
     assert cache.lengths == tuple(len(k) for k, _ in tokens)
     for held, (k, v) in zip(contents(cache), tokens, strict=True):
         assert torch.equal(held["k_slc"], k)
-        assert torch.equal(held["v_win"], 2 * v)
+        assert torch.equal(held["v_win"], 2 * v[-WINDOW_KEPT:])
         means = [k[4 * i : 4 * i + 8].mean(0) for i in range(config.blocks.num_compressed(len(k)))]
         assert all(torch.equal(row, mean) for row, mean in zip(held["k_cmp"], means, strict=True))
-    for name in ("cmp", "slc", "win"):
-        stream = getattr(cache, name)
-        taken = stream.block_table[stream.block_table >= 0].tolist()
-        assert sorted(taken + stream._free) == list(range(len(stream.k_pages)))
+    tables = [getattr(cache, name).block_table for name in ("cmp", "slc", "win")]
+    taken = torch.cat([table[table >= 0] for table in tables]).tolist()
+    assert len(set(taken)) == len(taken) == cache.pool.num_pages - cache.pool.num_free
 
 
 @pytest.mark.parametrize(
@@ -441,7 +440,7 @@ def test_compression_runs_if_a_block_completes(
     expected = torch.cat([old[:30], k[: new[0]]]), torch.cat([old[30:], k[new[0] :]])
     for held, tokens in zip(contents(cache), expected, strict=True):
         blocks = config.blocks.num_compressed(len(tokens))
-        assert torch.equal(held["pending_k"], tokens[4 * blocks :])
+        assert torch.equal(held["k_raw"], tokens[4 * blocks :])
 
 
 def test_one_step_at_a_time(cache: NSACache, config: NSAConfig) -> None:
@@ -459,7 +458,7 @@ def test_one_step_at_a_time(cache: NSACache, config: NSAConfig) -> None:
 
 def test_no_reset_inside_a_step(cache: NSACache, config: NSAConfig) -> None:
     lengths = cache.lengths
-    with pytest.raises(RuntimeError, match="cache: expected no open step to reset"), cache.extend([1] * len(lengths)):
+    with pytest.raises(RuntimeError, match="cache: expected no open step, got one"), cache.extend([1] * len(lengths)):
         cache.reset()
     assert cache.lengths == lengths
 

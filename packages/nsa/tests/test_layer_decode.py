@@ -16,6 +16,7 @@ from nsa import NSAAttention, NSACache, ops
 from nsa_varlen import VarlenLayout
 from torch import Tensor
 
+WINDOW_KEPT = 12 - 1 + 8  # rows of the window that `contents` reads
 LENGTHS = (73, 9, 40)  # past the first choice of blocks, past the first compressed block, within the window's reach
 FP64 = {"rtol": 0, "atol": 1e-12}  # as in test_layer.py: tilings differ, so sums are ordered differently
 
@@ -55,9 +56,9 @@ def whole(layer: NSAAttention, certify: Callable) -> tuple[list[Tensor], list[di
     split = {name: x.split(counts if "cmp" in name else LENGTHS) for name, x in (rows | raw).items()}
     held = []
     for sequence, count in enumerate(counts):
-        held.append({name: split[name][sequence] for name in rows})
+        held.append({name: split[name][sequence][-WINDOW_KEPT if "win" in name else 0 :] for name in rows})
         for name in "kv":
-            held[-1][f"pending_{name}"] = split[name][sequence][count * blocks.kernel_stride :]
+            held[-1][f"{name}_raw"] = split[name][sequence][count * blocks.kernel_stride :]
     return list(out), held
 
 
@@ -82,7 +83,7 @@ def test_prefill_in_one_step(
     cache = make_cache(layer.config, 3)
     if layer.config.rope_cmp == "before":
         # Its compressions see rotated keys; what waits is not rotated yet.
-        held = [{name: x for name, x in rows.items() if name != "pending_k"} for rows in held]
+        held = [{name: x for name, x in rows.items() if name != "k_raw"} for rows in held]
     assert_same(feed(layer, cache, sequences(), [LENGTHS]), out)
     assert cache.lengths == LENGTHS
     found = contents(cache)

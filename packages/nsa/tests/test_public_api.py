@@ -9,7 +9,7 @@ from importlib.metadata import version
 import nsa
 import nsa.reads
 import pytest
-from nsa import NSAAttention, NSAAux, NSACache, NSAConfig, nsa_attention, ops
+from nsa import NSAAttention, NSAAux, NSACache, NSAConfig, PagePool, nsa_attention, ops
 
 
 def signature(function: object) -> str:
@@ -20,10 +20,14 @@ def signature(function: object) -> str:
 
 def test_names() -> None:
     assert sorted(nsa.__all__) == [
+        "CacheFull",
         "NSAAttention",
         "NSAAux",
         "NSACache",
         "NSAConfig",
+        "PagePool",
+        "SequenceState",
+        "SharedPrefix",
         "__version__",
         "nsa_attention",
         "ops",
@@ -62,10 +66,24 @@ def test_names() -> None:
         (nsa.reuse_block_indices, "()"),
         (NSAAttention, "(config)"),
         (NSAAttention.forward, "(self, x, *, layout=None, padding_mask=None, cache=None)"),
-        (NSACache, "(config, batch_size, max_tokens, *, page_size=64, device=None, dtype=None)"),
+        (
+            NSACache,
+            "(config, batch_size, max_tokens, *, page_size=64, rollback=8, pool=None, device=None, dtype=None)",
+        ),
         (NSACache.extend, "(self, lengths)"),
         (NSACache.reserve, "(self, tokens)"),
+        (NSACache.truncate, "(self, sequence, length)"),
+        (NSACache.free, "(self, sequence)"),
+        (NSACache.share, "(self, sequence, length=None)"),
+        (NSACache.adopt, "(self, sequence, prefix)"),
+        (NSACache.fork, "(self, source, target, length=None)"),
+        (NSACache.export, "(self, sequence)"),
+        (NSACache.restore, "(self, sequence, state)"),
         (NSACache.reset, "(self)"),
+        (NSACache.pages_for, "(self, tokens, chunk=1)"),
+        (NSACache.shortest, "(self, sequence)"),
+        (PagePool, "(num_pages, page_size, num_heads, dims, *, device=None, dtype=None)"),
+        (PagePool.for_config, "(config, num_pages, *, page_size=64, device=None, dtype=None)"),
         (nsa.reads.count_reads, "(block_indices, layout, blocks)"),
         (nsa.reads.reads_when_selected, "(length, blocks)"),
     ],

@@ -11,6 +11,10 @@ from torch.autograd.function import once_differentiable
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# Asked here, once: the compiler of torch 2.11 does not trace the question.
+_KINDS = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "privateuseone")
+_KNOWING = frozenset(kind for kind in _KINDS if torch.amp.is_autocast_available(kind))
+
 
 def in_autocast(kind: str) -> bool:
     """Whether this is an autocast region of a kind of device; of one that knows none, such as "meta", it never is.
@@ -20,12 +24,7 @@ def in_autocast(kind: str) -> bool:
         ...     in_autocast("cpu"), in_autocast("meta")
         (True, False)
     """
-    return _knows_autocast(kind) and torch.is_autocast_enabled(kind)
-
-
-@torch.compiler.assume_constant_result  # Dynamo of torch 2.11 does not trace the question
-def _knows_autocast(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind)
+    return kind in _KNOWING and torch.is_autocast_enabled(kind)
 
 
 def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:

@@ -3,16 +3,21 @@
 from nsa import ops
 from nsa.__about__ import __version__
 from nsa.attention import NSAAux, nsa_attention
-from nsa.cache import NSACache
+from nsa.cache import NSACache, SequenceState, SharedPrefix
 from nsa.checkpointing import reuse_block_indices
 from nsa.config import NSAConfig
 from nsa.layer import NSAAttention
+from nsa.pages import CacheFull, PagePool
 
 __all__ = [
+    "CacheFull",
     "NSAAttention",
     "NSAAux",
     "NSACache",
     "NSAConfig",
+    "PagePool",
+    "SequenceState",
+    "SharedPrefix",
     "__version__",
     "nsa_attention",
     "ops",

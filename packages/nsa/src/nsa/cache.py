@@ -1,52 +1,62 @@
-"""Keys and values of one layer while its sequences grow: prefill, chunked prefill and decode."""
+"""Keys and values of one layer while its sequences grow, shrink, split, join and leave."""
 
-from collections.abc import Callable, Sequence
-from functools import cached_property
-from types import TracebackType
-from typing import Self
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from nsa_varlen import PagedKV, VarlenLayout
 from nsa_varlen.arguments import FLOATS
+from nsa_varlen.keeping import outside_inference
+from nsa_varlen.transfer import to_device
 from torch import Tensor
 
-from nsa._pages import PagedStream
+from nsa.cache_step import CacheStep
 from nsa.config import NSAConfig
-
-Compress = Callable[[Tensor, Tensor, Tensor, VarlenLayout, Tensor], tuple[Tensor, Tensor]]
+from nsa.pages import PagedStream, PagePool
+from nsa.raw_tail import RawTail
+from nsa.sizes import check_size
 
 
 class NSACache:
-    """Three paged streams of a layer: compressed blocks, selected keys, window keys; and the raw tokens of the block
-    that is not complete yet.
+    """Three paged streams of a layer, and the raw tokens that compressed blocks still to come are made of.
 
     ```
-    raw cmp tokens  ... [ pending: at most l - 1 ]   a block is emitted when its last token arrives
-    cmp stream      one row per complete block
-    slc, win        one row per token (one shared stream with `config.shared_kv`)
+    raw cmp tokens   ... [ tail ]      a block is emitted when its last token arrives
+    cmp stream       one row per complete block
+    slc, win         one row per token (one shared stream with `config.shared_kv`)
     ```
 
-    Tokens enter through `extend`, a transaction: an exception inside it leaves the cache as it was.
+    Tokens enter through `extend`, a transaction: an exception inside it leaves the cache as it was. `truncate` takes
+    tokens back, `free` ends a sequence, `share`, `adopt` and `fork` let sequences begin with the same pages, `export`
+    and `restore` carry one elsewhere. What would need more pages than the pool has raises `CacheFull` and changes
+    nothing. Pages that several hold are copied when one of them writes.
+
+    Pages of the window that no query can reach any more are returned: those behind `window_size + rollback` tokens,
+    unless others hold them too, or the stream is shared with slc.
 
     Args:
         config: of the layer.
         batch_size: number of sequences.
         max_tokens: capacity per sequence.
         page_size: rows per page, a multiple of `block_size`.
-        device, dtype: of the keys and values; None are torch's defaults.
+        rollback: how many tokens `truncate` can take back at least, from the most that a sequence had.
+        pool: where pages come from, of the same rows, page size, device and dtype; several caches may share it. None
+            is a pool of the cache's own, in which all sequences fit at their capacity.
+        device, dtype: of the keys and values; None are torch's defaults, or the pool's.
 
     Raises:
         TypeError, ValueError: sizes that do not fit.
 
     Example:
-        >>> from nsa import NSAAttention, NSAConfig
+        >>> from nsa import NSAAttention
+        >>> from nsa_varlen import VarlenLayout
         >>> config = NSAConfig(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16)
-        >>> layer, cache = NSAAttention(config), NSACache(config, batch_size=1, max_tokens=256)
+        >>> layer, cache = NSAAttention(config), NSACache(config, batch_size=2, max_tokens=256)
         >>> with torch.no_grad():
-        ...     prefill = layer(torch.randn(1, 100, 64), cache=cache)
-        ...     step = layer(torch.randn(1, 1, 64), cache=cache)
+        ...     prefill = layer(torch.randn(100, 64), layout=VarlenLayout.from_lengths([100, 0]), cache=cache)
+        ...     cache.fork(0, 1)
+        ...     step = layer(torch.randn(2, 1, 64), cache=cache)
         >>> step.shape, cache.lengths
-        (torch.Size([1, 1, 64]), (101,))
+        (torch.Size([2, 1, 64]), (101, 101))
     """
 
     def __init__(
@@ -56,76 +66,315 @@ class NSACache:
         max_tokens: int,
         *,
         page_size: int = 64,
+        rollback: int = 8,
+        pool: PagePool | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         if not isinstance(config, NSAConfig):
             raise TypeError(f"config: expected an NSAConfig, got {type(config).__name__}")
         for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens), ("page_size", page_size)):
-            if type(value) is not int:
-                raise TypeError(f"{name}: expected an int, got {value!r} of type {type(value).__name__}")
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+            check_size(name, value)
+        check_size("rollback", rollback, 0)
         if page_size % config.block_size:
             raise ValueError(f"page_size: expected a multiple of block_size={config.block_size}, got {page_size}")
         self.config = config
         self.batch_size = batch_size
         self.max_tokens = max_tokens
-        self.dtype = torch.get_default_dtype() if dtype is None else dtype
-        if self.dtype not in FLOATS:
-            raise TypeError(f"dtype: expected one of {[str(x) for x in FLOATS]}, got {self.dtype}")
-        heads, dims = config.num_kv_heads, (config.head_dim, config.value_dim)
-        max_cmp = config.blocks.num_compressed(max_tokens)
-        anywhere = torch.empty(0, device=device).device
-        self.cmp = PagedStream(batch_size, max_cmp, page_size, heads, dims, anywhere, self.dtype)
-        self.slc = PagedStream(batch_size, max_tokens, page_size, heads, dims, anywhere, self.dtype)
-        self.win = (
-            self.slc
-            if config.shared_kv
-            else PagedStream(batch_size, max_tokens, page_size, heads, dims, anywhere, self.dtype)
-        )
-        self.pending_k, self.pending_v = (
-            torch.zeros(batch_size, config.kernel_size - 1, heads, dim, device=anywhere, dtype=self.dtype)
-            for dim in dims
-        )
+        self.rollback = rollback
+        if pool is None:
+            dtype = torch.get_default_dtype() if dtype is None else dtype
+            if dtype not in FLOATS:
+                raise TypeError(f"dtype: expected one of {[str(x) for x in FLOATS]}, got {dtype}")
+            num_pages = batch_size * _pages_of(config, max_tokens, max_tokens, page_size, rollback)
+            pool = PagePool.for_config(config, num_pages, page_size=page_size, device=device, dtype=dtype)
+        else:
+            _check_pool(pool, config, page_size, device, dtype)
+        self.pool = pool
+        self.cmp = PagedStream(pool, batch_size, max(1, config.blocks.num_compressed(max_tokens)))
+        self.slc = PagedStream(pool, batch_size, max_tokens)
+        self.win = self.slc if config.shared_kv else PagedStream(pool, batch_size, max_tokens)
+        dims = config.head_dim, config.value_dim
+        size = config.kernel_size - 1 + max(1, rollback)
+        self.tail = RawTail(batch_size, size, config.num_kv_heads, dims, self.device, self.dtype)
+        self.device_lengths = outside_inference(torch.zeros)(batch_size, dtype=torch.int32, device=self.device)
         self._lengths = [0] * batch_size
         self._step: CacheStep | None = None  # the one that is open
 
     @property
     def device(self) -> torch.device:
         """Where the pages live."""
-        return self.slc.k_pages.device
+        return self.pool.k_pages.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the keys and values."""
+        return self.pool.k_pages.dtype
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each sequence, known on the host."""
+        """Tokens of each sequence, known on the host; `device_lengths` int32 [B] has them on the device."""
         return tuple(self._lengths)
 
-    def extend(self, lengths: Sequence[int]) -> "CacheStep":
+    def pages_for(self, tokens: int, chunk: int = 1) -> int:
+        """The most pages that a sequence holds while it grows to `tokens`, in steps of at most `chunk`.
+
+        Example:
+            >>> config = NSAConfig(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16)
+            >>> cache = NSACache(config, batch_size=1, max_tokens=65_536)
+            >>> cache.pages_for(65_536), cache.pages_for(65_536, chunk=65_536)
+            (1098, 2112)
+        """
+        check_size("tokens", tokens, 0)
+        check_size("chunk", chunk)
+        return _pages_of(self.config, tokens, chunk, self.pool.page_size, self.rollback)
+
+    def extend(self, lengths: Sequence[int]) -> CacheStep:
         """Begin to append `lengths[b]` tokens to each sequence; see `CacheStep`.
 
         Raises:
             TypeError: a length is not an int.
             ValueError: a wrong number of lengths, a negative one, or one past the capacity.
         """
-        if isinstance(lengths, str) or not isinstance(lengths, Sequence):
-            raise TypeError(f"lengths: expected a sequence of ints, got {type(lengths).__name__}")
-        if len(lengths) != self.batch_size:
-            raise ValueError(f"lengths: expected {self.batch_size}, one per sequence, got {len(lengths)}")
         self._check_room("lengths", lengths)
         return CacheStep(self, list(lengths))
 
-    def reserve(self, tokens: int) -> None:
-        """Take pages for `tokens` more tokens of each sequence now, so that a later `extend` allocates none.
+    def reserve(self, tokens: int | Sequence[int]) -> None:
+        """Take pages for so many more tokens of each sequence now, so that a later step takes none.
 
         Raises:
-            TypeError: tokens is not an int.
+            TypeError: tokens is neither an int nor a sequence of them.
             ValueError: it is negative, or past the capacity of a sequence.
+            CacheFull: the pool has not enough pages.
         """
-        self._check_room("tokens", [tokens] * self.batch_size)
-        self._reserve([length + tokens for length in self._lengths])
+        lengths = [tokens] * self.batch_size if isinstance(tokens, int) else tokens
+        self._check_room("tokens", lengths)
+        self._reserve([old + new for old, new in zip(self._lengths, lengths, strict=True)])
 
-    def _check_room(self, name: str, lengths: Sequence[int]) -> None:
+    def shortest(self, sequence: int) -> int:
+        """The least length to which `truncate` can bring a sequence, beside 0: `rollback` tokens back, or more."""
+        self._check_sequence("sequence", sequence)
+        found = self._lengths[sequence]
+        while found > 0 and self._holds_context(sequence, found - 1):
+            found -= 1
+        return found
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget all but the first `length` tokens of a sequence, as if the others had never come.
+
+        Raises:
+            TypeError: arguments that are no ints.
+            ValueError: no such sequence; longer than it is; or shorter than `shortest(sequence)`, and not 0.
+            RuntimeError: a step is open.
+        """
+        self._check_idle()
+        self._check_prefix(sequence, length)
+        if length == 0:
+            self.tail.forget(sequence)
+        lengths = list(self._lengths)
+        lengths[sequence] = length
+        self._commit(lengths)
+        self._release_beyond(sequence, length)
+
+    def free(self, sequence: int) -> None:
+        """End a sequence: it is empty, and its pages are no longer held.
+
+        Raises:
+            TypeError, ValueError: no such sequence.
+            RuntimeError: a step is open.
+        """
+        self.truncate(sequence, 0)
+
+    def share(self, sequence: int, length: int | None = None) -> "SharedPrefix":
+        """Hold the first `length` tokens of a sequence (None: all), so that others can begin with them: `adopt`.
+
+        Raises:
+            TypeError, ValueError: as of `truncate`.
+            RuntimeError: a step is open.
+        """
+        self._check_idle()
+        self._check_sequence("sequence", sequence)
+        length = self._lengths[sequence] if length is None else length
+        self._check_prefix(sequence, length)
+        rows = self._rows_of(length)
+        pages = tuple(
+            tuple(stream.share(sequence, count)) for stream, count in zip(self._streams(), rows, strict=True)
+        )
+        start = self.win.first_row(sequence)
+        return SharedPrefix(self.config, self.pool, length, pages, start, *self.tail.take(sequence, length))
+
+    def adopt(self, sequence: int, prefix: "SharedPrefix") -> None:
+        """Begin an empty sequence with a shared prefix. No row is copied until one of its holders writes to its page.
+
+        Raises:
+            TypeError, ValueError: no such sequence, one that is not empty, or a prefix that does not fit.
+            RuntimeError: a step is open.
+        """
+        self._check_idle()
+        self._check_empty(sequence)
+        if not isinstance(prefix, SharedPrefix):
+            raise TypeError(f"prefix: expected a SharedPrefix, got {type(prefix).__name__}")
+        if prefix.pool is not self.pool or prefix.config != self.config:
+            raise ValueError("prefix: expected one of this cache's pool and configuration, got another's")
+        if not prefix.pages:
+            raise ValueError("prefix: expected one that is held, got one that was dropped")
+        self._check_capacity("prefix", prefix.length)
+        self._release_beyond(sequence, 0)  # what was reserved
+        starts = [0, 0, prefix.start]
+        for stream, pages, start in zip(self._streams(), prefix.pages, starts, strict=False):
+            stream.adopt(sequence, pages, start)
+        self._begin(sequence, prefix.length, prefix.k_raw, prefix.v_raw)
+
+    def fork(self, source: int, target: int, length: int | None = None) -> None:
+        """Begin the empty sequence `target` with the first `length` tokens of `source` (None: all).
+
+        Raises:
+            TypeError, ValueError: as of `share` and `adopt`.
+            RuntimeError: a step is open.
+        """
+        self._check_idle()
+        self._check_empty(target)
+        prefix = self.share(source, length)
+        try:
+            self.adopt(target, prefix)
+        finally:
+            prefix.drop()
+
+    def export(self, sequence: int) -> "SequenceState":
+        """A copy of a sequence: what another cache, perhaps elsewhere, needs to go on with it.
+
+        Raises:
+            TypeError, ValueError: no such sequence.
+            RuntimeError: a step is open.
+        """
+        self._check_idle()
+        self._check_sequence("sequence", sequence)
+        length, starts = self._lengths[sequence], [0, 0, self.win.first_row(sequence)]
+        streams = []
+        for stream, start, count in zip(self._streams(), starts, self._rows_of(length), strict=False):
+            k, v = (x.span(sequence, start, count).clone() for x in stream.views(self.device_lengths))
+            streams.append((k, v))
+        return SequenceState(length, tuple(streams), starts[-1], *self.tail.take(sequence, length))
+
+    def restore(self, sequence: int, state: "SequenceState") -> None:
+        """Begin an empty sequence with an exported one.
+
+        Raises:
+            TypeError, ValueError: no such sequence, one that is not empty, or a state that does not fit.
+            CacheFull: the pool has not enough pages.
+            RuntimeError: a step is open.
+        """
+        self._check_idle()
+        self._check_empty(sequence)
+        self._check_state(state)
+        self._release_beyond(sequence, 0)  # what was reserved
+        length, rows = state.length, self._rows_of(state.length)
+        starts = [0, 0, state.start][: len(rows)]
+        ends = [[count if b == sequence else 0 for b in range(self.batch_size)] for count in rows]
+        plans = [stream.plan([0] * self.batch_size, end) for stream, end in zip(self._streams(), ends, strict=True)]
+        # Pages before the first row are none: they are not taken, so that a long sequence fits where it fitted.
+        skipped = [start // self.pool.page_size for start in starts]
+        plans = [plan[skip:] for plan, skip in zip(plans, skipped, strict=True)]
+        self.pool.check_room(sum(map(len, plans)))
+        for stream, plan, skip, start, (k, v) in zip(
+            self._streams(), plans, skipped, starts, state.streams, strict=True
+        ):
+            stream.adopt(sequence, [-1] * skip, start)
+            stream.carry_out(plan)
+            position = torch.arange(start, start + len(k), device=self.device)
+            stream.write(k, v, torch.full_like(position, sequence), position)
+        self._begin(sequence, length, state.k_raw, state.v_raw)
+
+    def reset(self) -> None:
+        """End all sequences.
+
+        Raises:
+            RuntimeError: a step is open.
+        """
+        self._check_idle()
+        for sequence in range(self.batch_size):
+            self.free(sequence)
+
+    def _streams(self) -> list[PagedStream]:
+        return [self.cmp, self.slc] if self.win is self.slc else [self.cmp, self.slc, self.win]
+
+    def _rows_of(self, length: int) -> list[int]:
+        """Rows of each stream for a sequence of `length` tokens."""
+        return [self.config.blocks.num_compressed(length), *[length] * (len(self._streams()) - 1)]
+
+    def _reserve(self, lengths: Sequence[int]) -> None:
+        """Pages of their own for all rows behind those that the sequences have, up to these lengths, or none."""
+        old, new = (list(zip(*map(self._rows_of, x), strict=True)) for x in (self._lengths, lengths))
+        plans = [stream.plan(a, b) for stream, a, b in zip(self._streams(), old, new, strict=True)]
+        self.pool.check_room(sum(map(len, plans)))
+        for stream, plan in zip(self._streams(), plans, strict=True):
+            stream.carry_out(plan)
+
+    def _commit(self, lengths: Sequence[int]) -> None:
+        """These are the sequences' lengths from now on."""
+        self._lengths = list(lengths)
+        self.device_lengths.copy_(to_device(torch.tensor(self._lengths, dtype=torch.int32, device="cpu"), self.device))
+        self._release_behind_window()
+
+    def _release_behind_window(self) -> None:
+        if self.win is not self.slc:
+            reach = self.config.window_size - 1 + self.rollback
+            self.win.release_before([length - reach for length in self._lengths])
+
+    def _release_beyond(self, sequence: int, length: int) -> None:
+        for stream, count in zip(self._streams(), self._rows_of(length), strict=True):
+            rows = stream.held()
+            rows[sequence] = count
+            stream.release(rows)
+
+    def _begin(self, sequence: int, length: int, k_raw: Tensor, v_raw: Tensor) -> None:
+        self.tail.put(sequence, k_raw, v_raw, length)
+        lengths = list(self._lengths)
+        lengths[sequence] = length
+        self._commit(lengths)
+
+    def _holds_context(self, sequence: int, length: int) -> bool:
+        """Whether a query right behind the first `length` tokens finds its window, and the next block its tokens."""
+        if length == 0:
+            return True
+        unmade = self.config.blocks.num_compressed(length) * self.config.kernel_stride
+        reached = max(0, length - self.config.window_size + 1)
+        return self.tail.first(sequence) <= unmade and self.win.first_row(sequence) <= reached
+
+    def _check_idle(self) -> None:
+        if self._step is not None:
+            raise RuntimeError("cache: expected no open step, got one")
+
+    def _check_sequence(self, name: str, sequence: object) -> None:
+        check_size(name, sequence, 0)
+        if sequence >= self.batch_size:  # type: ignore[operator]
+            raise ValueError(f"{name}: expected one of {self.batch_size}, got {sequence}")
+
+    def _check_empty(self, sequence: int) -> None:
+        self._check_sequence("sequence", sequence)
+        if self._lengths[sequence]:
+            raise ValueError(f"sequence: expected an empty one, got {sequence} with {self._lengths[sequence]} tokens")
+
+    def _check_prefix(self, sequence: int, length: int) -> None:
+        self._check_sequence("sequence", sequence)
+        check_size("length", length, 0)
+        if length > self._lengths[sequence]:
+            raise ValueError(f"length: expected at most the {self._lengths[sequence]} of sequence {sequence}, got {length}")
+        if not self._holds_context(sequence, length):
+            raise ValueError(
+                f"length: expected 0 or at least {self.shortest(sequence)} for sequence {sequence} "
+                f"(rollback={self.rollback}), got {length}"
+            )
+
+    def _check_capacity(self, name: str, length: int) -> None:
+        if length > self.max_tokens:
+            raise ValueError(f"{name}: expected at most max_tokens={self.max_tokens} tokens, got {length}")
+
+    def _check_room(self, name: str, lengths: object) -> None:
+        if isinstance(lengths, str) or not isinstance(lengths, Sequence):
+            raise TypeError(f"{name}: expected a sequence of ints, got {type(lengths).__name__}")
+        if len(lengths) != self.batch_size:
+            raise ValueError(f"{name}: expected {self.batch_size}, one per sequence, got {len(lengths)}")
         for sequence, (old, new) in enumerate(zip(self._lengths, lengths, strict=True)):
             if type(new) is not int:
                 raise TypeError(f"{name}: expected ints, got {new!r} of type {type(new).__name__}")
@@ -137,194 +386,105 @@ class NSACache:
                     f"for sequence {sequence}"
                 )
 
-    def reset(self) -> None:
-        """Forget all sequences and return their pages.
+    def _check_state(self, state: object) -> None:
+        if not isinstance(state, SequenceState):
+            raise TypeError(f"state: expected a SequenceState, got {type(state).__name__}")
+        self._check_capacity("state", state.length)
+        config, rows = self.config, self._rows_of(state.length)
+        expected = [(count, config.num_kv_heads) for count in rows]
+        if len(rows) > 2:
+            expected[2] = (state.length - state.start, config.num_kv_heads)
+        got = [(len(k), k.shape[1]) for k, _ in state.streams]
+        if got != expected:
+            raise ValueError(f"state: expected streams of [rows, kv heads] {expected}, got {got}")
+        for k, v in (*state.streams, (state.k_raw, state.v_raw)):
+            if (k.shape[2], v.shape[2]) != (config.head_dim, config.value_dim) or {k.dtype, v.dtype} != {self.dtype}:
+                raise ValueError(
+                    f"state: expected rows of {self.dtype} {config.head_dim} and {config.value_dim}, "
+                    f"got {k.dtype} {k.shape[2]} and {v.shape[2]}"
+                )
+        reached = 0 if config.shared_kv else max(0, state.length - config.window_size + 1)
+        if not 0 <= state.start <= reached:
+            raise ValueError(f"state: expected the window's rows from {reached} on, got them from {state.start}")
+        waiting = state.length - config.blocks.num_compressed(state.length) * config.kernel_stride
+        if len(state.k_raw) < waiting:
+            raise ValueError(f"state: expected at least {waiting} raw rows, got {len(state.k_raw)}")
 
-        Raises:
-            RuntimeError: a step is open.
-        """
-        if self._step is not None:
-            raise RuntimeError("cache: expected no open step to reset, got one")
-        self._lengths = [0] * self.batch_size
-        for stream in self._streams():
-            stream.release(self._lengths)
 
-    def _streams(self) -> list[PagedStream]:
-        return [self.cmp, self.slc] if self.win is self.slc else [self.cmp, self.slc, self.win]
+@dataclass(frozen=True, eq=False)
+class SharedPrefix:
+    """The first tokens of a sequence, held for others to begin with: from `NSACache.share`, for `NSACache.adopt`.
 
-    def _reserve(self, lengths: list[int]) -> None:
-        compressed, *raw = self._streams()
-        compressed.reserve([self.config.blocks.num_compressed(length) for length in lengths])
-        for stream in raw:
-            stream.reserve(lengths)
-
-
-class CacheStep:
-    """New tokens on their way into a cache. Leaving the `with` block commits them; an exception drops them.
-
-    Write all three branches, then attend to `cmp`, `slc` and `win` with `layout`. One step at a time may be
-    open, and only there it takes tokens; anything else is a RuntimeError.
+    It holds its pages until `drop`, whatever becomes of the sequence that it came from.
 
     Fields:
-        layout: the new tokens as queries over all the tokens of each sequence.
-
-    Example:
-        >>> from nsa import ops
-        >>> config = NSAConfig(hidden_size=8, num_heads=1, num_kv_heads=1, head_dim=8)
-        >>> cache, x = NSACache(config, batch_size=1, max_tokens=64), torch.randn(33, 1, 8)
-        >>> def mean(k, v, positions, layout, starts):
-        ...     return tuple(ops.compress_mean(x, layout, config.blocks) for x in (k, v))
-        >>> with cache.extend([33]) as step:
-        ...     step.write_slc(x, x)
-        ...     step.write_win(x, x)
-        ...     step.write_cmp(x, x, mean)
-        ...     k_cmp, v_cmp = step.cmp
-        >>> cache.lengths, k_cmp.lengths.tolist()
-        ((33,), [1])
+        length: how many tokens.
+        pages: of cmp, slc and win; none once dropped.
+        start: the first position whose row of the window is there.
+        k_raw, v_raw: the raw tokens before `length` of which the next compressed blocks are made.
     """
 
-    def __init__(self, cache: NSACache, lengths: list[int]) -> None:
-        self._cache = cache
-        self._old = list(cache.lengths)
-        self._total = [old + new for old, new in zip(self._old, lengths, strict=True)]
-        blocks = cache.config.blocks
-        self.layout = VarlenLayout.from_lengths(lengths, self._total, cache.device)
-        self._old_cmp = [blocks.num_compressed(old) for old in self._old]
-        self._total_cmp = [blocks.num_compressed(total) for total in self._total]
-        self._commit_pending: Callable[[], None] | None = None
-        self._unwritten = {"slc", "win", "cmp"} if any(lengths) else set()
+    config: NSAConfig
+    pool: PagePool
+    length: int
+    pages: tuple[tuple[int, ...], ...]
+    start: int
+    k_raw: Tensor
+    v_raw: Tensor
 
-    @cached_property
-    def new(self) -> VarlenLayout:
-        """The new tokens alone, as queries and keys."""
-        layout = self.layout
-        return VarlenLayout.from_cu_seqlens(
-            layout.cu_seqlens_q, max_seqlen_q=layout.max_seqlen_q, total_q=layout.total_q
-        )
+    def drop(self) -> None:
+        """Hold the pages no longer. A second call does nothing."""
+        for pages in self.pages:
+            for page in pages:
+                if page >= 0:
+                    self.pool.drop(page)
+        object.__setattr__(self, "pages", ())
 
-    def __enter__(self) -> Self:
-        if self._cache._step is not None:
-            raise RuntimeError("cache: expected one open step at a time, got a second one")
-        if list(self._cache.lengths) != self._old:
-            raise RuntimeError(f"cache: expected lengths {self._old} as when the step began, got {self._cache.lengths}")
-        self._held = [stream.held() for stream in self._cache._streams()]
-        self._cache._reserve(self._total)
-        self._cache._step = self
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._cache._step = None
-        if kind is not None or self._unwritten:
-            for stream, rows in zip(self._cache._streams(), self._held, strict=True):
-                stream.release(rows)
-            if kind is None:
-                raise RuntimeError(f"step: expected slc, win and cmp to be written, got no {sorted(self._unwritten)}")
-            return
-        if self._commit_pending is not None:
-            self._commit_pending()
-        self._cache._lengths = self._total
+@dataclass(frozen=True, eq=False)
+class SequenceState:
+    """One sequence outside a cache: from `NSACache.export`, for `NSACache.restore`. All rows are copies.
 
-    @property
-    def cmp(self) -> tuple[PagedKV, PagedKV]:
-        """Compressed keys and values, with the blocks that this step completes."""
-        return self._cache.cmp.views(self._lengths_tensor(self._total_cmp))
+    Fields:
+        length: how many tokens.
+        streams: (k [rows, Hk, Dk], v [rows, Hk, Dv]) of cmp, slc and win; without win if slc serves the window too.
+        start: position of the window's first row; those far behind are gone. 0 if slc serves the window too.
+        k_raw, v_raw: the raw tokens before `length` of which the next compressed blocks are made.
+    """
 
-    @property
-    def slc(self) -> tuple[PagedKV, PagedKV]:
-        """Keys and values of the selected branch, the new tokens included."""
-        return self._cache.slc.views(self._lengths_tensor(self._total))
+    length: int
+    streams: tuple[tuple[Tensor, Tensor], ...]
+    start: int
+    k_raw: Tensor
+    v_raw: Tensor
 
-    @property
-    def win(self) -> tuple[PagedKV, PagedKV]:
-        """Keys and values of the window, the new tokens included."""
-        return self._cache.win.views(self._lengths_tensor(self._total))
+    def to(self, device: torch.device | str) -> "SequenceState":
+        """The same on another device."""
+        streams = tuple((k.to(device), v.to(device)) for k, v in self.streams)
+        return SequenceState(self.length, streams, self.start, self.k_raw.to(device), self.v_raw.to(device))
 
-    def write_slc(self, k: Tensor, v: Tensor) -> None:
-        """Store the new tokens' keys [T, Hk, Dk] and values [T, Hk, Dv] of the selected branch."""
-        self._check("k_slc", k, self.layout.total_q, 0)
-        self._check("v_slc", v, self.layout.total_q, 1)
-        self._cache.slc.write(k, v, self.layout.sequence_of_queries(), self.layout.positions())
-        self._unwritten.discard("slc")
 
-    def write_win(self, k: Tensor, v: Tensor) -> None:
-        """The same for the window; with `config.shared_kv` the streams are one and there is nothing to store."""
-        self._check("k_win", k, self.layout.total_q, 0)
-        self._check("v_win", v, self.layout.total_q, 1)
-        if self._cache.win is not self._cache.slc:
-            self._cache.win.write(k, v, self.layout.sequence_of_queries(), self.layout.positions())
-        self._unwritten.discard("win")
+def _pages_of(config: NSAConfig, tokens: int, chunk: int, page_size: int, rollback: int) -> int:
+    """The most pages of a sequence that grows to `tokens` in steps of at most `chunk`."""
+    raw = -(-tokens // page_size)
+    compressed = -(-config.blocks.num_compressed(tokens) // page_size)
+    if config.shared_kv:
+        return raw + compressed
+    # Rows of the window from the first that must stay to the last of a step, wherever in its page the first lies.
+    reach = config.window_size - 1 + rollback + chunk
+    return raw + compressed + min(raw, -(-(reach + page_size - 1) // page_size))
 
-    def write_cmp(self, k: Tensor, v: Tensor, compress: Compress) -> None:
-        """Store the blocks that the new tokens complete; tokens of a block still open wait for a later step.
 
-        Args:
-            k: [T, Hk, Dk], v: [T, Hk, Dv], the new tokens before compression.
-            compress: `(k, v, positions, layout, starts) -> (k_cmp, v_cmp)`, called if a block completes, with the
-                waiting tokens before the new ones: their rows, int64 positions and layout, and the position at which
-                each of the layout's compressed blocks begins.
-        """
-        self._check("k_cmp", k, self.layout.total_q, 0)
-        self._check("v_cmp", v, self.layout.total_q, 1)
-        cache, stride = self._cache, self._cache.config.kernel_stride
-        if self._total_cmp == self._old_cmp:
-            self._commit_pending = lambda: self._append_pending(k, v)
-            self._unwritten.discard("cmp")
-            return
-        pending = [old - count * stride for old, count in zip(self._old, self._old_cmp, strict=True)]
-        kept = [total - count * stride for total, count in zip(self._total, self._total_cmp, strict=True)]
-        rows = [total - count * stride for total, count in zip(self._total, self._old_cmp, strict=True)]
-        raw = VarlenLayout.from_lengths(rows, device=cache.device)
-        waiting = VarlenLayout.from_lengths(pending, device=cache.device)
-        first = raw.cu_seqlens_k[:-1].long()
-        waiting_rows = first[waiting.sequence_of_keys()] + waiting.key_positions()
-        first_new = first + torch.tensor(pending, device="cpu").to(cache.device)
-        new_rows = first_new[self.new.sequence_of_keys()] + self.new.key_positions()
-        # The last `kept` rows of each sequence wait for the next step; rows past them are never read.
-        place = torch.arange(cache.pending_k.shape[1], device=cache.device)
-        first_kept = raw.cu_seqlens_k[1:].long() - torch.tensor(kept, device="cpu").to(cache.device)
-        kept_rows = (first_kept[:, None] + place).clamp_max(raw.total_k - 1)
-        k_raw, v_raw = k.new_empty(raw.total_k, *k.shape[1:]), v.new_empty(raw.total_k, *v.shape[1:])
-        for joined, old, x in ((k_raw, cache.pending_k, k), (v_raw, cache.pending_v, v)):
-            joined[waiting_rows] = old[waiting.sequence_of_keys(), waiting.key_positions()]
-            joined[new_rows] = x
-        shift = torch.tensor(self._old_cmp, device="cpu").to(cache.device) * stride
-        positions = raw.key_positions() + shift[raw.sequence_of_keys()]
-        starts = raw.compressed_starts(cache.config.blocks)
-        starts = starts + shift[raw.sequence_of_compressed(cache.config.blocks)]
-        k_cmp, v_cmp = compress(k_raw, v_raw, positions, raw, starts)
-        counts = [total - old for total, old in zip(self._total_cmp, self._old_cmp, strict=True)]
-        emitted = VarlenLayout.from_lengths(counts, self._total_cmp, cache.device)
-        self._check("compressed k", k_cmp, emitted.total_q, 0)
-        self._check("compressed v", v_cmp, emitted.total_q, 1)
-        cache.cmp.write(k_cmp, v_cmp, emitted.sequence_of_queries(), emitted.positions())
-        kept_k, kept_v = k_raw[kept_rows], v_raw[kept_rows]
-        self._commit_pending = lambda: self._replace_pending(kept_k, kept_v)
-        self._unwritten.discard("cmp")
-
-    def _append_pending(self, k: Tensor, v: Tensor) -> None:
-        first = torch.tensor(self._old_cmp, device="cpu").to(self._cache.device) * self._cache.config.kernel_stride
-        sequence = self.layout.sequence_of_queries()
-        place = self.layout.positions() - first[sequence]
-        self._cache.pending_k[sequence, place] = k
-        self._cache.pending_v[sequence, place] = v
-
-    def _replace_pending(self, k: Tensor, v: Tensor) -> None:
-        self._cache.pending_k.copy_(k)
-        self._cache.pending_v.copy_(v)
-
-    def _check(self, name: str, x: Tensor, rows: int, which: int) -> None:
-        if self._cache._step is not self:
-            raise RuntimeError("step: expected to be used inside its `with` block, got a call outside it")
-        config = self._cache.config
-        expected = (rows, config.num_kv_heads, (config.head_dim, config.value_dim)[which])
-        if x.shape != expected:
-            raise ValueError(f"{name}: expected shape {list(expected)}, got {list(x.shape)}")
-        if x.dtype != self._cache.dtype:
-            raise TypeError(f"{name}: expected dtype {self._cache.dtype} of the cache, got {x.dtype}")
-        if x.device != self._cache.device:
-            raise ValueError(f"{name}: expected device {self._cache.device} of the cache, got {x.device}")
-
-    def _lengths_tensor(self, lengths: list[int]) -> Tensor:
-        return torch.tensor(lengths, dtype=torch.int32, device="cpu").to(self._cache.device)
+def _check_pool(
+    pool: object, config: NSAConfig, page_size: int, device: torch.device | str | None, dtype: torch.dtype | None
+) -> None:
+    if not isinstance(pool, PagePool):
+        raise TypeError(f"pool: expected a PagePool, got {type(pool).__name__}")
+    expected = [(page_size, config.num_kv_heads, dim) for dim in (config.head_dim, config.value_dim)]
+    got = [tuple(pages.shape[1:]) for pages in (pool.k_pages, pool.v_pages)]
+    if got != expected:
+        raise ValueError(f"pool: expected pages of [rows, kv heads, dim] {expected}, got {got}")
+    if dtype is not None and dtype != pool.k_pages.dtype:
+        raise ValueError(f"dtype: expected None or {pool.k_pages.dtype} of the pool, got {dtype}")
+    if device is not None and torch.empty(0, device=device).device != pool.k_pages.device:
+        raise ValueError(f"device: expected None or {pool.k_pages.device} of the pool, got {device}")

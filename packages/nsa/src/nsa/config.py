@@ -10,6 +10,7 @@ import torch
 from nsa_varlen import BlockGeometry
 
 from nsa.rope import scale_frequency
+from nsa.sizes import check_size
 
 COMPRESSIONS = ("mean", "weighted_pool", "linear", "mlp")
 ROPE_CMP = ("after", "before", "none")
@@ -70,10 +71,10 @@ class NSAConfig:
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_heads", "num_kv_heads", "head_dim"):
-            _check_size(name, getattr(self, name))
+            check_size(name, getattr(self, name))
         for name in ("v_head_dim", "compression_hidden_size", "gate_hidden_size"):
             if getattr(self, name) is not None:
-                _check_size(name, getattr(self, name))
+                check_size(name, getattr(self, name))
         for name in ("shared_kv", "rope_interleaved", "bias"):
             if type(getattr(self, name)) is not bool:
                 raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
@@ -117,10 +118,3 @@ class NSAConfig:
     def value_dim(self) -> int:
         """Dv."""
         return self.head_dim if self.v_head_dim is None else self.v_head_dim
-
-
-def _check_size(name: str, value: object) -> None:
-    if type(value) is not int:
-        raise TypeError(f"{name}: expected an int, got {value!r} of type {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
