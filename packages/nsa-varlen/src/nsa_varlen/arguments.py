@@ -128,6 +128,86 @@ def check_gates(gates: Tensor, outputs: dict[str, Tensor]) -> None:
         raise ValueError(f"gates: expected device {first[1].device}, got {gates.device}")
 
 
+def check_decode(
+    q: Tensor,
+    q_cmp: Tensor,
+    cmp: tuple[PagedKV, PagedKV],
+    slc: tuple[PagedKV, PagedKV],
+    win: tuple[PagedKV, PagedKV],
+    gates: Tensor,
+    counts: Tensor,
+    blocks: BlockGeometry,
+) -> None:
+    """Raise unless q [B, N, Hq, Dk], the pages of three branches, gates [B, N, Hq, 3] and counts int32 [B] fit.
+
+    On a CPU, where reading them is free, counts must lie within 0..N and the lengths, and those must be of one batch.
+    """
+    if not isinstance(blocks, BlockGeometry):
+        raise TypeError(f"blocks: expected a BlockGeometry, got {type(blocks).__name__}")
+    for name, x in (("q", q), ("q_cmp", q_cmp), ("gates", gates), ("counts", counts)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if q.ndim != 4 or 0 in q.shape[2:]:
+        raise ValueError(f"q: expected shape [B, N, heads, head_dim], got {list(q.shape)}")
+    if q.dtype not in FLOATS:
+        raise TypeError(f"q: expected a floating dtype, got {q.dtype}")
+    if q_cmp.shape != q.shape or q_cmp.dtype != q.dtype or q_cmp.device != q.device:
+        raise ValueError(f"q_cmp: expected {q.dtype} {list(q.shape)} of q, got {q_cmp.dtype} {list(q_cmp.shape)}")
+    if gates.shape != (*q.shape[:3], 3) or not gates.is_floating_point() or gates.device != q.device:
+        raise ValueError(
+            f"gates: expected shape {[*q.shape[:3], 3]} on {q.device}, got {gates.dtype} {list(gates.shape)} "
+            f"on {gates.device}"
+        )
+    if counts.dtype != torch.int32 or counts.shape != q.shape[:1] or counts.device != q.device:
+        raise ValueError(
+            f"counts: expected torch.int32 [{q.shape[0]}] on {q.device}, got {counts.dtype} {list(counts.shape)} "
+            f"on {counts.device}"
+        )
+    streams = {"cmp": cmp, "slc": slc, "win": win}
+    for name, (k, v) in streams.items():
+        for side, x in (("k", k), ("v", v)):
+            _check_pages(f"{side}_{name}", x, q, slc[0] if isinstance(slc[0], PagedKV) else x)
+        if k.head_dim != q.shape[3]:
+            raise ValueError(f"k_{name}: expected head_dim {q.shape[3]} of q, got {k.head_dim}")
+        if v.head_dim != slc[1].head_dim:
+            raise ValueError(f"v_{name}: expected head_dim {slc[1].head_dim} of v_slc, got {v.head_dim}")
+    if q.device.type == "cpu":
+        _check_lengths(q.shape[1], cmp[0], slc[0], win[0], counts, blocks)
+
+
+def _check_pages(name: str, x: PagedKV, q: Tensor, k_slc: PagedKV) -> None:
+    if not isinstance(x, PagedKV):
+        raise TypeError(f"{name}: expected a PagedKV, got {type(x).__name__}")
+    if x.k_scale is not None or x.v_scale is not None:
+        raise ValueError(f"{name}: expected pages without k_scale and v_scale (fp8 is not implemented), got scales")
+    if x.dtype != q.dtype:
+        raise TypeError(f"{name}: expected dtype {q.dtype} of q, got {x.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{name}: expected device {q.device} of q, got {x.device}")
+    if x.block_table.shape[0] != q.shape[0]:
+        raise ValueError(f"{name}: expected {q.shape[0]} sequences of q, got {x.block_table.shape[0]} in block_table")
+    if x.num_heads != k_slc.num_heads or x.num_heads == 0 or q.shape[2] % x.num_heads:
+        raise ValueError(
+            f"{name}: expected kv heads that divide q's {q.shape[2]} heads, the same of every branch, got {x.num_heads}"
+        )
+
+
+def _check_lengths(
+    rows: int, k_cmp: PagedKV, k_slc: PagedKV, k_win: PagedKV, counts: Tensor, blocks: BlockGeometry
+) -> None:
+    if bool(((counts < 0) | (counts > rows) | (counts > k_slc.lengths)).any()):
+        raise ValueError(
+            f"counts: expected 0 to {rows}, and at most the lengths {k_slc.lengths.tolist()}, got {counts.tolist()}"
+        )
+    lengths, compressed = k_slc.lengths.tolist(), blocks.num_compressed(k_slc.lengths).tolist()
+    for name, x, expected in (("k_win", k_win, lengths), ("k_cmp", k_cmp, compressed), ("k_slc", k_slc, lengths)):
+        if x.lengths.tolist() != expected:
+            raise ValueError(f"{name}: expected lengths {expected} as k_slc has them, got {x.lengths.tolist()}")
+        room = x.block_table.shape[1] * x.page_size
+        if max(expected, default=0) > room:
+            raise ValueError(f"{name}: expected lengths of at most the {room} rows in block_table, got {expected}")
+
+
 def scale_or_default(scale: float | None, head_dim: int) -> float:
     """`scale`, or 1/sqrt(head_dim) for None; a ValueError unless it is finite and positive."""
     if scale is None:

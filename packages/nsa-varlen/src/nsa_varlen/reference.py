@@ -14,6 +14,7 @@ from nsa_varlen import masks
 from nsa_varlen.arguments import (
     check_attention,
     check_block_indices,
+    check_decode,
     check_gates,
     check_layout,
     check_lse,
@@ -22,12 +23,14 @@ from nsa_varlen.arguments import (
 )
 from nsa_varlen.geometry import BlockGeometry
 from nsa_varlen.layout import VarlenLayout
+from nsa_varlen.paged import PagedKV
 
 __all__ = [
     "block_scores",
     "combine",
     "compress_mean",
     "compressed_attention",
+    "decode_attention",
     "overlap",
     "select_blocks",
     "selected_attention",
@@ -202,6 +205,54 @@ def combine(gates: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor) -> Tenso
     check_gates(gates, {"o_cmp": o_cmp, "o_slc": o_slc, "o_win": o_win})
     _check_precision(o_cmp)
     return torch.einsum("thc,cthd->thd", gates, torch.stack((o_cmp, o_slc, o_win)))
+
+
+def decode_attention(
+    q: Tensor,
+    k_cmp: PagedKV,
+    v_cmp: PagedKV,
+    k_slc: PagedKV,
+    v_slc: PagedKV,
+    k_win: PagedKV,
+    v_win: PagedKV,
+    gates: Tensor,
+    counts: Tensor,
+    blocks: BlockGeometry,
+    *,
+    q_cmp: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Eq. 5 to 12 for the newest tokens of paged sequences: what the operations make of the same rows, packed.
+
+    Args:
+        q: [B, N, Hq, Dk]. Of sequence b the first counts[b] rows are its last tokens, in order; others are padding.
+        k_cmp, v_cmp, k_slc, v_slc, k_win, v_win: pages, in which the new tokens are already.
+        gates: [B, N, Hq, 3] in the order cmp, slc, win.
+        counts: int32 [B].
+        q_cmp: queries of the compressed branch and of the scores; None is q.
+        scale: of the logits; None is 1/sqrt(Dk).
+
+    Returns:
+        (out [B, N, Hq, Dv], block_indices int32 [B, N, Hk, topk]): 0 and -1 for padding.
+    """
+    q_cmp = q if q_cmp is None else q_cmp
+    check_decode(q, q_cmp, (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win), gates, counts, blocks)
+    _check_precision(q)
+    layout = VarlenLayout.from_lengths(counts.tolist(), k_slc.lengths.tolist(), q.device)
+    cmp = VarlenLayout.from_lengths(k_cmp.lengths.tolist(), device=q.device)
+    new = torch.arange(q.shape[1], device=q.device) < counts[:, None]
+    rows = {"k_cmp": (k_cmp, cmp), "v_cmp": (v_cmp, cmp)}
+    rows |= {name: (x, layout) for name, x in zip(("k", "v", "kw", "vw"), (k_slc, v_slc, k_win, v_win), strict=True)}
+    kv = {name: x.rows(y.sequence_of_keys(), y.key_positions()) for name, (x, y) in rows.items()}
+    o_cmp, lse = compressed_attention(q_cmp[new], kv["k_cmp"], kv["v_cmp"], layout, blocks, scale=scale)
+    indices = select_blocks(q_cmp[new], kv["k_cmp"], lse, layout, blocks, scale=scale)
+    o_slc, _ = selected_attention(q[new], kv["k"], kv["v"], indices, layout, blocks, scale=scale)
+    o_win, _ = window_attention(q[new], kv["kw"], kv["vw"], layout, blocks, scale=scale)
+    out = q.new_zeros(*q.shape[:3], v_slc.head_dim)
+    out[new] = combine(gates[new], o_cmp, o_slc, o_win)
+    block_indices = torch.full((*q.shape[:2], k_slc.num_heads, blocks.topk), -1, dtype=torch.int32, device=q.device)
+    block_indices[new] = indices
+    return out, block_indices
 
 
 def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:

@@ -358,8 +358,8 @@ class NSACache:
     def _check_prefix(self, sequence: int, length: int) -> None:
         self._check_sequence("sequence", sequence)
         check_size("length", length, 0)
-        if length > self._lengths[sequence]:
-            raise ValueError(f"length: expected at most the {self._lengths[sequence]} of sequence {sequence}, got {length}")
+        if length > (most := self._lengths[sequence]):
+            raise ValueError(f"length: expected at most {most}, the tokens of sequence {sequence}, got {length}")
         if not self._holds_context(sequence, length):
             raise ValueError(
                 f"length: expected 0 or at least {self.shortest(sequence)} for sequence {sequence} "

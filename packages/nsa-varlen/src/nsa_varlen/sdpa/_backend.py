@@ -9,6 +9,7 @@ from nsa_varlen.arguments import (
     KV,
     check_attention,
     check_block_indices,
+    check_decode,
     check_gates,
     check_layout,
     check_lse,
@@ -18,6 +19,7 @@ from nsa_varlen.arguments import (
 from nsa_varlen.geometry import BlockGeometry
 from nsa_varlen.layout import VarlenLayout
 from nsa_varlen.paged import PagedKV
+from nsa_varlen.sdpa._decode import decode
 from nsa_varlen.sdpa._interval import Interval, interval_attention
 from nsa_varlen.sdpa._selected import selected
 from nsa_varlen.sdpa._selection import select
@@ -32,6 +34,7 @@ OPS = (
     "selected_attention",
     "window_attention",
     "combine",
+    "decode_attention",
 )
 
 
@@ -147,6 +150,30 @@ class SdpaBackend:
         out = g_cmp * o_cmp.to(wide)
         out.addcmul_(g_slc, o_slc.to(wide)).addcmul_(g_win, o_win.to(wide))  # in place: one tensor, not five
         return out.to(o_cmp.dtype)
+
+    @untraced
+    def decode_attention(
+        self,
+        q: Tensor,
+        k_cmp: PagedKV,
+        v_cmp: PagedKV,
+        k_slc: PagedKV,
+        v_slc: PagedKV,
+        k_win: PagedKV,
+        v_win: PagedKV,
+        gates: Tensor,
+        counts: Tensor,
+        blocks: BlockGeometry,
+        *,
+        q_cmp: Tensor | None = None,
+        scale: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """All branches for the newest tokens of paged sequences: (out, block_indices). Reads nothing from a GPU."""
+        q_cmp = q if q_cmp is None else q_cmp
+        check_decode(q, q_cmp, (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win), gates, counts, blocks)
+        scale = scale_or_default(scale, q.shape[-1])
+        with torch.no_grad():
+            return decode(q, q_cmp, (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win), gates, counts, blocks, scale)
 
 
 BACKEND = SdpaBackend()

@@ -1,0 +1,117 @@
+"""All three branches for the newest tokens of paged sequences, at lengths that only the device knows.
+
+Every tensor's shape follows from the arguments' shapes, and no number is read from the device: a CUDA graph may hold
+it. What a table has room for is looked at and hidden; on a CPU, where reading them is free, only what the longest
+sequence has.
+"""
+
+import torch
+from torch import Tensor
+
+from nsa_varlen.autograd import outside_autocast
+from nsa_varlen.geometry import BlockGeometry
+from nsa_varlen.kv_rows import take_head_rows
+from nsa_varlen.paged import PagedKV
+from nsa_varlen.sdpa._interval import compute_dtype
+from nsa_varlen.sdpa._selection import stencil, top_blocks
+
+
+@outside_autocast
+def decode(
+    q: Tensor,
+    q_cmp: Tensor,
+    cmp: tuple[PagedKV, PagedKV],
+    slc: tuple[PagedKV, PagedKV],
+    win: tuple[PagedKV, PagedKV],
+    gates: Tensor,
+    counts: Tensor,
+    blocks: BlockGeometry,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """(out [B, N, Hq, Dv], block_indices int32 [B, N, Hk, topk])."""
+    num_kv_heads, dtype = cmp[0].num_heads, compute_dtype(q.dtype)
+    if 0 in (*q.shape[:2], slc[0].block_table.shape[1]):  # nobody asks, or nobody has a token
+        nothing = torch.full((*q.shape[:2], num_kv_heads, blocks.topk), -1, dtype=torch.int32, device=q.device)
+        return q.new_zeros(*q.shape[:3], slc[1].head_dim), nothing
+    place = torch.arange(q.shape[1], device=q.device)
+    # A row that is padding sees nothing: it stands before the first token.
+    position = ((slc[0].lengths - counts)[:, None] + place).masked_fill(place >= counts[:, None], -1)
+    rows, rows_cmp = (x.to(dtype).unflatten(2, (num_kv_heads, -1)) * scale for x in (q, q_cmp))
+    o_cmp, p_cmp = _compressed(rows_cmp, *cmp, position, blocks)
+    block_indices = _select(p_cmp, position, slc[0], blocks)
+    o_slc = _gathered(rows, *slc, _listed_keys(block_indices, position, blocks))
+    o_win = _gathered(rows, *win, _window_keys(position, num_kv_heads, blocks))
+    wide = torch.promote_types(dtype, gates.dtype)
+    weights = gates.to(wide).unflatten(2, (num_kv_heads, -1))[..., None].unbind(-2)
+    out = sum(weight * o.to(wide) for weight, o in zip(weights, (o_cmp, o_slc, o_win), strict=True))
+    assert isinstance(out, Tensor)
+    return out.flatten(2, 3).to(q.dtype), block_indices
+
+
+def _compressed(
+    rows: Tensor, k_cmp: PagedKV, v_cmp: PagedKV, position: Tensor, blocks: BlockGeometry
+) -> tuple[Tensor, Tensor]:
+    """(o [B, N, Hk, G, Dv], probabilities of Eq. 8 summed over each group [B, Hk, N, blocks])."""
+    room = _room(k_cmp)
+    block = torch.arange(room, device=rows.device)
+    sequence = torch.arange(len(rows), device=rows.device)[:, None]
+    unused = (block >= k_cmp.lengths[:, None])[..., None, None]  # may hold NaN, which no weight of 0 hides
+    k, v = (x.rows(sequence, block).masked_fill_(unused, 0.0).to(rows.dtype) for x in (k_cmp, v_cmp))
+    hidden = block >= blocks.num_compressed(position + 1)[..., None]
+    logits = torch.einsum("bnhgd,bshd->bnhgs", rows, k).masked_fill_(hidden[:, :, None, None], -torch.inf)
+    weights, top, total = _softmax(logits)
+    out = torch.einsum("bnhgs,bshd->bnhgd", weights, v) / total.clamp_min(torch.finfo(total.dtype).tiny)
+    # As `select` has it: from an lse in fp32, heads added one by one, so that equal blocks tie.
+    lse = (top + total.log()).float().masked_fill_(total == 0, 0.0)
+    first, *others = logits.sub_(lse).exp_().unbind(3)
+    for head in others:
+        first = first + head
+    return out, first.transpose(1, 2)
+
+
+def _select(p_cmp: Tensor, position: Tensor, k_slc: PagedKV, blocks: BlockGeometry) -> Tensor:
+    """Eq. 9 to 11: int32 [B, N, Hk, topk]."""
+    num_blocks = max(blocks.topk, blocks.num_blocks(_room(k_slc)))
+    current = torch.div(position, blocks.block_size, rounding_mode="floor")
+    return top_blocks(stencil(p_cmp, num_blocks, blocks), current[:, None], blocks).transpose(1, 2)
+
+
+def _listed_keys(block_indices: Tensor, position: Tensor, blocks: BlockGeometry) -> tuple[Tensor, Tensor]:
+    """(positions of the keys [B, N, Hk, S], which are hidden)."""
+    within = torch.arange(blocks.block_size, device=position.device)
+    key = (block_indices[..., None] * blocks.block_size + within).flatten(3)
+    return key, (key < 0) | (key > position[..., None, None])
+
+
+def _window_keys(position: Tensor, num_kv_heads: int, blocks: BlockGeometry) -> tuple[Tensor, Tensor]:
+    within = torch.arange(1 - blocks.window_size, 1, device=position.device)
+    key = (position[..., None] + within)[:, :, None].expand(-1, -1, num_kv_heads, -1)
+    return key, key < 0
+
+
+def _gathered(rows: Tensor, k: PagedKV, v: PagedKV, keys: tuple[Tensor, Tensor]) -> Tensor:
+    """Attention of each row [B, N, Hk, G, D] to keys of its own: [B, N, Hk, G, Dv]."""
+    key, hidden = (x.flatten(0, 1) for x in keys)
+    sequence = torch.arange(len(rows), device=rows.device).repeat_interleave(rows.shape[1])
+    # Instead of a hidden key the first one that is seen, whose row is there.
+    shown = key.masked_fill(hidden, torch.iinfo(key.dtype).max).amin(-1, keepdim=True)
+    key = key.where(~hidden, shown.masked_fill(shown == torch.iinfo(key.dtype).max, 0))
+    k_rows, v_rows = take_head_rows(k, v, sequence, key.long(), k.lengths)
+    logits = torch.matmul(rows.flatten(0, 1), k_rows.to(rows.dtype).mT)
+    weights, _, total = _softmax(logits.masked_fill_(hidden[:, :, None], -torch.inf))
+    mean = torch.matmul(weights, v_rows.to(rows.dtype)) / total
+    return mean.masked_fill_(total == 0, 0.0).unflatten(0, rows.shape[:2])
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(exponentials, maximum, their sum): 0, 0 and 0 where nothing is seen."""
+    top = logits.amax(-1, keepdim=True) if logits.shape[-1] else logits.new_zeros(*logits.shape[:-1], 1)
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    weights = (logits - top).exp_()
+    return weights, top, weights.sum(-1, keepdim=True)
+
+
+def _room(kv: PagedKV) -> int:
+    """Rows of a sequence at most."""
+    room = kv.block_table.shape[1] * kv.page_size
+    return min(room, int(kv.lengths.max())) if kv.device.type == "cpu" and len(kv.lengths) else room
