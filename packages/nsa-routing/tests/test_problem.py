@@ -16,6 +16,7 @@ def test_ops_are_those_of_the_design() -> None:
         "selected_attention",
         "window_attention",
         "combine",
+        "decode_attention",
     )
 
 

@@ -27,6 +27,7 @@ FLOATS = {  # how many arguments record gradients
     "selected_attention": 3,
     "window_attention": 3,
     "combine": 4,
+    "decode_attention": 0,
 }
 
 
@@ -43,7 +44,7 @@ def tensors(args: tuple[Any, ...]) -> list[Tensor]:
 def test_every_operation_runs_on_them(op: str, backend: Any) -> None:
     args, kwargs = make(op)
     result = getattr(backend, op)(*args, **kwargs)
-    rows = 9 + 14 if op == "compress_mean" else 17 + 1  # num_cmp(20) = 9, num_cmp(30) = 14
+    rows = {"compress_mean": 9 + 14, "decode_attention": 2}.get(op, 17 + 1)  # num_cmp(20) = 9, num_cmp(30) = 14
     assert len(result if isinstance(result, Tensor) else result[0]) == rows
 
 
@@ -73,7 +74,7 @@ def test_leaves_record_gradients_where_the_operation_has_one(op: str) -> None:
 def test_dtype_is_that_of_all_but_lse_and_indices(op: str, dtype: torch.dtype) -> None:
     args, kwargs = make(op, dtype=dtype)
     assert tensors(args)[0].dtype == dtype
-    others = {"select_blocks": [torch.float32], "selected_attention": [torch.int32]}
+    others = {"select_blocks": [torch.float32], "selected_attention": [torch.int32], "decode_attention": [torch.int32]}
     assert [x.dtype for x in tensors(args) if x.dtype != dtype] == others.get(op, [])
     getattr(BACKEND, op)(*args, **kwargs)
 

@@ -37,6 +37,7 @@ def test_names() -> None:
         "combine",
         "compress_mean",
         "compressed_attention",
+        "decode_attention",
         "select_blocks",
         "selected_attention",
         "window_attention",

@@ -27,7 +27,7 @@ from nsa_routing.planning import Plan, Rejected, plan, verdict
 from nsa_routing.policy import PRESETS, Policy
 from nsa_routing.problem import OPS
 from nsa_routing.profile import load_profile, profile_of
-from nsa_routing.tuning import LEAST_REPEATS, LENGTHS, SPEEDUP, TuningError
+from nsa_routing.tuning import LEAST_REPEATS, LENGTHS, PREFILL_OPS, SPEEDUP, TuningError
 from nsa_routing.tuning import tune as tune_profile
 from nsa_routing.workload import typical
 
@@ -84,7 +84,7 @@ def _words(value: str) -> list[str]:
 
 
 def _ops(value: str) -> list[str]:
-    return [_choice(OPS)(word) for word in _words(value)]
+    return [_choice(PREFILL_OPS)(word) for word in _words(value)]
 
 
 def _lengths(value: str) -> list[int]:
@@ -403,7 +403,7 @@ def tune(
     with _errors_on_one_line():
         tuned = tune_profile(
             out,
-            ops=ops or OPS,
+            ops=ops or PREFILL_OPS,
             backends=backends,
             lengths=lengths,
             num_heads=num_heads,

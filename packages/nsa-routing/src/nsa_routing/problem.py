@@ -11,6 +11,7 @@ OPS = (
     "selected_attention",
     "window_attention",
     "combine",
+    "decode_attention",
 )
 LENGTHS = ("total_q", "max_seqlen_q", "max_seqlen_k")
 

@@ -53,11 +53,11 @@ class Workload:
         """The problem that the layer's call of `op` is: what `nsa.ops` plans by.
 
         `compress_mean` and `combine` know no groups, and `combine` no keys; neither takes pages or is said to be
-        uniform. `select_blocks` has no values and no gradient.
+        uniform. `select_blocks` has no values and no gradient. `decode_attention` takes nothing but pages.
         """
         v_head_dim = self.head_dim if op in ("compress_mean", "select_blocks") else self.v_head_dim
         bare = op in ("compress_mean", "combine")
-        combine = op == "combine"
+        combine, decode = op == "combine", op == "decode_attention"
         rectangular = self.max_seqlen_q == self.max_seqlen_k and self.total_q % self.max_seqlen_q == 0
         return Problem(
             op,
@@ -68,9 +68,9 @@ class Workload:
             group_size=1 if bare else self.group_size,
             needs_grad=self.needs_grad and op != "select_blocks",
             deterministic=self.deterministic,
-            paged=self.paged and not bare,
+            paged=decode or (self.paged and not bare),
             device_index=self.device_index,
-            uniform=rectangular and not (self.ragged or bare),
+            uniform=rectangular and not (self.ragged or bare or decode),
             total_q=self.total_q,
             max_seqlen_q=0 if combine else self.max_seqlen_q,
             max_seqlen_k=0 if combine else self.max_seqlen_k,

@@ -4,7 +4,7 @@ The contract of the group: a callable with the signature of `op_inputs`. Who cal
 package; block sizes come as a plain mapping.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -15,6 +15,9 @@ from nsa_varlen.geometry import BlockGeometry
 from nsa_varlen.layout import VarlenLayout
 from nsa_varlen.sdpa import BACKEND
 from nsa_varlen.sdpa._backend import OPS
+from nsa_varlen.testing import to_pages
+
+PAGE_SIZE = 64
 
 
 def op_inputs(
@@ -40,8 +43,9 @@ def op_inputs(
     that share them.
 
     Args:
-        op: one of the six operations.
-        lengths_q, lengths_k: queries and keys of each sequence; `lengths_k=None`: as many keys as queries.
+        op: one of the operations.
+        lengths_q, lengths_k: queries and keys of each sequence; `lengths_k=None`: as many keys as queries. Of
+            `decode_attention` the new tokens of each, and all of them.
         num_heads, num_kv_heads: Hq and Hk; Hk divides Hq.
         head_dim, v_head_dim: Dk and Dv; `v_head_dim=None` is Dk.
         blocks: fields of `BlockGeometry` that differ from its defaults.
@@ -49,7 +53,7 @@ def op_inputs(
         device: where everything is made; equal values are promised for equal devices only.
         seed: of the random numbers.
         requires_grad: whether the floating-point arguments are leaves that record gradients. Not lse, nor anything of
-            `select_blocks`, which has no gradient.
+            `select_blocks` and `decode_attention`, which have no gradient.
 
     Raises:
         TypeError: lengths that are no ints, a dtype that is not floating point.
@@ -89,6 +93,8 @@ def op_inputs(
             return k, layout, geometry
         q = normal(layout.total_q, num_heads, head_dim)
         v = normal(layout.total_k, num_kv_heads, v_head_dim)
+        if op == "decode_attention":
+            return _decode_args(q, k, v, normal, layout, geometry)
         if op == "window_attention":
             return q, k, v, layout, geometry
         k_cmp, v_cmp = (BACKEND.compress_mean(x, layout, geometry) for x in (k, v))
@@ -101,11 +107,29 @@ def op_inputs(
 
     with torch.no_grad():
         made = args()
-    if requires_grad and op != "select_blocks":
+    if requires_grad and op not in ("select_blocks", "decode_attention"):
         for x in made:
             if isinstance(x, Tensor) and x.is_floating_point():
                 x.requires_grad_()
     return made, {}
+
+
+def _decode_args(
+    q: Tensor, k: Tensor, v: Tensor, normal: Callable[..., Tensor], layout: VarlenLayout, blocks: BlockGeometry
+) -> tuple[Any, ...]:
+    """The branches share their keys and values, each in pages of its own."""
+    counts = layout.host.cu_seqlens_q.diff()
+    if bool((counts > layout.host.cu_seqlens_k.diff()).any()):
+        raise ValueError(f"lengths_q: expected no more new tokens than tokens, got {counts.tolist()}")
+    new = torch.arange(int(counts.max()) if len(counts) else 0) < counts[:, None]
+    padded = q.new_zeros(*new.shape, *q.shape[1:])
+    padded[new.to(q.device)] = q
+    lengths = layout.host.cu_seqlens_k.diff().tolist()
+    compressed = [blocks.num_compressed(length) for length in lengths]
+    pages = [to_pages(BACKEND.compress_mean(x, layout, blocks), compressed, PAGE_SIZE) for x in (k, v)]
+    pages += [to_pages(x, lengths, PAGE_SIZE) for _ in range(2) for x in (k, v)]
+    gates = normal(*padded.shape[:3], 3).sigmoid()
+    return padded, *pages, gates, counts.int().to(q.device), blocks
 
 
 def _geometry(blocks: Mapping[str, int]) -> BlockGeometry:

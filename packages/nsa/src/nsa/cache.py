@@ -197,9 +197,7 @@ class NSACache:
         length = self._lengths[sequence] if length is None else length
         self._check_prefix(sequence, length)
         rows = self._rows_of(length)
-        pages = tuple(
-            tuple(stream.share(sequence, count)) for stream, count in zip(self._streams(), rows, strict=True)
-        )
+        pages = tuple(tuple(stream.share(sequence, count)) for stream, count in zip(self._streams(), rows, strict=True))
         start = self.win.first_row(sequence)
         return SharedPrefix(self.config, self.pool, length, pages, start, *self.tail.take(sequence, length))
 

@@ -24,6 +24,7 @@ __all__ = [
     "combine",
     "compress_mean",
     "compressed_attention",
+    "decode_attention",
     "select_blocks",
     "selected_attention",
     "window_attention",
@@ -203,6 +204,67 @@ def combine(gates: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, *, backe
     return dispatch("combine", problem, backend=backend)(gates, o_cmp, o_slc, o_win)
 
 
+def decode_attention(
+    q: Tensor,
+    k_cmp: PagedKV,
+    v_cmp: PagedKV,
+    k_slc: PagedKV,
+    v_slc: PagedKV,
+    k_win: PagedKV,
+    v_win: PagedKV,
+    gates: Tensor,
+    counts: Tensor,
+    blocks: BlockGeometry,
+    *,
+    q_cmp: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """All of Eq. 5 to 12 for the newest tokens of paged sequences, at lengths that only the device knows.
+
+    What `nsa.nsa_attention` computes for them. Shapes follow from shapes, and nothing is read from a GPU: a CUDA graph
+    may hold the call, and its replay sees the lengths and pages of its time. No gradient is recorded.
+
+    Args:
+        q: [B, N, Hq, Dk]. Of sequence b the first counts[b] rows are its last tokens, in order; others are padding.
+        k_cmp, v_cmp, k_slc, v_slc, k_win, v_win: pages, in which the new tokens are already, with as many rows as
+            the sequences have tokens (blocks completed: cmp).
+        gates: [B, N, Hq, 3] in the order cmp, slc, win.
+        counts: int32 [B], 0 to N.
+        q_cmp: queries of the compressed branch and of the scores where they differ from q; None is q.
+        scale: of the logits; None is 1/sqrt(Dk).
+
+    Returns:
+        (out [B, N, Hq, Dv], block_indices int32 [B, N, Hk, topk]): 0 and -1 for padding.
+
+    Example:
+        >>> from nsa_varlen.op_inputs import op_inputs
+        >>> sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+        >>> args, _ = op_inputs("decode_attention", [1, 2], [200, 70], **sizes, dtype=torch.float32, device="cpu")
+        >>> out, block_indices = decode_attention(*args)
+        >>> out.shape, block_indices[0, 0, 0, :5].tolist()
+        (torch.Size([2, 2, 4, 8]), [0, 1, 2, 3, -1])
+    """
+    problem = Problem(
+        "decode_attention",
+        q.device.type,
+        q.dtype,
+        q.shape[3],
+        v_slc.head_dim,
+        q.shape[2] // k_slc.num_heads,
+        needs_grad=_needs_grad(q, gates, *(x.pages for x in (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win))),
+        paged=True,
+        fp8_scales=any(x.k_scale is not None or x.v_scale is not None for x in (k_cmp, v_cmp, k_slc, v_slc)),
+        device_index=q.device.index or 0,
+        **_sizes(blocks),
+        total_q=q.shape[0] * q.shape[1],
+        max_seqlen_q=q.shape[1],
+        max_seqlen_k=k_slc.block_table.shape[1] * k_slc.page_size,
+    )
+    run = dispatch("decode_attention", problem, backend=backend)
+    return run(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, counts, blocks, q_cmp=q_cmp, scale=scale)
+
+
 def _problem(
     op: str, layout: VarlenLayout, blocks: BlockGeometry, q: Tensor, *kv: KV, deterministic: bool | None = None
 ) -> Problem:
@@ -221,18 +283,24 @@ def _problem(
         paged=bool(paged),
         fp8_scales=any(scale is not None for x in paged for scale in (x.k_scale, x.v_scale)),
         device_index=q.device.index or 0,
-        kernel_size=blocks.kernel_size,
-        kernel_stride=blocks.kernel_stride,
-        block_size=blocks.block_size,
-        topk=blocks.topk,
-        init_blocks=blocks.init_blocks,
-        local_blocks=blocks.local_blocks,
-        window_size=blocks.window_size,
+        **_sizes(blocks),
         uniform=op != "compress_mean" and _is_uniform(layout),
         total_q=layout.total_q,
         max_seqlen_q=layout.max_seqlen_q,
         max_seqlen_k=layout.max_seqlen_k,
     )
+
+
+def _sizes(blocks: BlockGeometry) -> dict[str, int]:
+    return {
+        "kernel_size": blocks.kernel_size,
+        "kernel_stride": blocks.kernel_stride,
+        "block_size": blocks.block_size,
+        "topk": blocks.topk,
+        "init_blocks": blocks.init_blocks,
+        "local_blocks": blocks.local_blocks,
+        "window_size": blocks.window_size,
+    }
 
 
 def _is_uniform(layout: VarlenLayout) -> bool:
