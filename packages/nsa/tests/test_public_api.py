@@ -9,7 +9,7 @@ from importlib.metadata import version
 import nsa
 import nsa.reads
 import pytest
-from nsa import NSAAttention, NSAAux, NSACache, NSAConfig, PagePool, nsa_attention, ops
+from nsa import DecodeGraph, NSAAttention, NSAAux, NSACache, NSAConfig, PagePool, nsa_attention, ops
 
 
 def signature(function: object) -> str:
@@ -21,6 +21,7 @@ def signature(function: object) -> str:
 def test_names() -> None:
     assert sorted(nsa.__all__) == [
         "CacheFull",
+        "DecodeGraph",
         "NSAAttention",
         "NSAAux",
         "NSACache",
@@ -71,7 +72,12 @@ def test_names() -> None:
             NSACache,
             "(config, batch_size, max_tokens, *, page_size=64, rollback=8, pool=None, device=None, dtype=None)",
         ),
+        (NSAAttention.decode, "(self, x, cache, counts=None)"),
         (NSACache.extend, "(self, lengths)"),
+        (NSACache.decode, "(self, rows, counts=None)"),
+        (NSACache.advance, "(self, tokens)"),
+        (DecodeGraph, "(step, caches, x)"),
+        (DecodeGraph.replay, "(self, x, counts=None)"),
         (NSACache.reserve, "(self, tokens)"),
         (NSACache.truncate, "(self, sequence, length)"),
         (NSACache.free, "(self, sequence)"),

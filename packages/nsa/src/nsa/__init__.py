@@ -6,11 +6,13 @@ from nsa.attention import NSAAux, nsa_attention
 from nsa.cache import NSACache, SequenceState, SharedPrefix
 from nsa.checkpointing import reuse_block_indices
 from nsa.config import NSAConfig
+from nsa.decode_graph import DecodeGraph
 from nsa.layer import NSAAttention
 from nsa.pages import CacheFull, PagePool
 
 __all__ = [
     "CacheFull",
+    "DecodeGraph",
     "NSAAttention",
     "NSAAux",
     "NSACache",

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from nsa_varlen import VarlenLayout
 from nsa_varlen.arguments import FLOATS
 from nsa_varlen.keeping import outside_inference
 from nsa_varlen.transfer import to_device
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from nsa.cache_step import CacheStep
 from nsa.config import NSAConfig
-from nsa.pages import PagedStream, PagePool
+from nsa.decode_step import DecodeStep, layout_of_blocks
+from nsa.pages import Change, PagedStream, PagePool
 from nsa.raw_tail import RawTail
 from nsa.sizes import check_size
 
@@ -100,6 +102,8 @@ class NSACache:
         self.device_lengths = outside_inference(torch.zeros)(batch_size, dtype=torch.int32, device=self.device)
         self._lengths = [0] * batch_size
         self._step: CacheStep | None = None  # the one that is open
+        self._ahead = False  # the device's lengths are ahead of the host's
+        self._layouts: dict[int, VarlenLayout] = {}
 
     @property
     def device(self) -> torch.device:
@@ -136,8 +140,67 @@ class NSACache:
             TypeError: a length is not an int.
             ValueError: a wrong number of lengths, a negative one, or one past the capacity.
         """
+        self._check_told()
         self._check_room("lengths", lengths)
         return CacheStep(self, list(lengths))
+
+    @property
+    def most_decoded(self) -> int:
+        """How many tokens of a sequence one decode step takes: what the raw tail has room for."""
+        return max(1, self.rollback)
+
+    def decode(self, rows: int, counts: Tensor | None = None) -> DecodeStep:
+        """Begin to append up to `rows` tokens a sequence, at lengths that only the device knows; see `DecodeStep`.
+
+        `reserve` takes their pages before, `advance` tells the host afterwards: both outside a CUDA graph, around each
+        replay.
+
+        Args:
+            rows: N, at most `most_decoded`.
+            counts: int32 [B] on the device, 0 to N: how many of them are tokens. None is all. What of them has no
+                page of its own, for want of `reserve`, is lost: with None it is looked for, outside a graph.
+
+        Raises:
+            TypeError, ValueError: arguments that do not fit.
+            RuntimeError: a step is open, the last one was not told to the host, or nothing was reserved.
+        """
+        self._check_idle()
+        check_size("rows", rows)
+        if rows > self.most_decoded:
+            raise ValueError(f"rows: expected at most {self.most_decoded} (rollback={self.rollback}), got {rows}")
+        if counts is None:
+            counts = torch.full_like(self.device_lengths, rows)
+            if not _capturing(self.device) and self._plans([length + rows for length in self._lengths]):
+                raise RuntimeError(f"cache: expected pages for {rows} more tokens of each sequence: reserve({rows})")
+        elif counts.dtype != torch.int32 or counts.shape != (self.batch_size,) or counts.device != self.device:
+            raise ValueError(
+                f"counts: expected torch.int32 [{self.batch_size}] on {self.device}, got {counts.dtype} "
+                f"{list(counts.shape)} on {counts.device}"
+            )
+        return DecodeStep(self, rows, counts)
+
+    def advance(self, tokens: int | Sequence[int]) -> None:
+        """Tell the host what a decode step, or a graph that holds one, appended to each sequence.
+
+        Raises:
+            TypeError, ValueError: as of `reserve`.
+        """
+        lengths = [tokens] * self.batch_size if isinstance(tokens, int) else tokens
+        self._check_room("tokens", lengths)
+        self._lengths = [old + new for old, new in zip(self._lengths, lengths, strict=True)]
+        self.tail.advance(self._lengths)
+        self._ahead = False
+
+    def expect_advance(self) -> None:
+        """A decode step ran: nothing else may happen until the host is told. A graph's capture runs nothing."""
+        self._ahead = not _capturing(self.device)
+
+    def layout_of_blocks(self, each: int) -> VarlenLayout:
+        """The tokens of `each` compressed blocks a sequence, block by block: made once."""
+        if each not in self._layouts:
+            made = layout_of_blocks(each * self.batch_size, self.config.kernel_size, self.device)
+            self._layouts[each] = made
+        return self._layouts[each]
 
     def reserve(self, tokens: int | Sequence[int]) -> None:
         """Take pages for so many more tokens of each sequence now, so that a later step takes none.
@@ -147,8 +210,10 @@ class NSACache:
             ValueError: it is negative, or past the capacity of a sequence.
             CacheFull: the pool has not enough pages.
         """
+        self._check_told()
         lengths = [tokens] * self.batch_size if isinstance(tokens, int) else tokens
         self._check_room("tokens", lengths)
+        self._release_behind_window()
         self._reserve([old + new for old, new in zip(self._lengths, lengths, strict=True)])
 
     def shortest(self, sequence: int) -> int:
@@ -302,11 +367,16 @@ class NSACache:
 
     def _reserve(self, lengths: Sequence[int]) -> None:
         """Pages of their own for all rows behind those that the sequences have, up to these lengths, or none."""
+        plans = self._plans(lengths)
+        self.pool.check_room(sum(len(changes) for _, changes in plans))
+        for stream, changes in plans:
+            stream.carry_out(changes)
+
+    def _plans(self, lengths: Sequence[int]) -> list[tuple[PagedStream, list[Change]]]:
+        """What each stream needs for rows up to these lengths; streams that need nothing are left out."""
         old, new = (list(zip(*map(self._rows_of, x), strict=True)) for x in (self._lengths, lengths))
-        plans = [stream.plan(a, b) for stream, a, b in zip(self._streams(), old, new, strict=True)]
-        self.pool.check_room(sum(map(len, plans)))
-        for stream, plan in zip(self._streams(), plans, strict=True):
-            stream.carry_out(plan)
+        plans = [(stream, stream.plan(a, b)) for stream, a, b in zip(self._streams(), old, new, strict=True)]
+        return [(stream, changes) for stream, changes in plans if changes]
 
     def _commit(self, lengths: Sequence[int]) -> None:
         """These are the sequences' lengths from now on."""
@@ -342,6 +412,11 @@ class NSACache:
     def _check_idle(self) -> None:
         if self._step is not None:
             raise RuntimeError("cache: expected no open step, got one")
+        self._check_told()
+
+    def _check_told(self) -> None:
+        if self._ahead:
+            raise RuntimeError("cache: expected advance() after a decode step, got none")
 
     def _check_sequence(self, name: str, sequence: object) -> None:
         check_size(name, sequence, 0)
@@ -460,6 +535,10 @@ class SequenceState:
         """The same on another device."""
         streams = tuple((k.to(device), v.to(device)) for k, v in self.streams)
         return SequenceState(self.length, streams, self.start, self.k_raw.to(device), self.v_raw.to(device))
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _pages_of(config: NSAConfig, tokens: int, chunk: int, page_size: int, rollback: int) -> int:

@@ -5,6 +5,7 @@ from nsa_varlen import VarlenLayout, pack, unpack
 from nsa_varlen.packing import check_mask_of
 from torch import Tensor, nn
 
+from nsa import ops
 from nsa.attention import nsa_attention
 from nsa.autocasting import autocast_dtype
 from nsa.cache import NSACache
@@ -83,6 +84,59 @@ class NSAAttention(nn.Module):
             layout = VarlenLayout.from_shape(x.shape[0], x.shape[1], x.device)
             return self._attend(x.flatten(0, 1), layout, cache).unflatten(0, x.shape[:2])
         return self._attend(x, layout, cache)
+
+    def decode(self, x: Tensor, cache: NSACache, counts: Tensor | None = None) -> Tensor:
+        """Append the newest tokens of each sequence and attend, as a CUDA graph can hold it.
+
+        The same as `forward` with a cache, but lengths are those that the device has when it runs. `cache.reserve`
+        before and `cache.advance` after are the caller's, or `nsa.DecodeGraph`'s.
+
+        Args:
+            x: [B, N, hidden_size], N at most `cache.most_decoded`.
+            counts: int32 [B]; of sequence b the first counts[b] rows are tokens, the others padding. None is all.
+
+        Returns:
+            [B, N, hidden_size], 0 for padding.
+
+        Raises:
+            TypeError, ValueError: arguments that do not fit.
+            RuntimeError: as of `NSACache.decode`.
+
+        Example:
+            >>> config = NSAConfig(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16)
+            >>> layer, cache = NSAAttention(config), NSACache(config, batch_size=2, max_tokens=256)
+            >>> with torch.no_grad():
+            ...     prefill = layer(torch.randn(2, 100, 64), cache=cache)
+            ...     cache.reserve(1)
+            ...     out = layer.decode(torch.randn(2, 1, 64), cache)
+            >>> cache.advance(1)
+            >>> out.shape, cache.lengths
+            (torch.Size([2, 1, 64]), (101, 101))
+        """
+        self._check(x, None, None, cache)
+        if x.ndim != 3:
+            raise ValueError(f"x: expected shape [B, N, {self.config.hidden_size}], got {list(x.shape)}")
+        step, batch = cache.decode(x.shape[1], counts), x.shape[:2]
+
+        def rows(projected: Tensor, heads: int, dim: int) -> Tensor:
+            return projected.flatten(0, 1).unflatten(-1, (heads, dim))
+
+        q = rows(self.q_proj(x), self.config.num_heads, self.config.head_dim)
+        k_cmp, k_slc, k_win = self._branches(self.k_proj(x).flatten(0, 1), self.config.head_dim)
+        v_cmp, v_slc, v_win = self._branches(self.v_proj(x).flatten(0, 1), self.config.value_dim)
+        q_cmp, q, k_slc, k_win = self._rotate_new(q, k_slc, k_win, step.positions.flatten())
+        gates = self.gates(x.flatten(0, 1)).unflatten(0, batch)
+        q, q_cmp, k_cmp, k_slc, k_win, v_cmp, v_slc, v_win = (
+            y.unflatten(0, batch) for y in (q, q_cmp, k_cmp, k_slc, k_win, v_cmp, v_slc, v_win)
+        )
+        step.write_slc(k_slc, v_slc)
+        step.write_win(k_win, v_win)
+        step.write_cmp(k_cmp, v_cmp, self._compress)
+        out, _ = ops.decode_attention(
+            q, *step.cmp, *step.slc, *step.win, gates, step.counts, self.config.blocks, q_cmp=q_cmp
+        )
+        step.commit()
+        return self.o_proj(out.flatten(2))
 
     def _attend(self, x: Tensor, layout: VarlenLayout, cache: NSACache | None) -> Tensor:
         config, blocks = self.config, self.config.blocks

@@ -47,6 +47,12 @@ class RawTail:
         self.v[sequence, place] = v[row]
         self.advance(total)
 
+    def write_there(self, k: Tensor, v: Tensor, sequence: Tensor, position: Tensor, there: Tensor) -> None:
+        """Store k [B, N, H, Dk], v [B, N, H, Dv] at (sequence, position) [B, N] where `there` is True; N <= size."""
+        place, kept = position % self.size, there[..., None, None]
+        self.k[sequence, place] = k.where(kept, self.k[sequence, place])
+        self.v[sequence, place] = v.where(kept, self.v[sequence, place])
+
     def advance(self, total: Sequence[int]) -> None:
         """What the device wrote up to these lengths, the host knows too."""
         self._end = [max(end, length) for end, length in zip(self._end, total, strict=True)]

@@ -45,7 +45,8 @@ def decode(
     weights = gates.to(wide).unflatten(2, (num_kv_heads, -1))[..., None].unbind(-2)
     out = sum(weight * o.to(wide) for weight, o in zip(weights, (o_cmp, o_slc, o_win), strict=True))
     assert isinstance(out, Tensor)
-    return out.flatten(2, 3).to(q.dtype), block_indices
+    out = out.flatten(2, 3).masked_fill((position < 0)[..., None, None], 0.0)  # whatever padding holds
+    return out.to(q.dtype), block_indices
 
 
 def _compressed(

@@ -1,0 +1,206 @@
+"""A decode step at lengths that only the device knows: is it what one pass over the whole sequence gives?"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nsa import NSAAttention, NSACache
+from nsa.config import COMPRESSIONS
+from nsa_varlen import VarlenLayout
+from torch import Tensor
+
+LENGTHS = (90, 33, 65)
+PREFILLED = (50, 0, 64)
+ATOL = 1e-12  # as in test_layer_decode.py: sums are ordered differently; selections are certified
+
+
+def sequences() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(length, 24, dtype=torch.float64, generator=generator) for length in LENGTHS]
+
+
+@torch.no_grad()
+def prefill(layer: NSAAttention, cache: NSACache, lengths: tuple[int, ...] = PREFILLED) -> None:
+    x = torch.cat([rows[:length] for rows, length in zip(sequences(), lengths, strict=True)])
+    layer(x, layout=VarlenLayout.from_lengths(list(lengths)), cache=cache)
+
+
+@torch.no_grad()
+def decode(layer: NSAAttention, cache: NSACache, counts: list[int], rows: int) -> list[Tensor]:
+    """The next counts[b] tokens of each sequence, in a batch of `rows` whose padding is NaN; their outputs."""
+    x = torch.full((len(counts), rows, 24), torch.nan, dtype=torch.float64)
+    for row, tokens, start, count in zip(x, sequences(), cache.lengths, counts, strict=True):
+        row[:count] = tokens[start : start + count]
+    cache.reserve(counts)
+    told = torch.tensor(counts, dtype=torch.int32)
+    out = layer.decode(x, cache, told)
+    cache.advance(counts)
+    assert cache.device_lengths.tolist() == list(cache.lengths)
+    return [y[:count] for y, count in zip(out, counts, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def whole(make_layer: Callable, certify: Callable) -> Callable[..., tuple[NSAAttention, list[Tensor]]]:
+    """(layer, the outputs of one pass) of a variant, computed once."""
+    made: dict[str, tuple] = {}
+
+    def get(variant: dict) -> tuple[NSAAttention, list[Tensor]]:
+        if repr(variant) not in made:
+            layer = make_layer(**variant)
+            out = certify(layer, torch.cat(sequences()), VarlenLayout.from_lengths(list(LENGTHS)))
+            made[repr(variant)] = layer, list(out.split(LENGTHS))
+        return made[repr(variant)]
+
+    return get
+
+
+def assert_is(outputs: list[list[Tensor]], expected: list[Tensor], start: tuple[int, ...] = PREFILLED) -> None:
+    for parts, out, first in zip(outputs, expected, start, strict=True):
+        got = torch.cat(parts)
+        torch.testing.assert_close(got, out[first : first + len(got)], rtol=0, atol=ATOL)
+
+
+def test_token_by_token(variant: dict, whole: Callable, make_cache: Callable) -> None:
+    layer, expected = whole(variant)
+    cache = make_cache(layer.config, 3)
+    prefill(layer, cache)
+    outputs: list[list[Tensor]] = [[], [], []]
+    while cache.lengths != LENGTHS:
+        counts = [int(now < length) for now, length in zip(cache.lengths, LENGTHS, strict=True)]
+        for kept, part in zip(outputs, decode(layer, cache, counts, 1), strict=True):
+            kept.append(part)
+    assert_is(outputs, expected)
+
+
+SIZES = st.tuples(*[st.integers(0, 20)] * 3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(steps=st.lists(st.tuples(st.booleans(), SIZES), min_size=1, max_size=12))
+def test_steps_of_any_size_and_prefill_between_them(steps: list, whole: Callable, make_cache: Callable) -> None:
+    layer, expected = whole({"compression": "mlp", "rope_cmp": "before"})
+    cache = make_cache(layer.config, 3)
+    outputs: list[list[Tensor]] = [[x[:0]] for x in expected]
+    for decoded, sizes in steps:
+        left = [length - now for length, now in zip(LENGTHS, cache.lengths, strict=True)]
+        counts = [min(size, most) for size, most in zip(sizes, left, strict=True)]
+        if decoded:
+            parts = decode(layer, cache, [min(count, 8) for count in counts], 8)
+        else:
+            x = [rows[now : now + new] for rows, now, new in zip(sequences(), cache.lengths, counts, strict=True)]
+            with torch.no_grad():
+                parts = layer(torch.cat(x), layout=VarlenLayout.from_lengths(counts), cache=cache).split(counts)
+        for kept, part in zip(outputs, parts, strict=True):
+            kept.append(part)
+    assert_is(outputs, expected, (0, 0, 0))
+
+
+def test_a_step_taken_back_leaves_no_trace(whole: Callable, make_cache: Callable) -> None:
+    """Speculative decoding: tokens that turn out wrong, a truncation, the right ones."""
+    layer, expected = whole({"compression": "linear"})
+    cache = make_cache(layer.config, 3)
+    prefill(layer, cache)
+    outputs: list[list[Tensor]] = [[], [], []]
+    for _ in range(4):
+        lengths = cache.lengths
+        cache.reserve([8, 8, 0])
+        with torch.no_grad():
+            layer.decode(torch.randn(3, 8, 24, dtype=torch.float64), cache, torch.tensor([8, 8, 0], dtype=torch.int32))
+        cache.advance([8, 8, 0])
+        cache.truncate(0, lengths[0])
+        cache.truncate(1, lengths[1])
+        assert cache.lengths == lengths
+        for kept, part in zip(outputs, decode(layer, cache, [7, 8, 0], 8), strict=True):
+            kept.append(part)
+    assert_is(outputs, expected)
+
+
+def test_a_prefix_is_shared_until_someone_writes(whole: Callable, make_cache: Callable) -> None:
+    """Two sequences of one prefix, continued alike and otherwise, by decode steps that write to its last page."""
+    layer, expected = whole({"rope_cmp": "none", "shared_kv": True, "bias": True})
+    cache = make_cache(layer.config, 3)
+    prefill(layer, cache, (50, 0, 0))
+    cache.fork(0, 1)
+    used = cache.pool.num_pages - cache.pool.num_free
+    cache.fork(0, 2)
+    assert cache.pool.num_pages - cache.pool.num_free == used
+    tokens, noise = sequences()[0], torch.randn(40, 24, dtype=torch.float64)
+    for place in range(40):
+        x = torch.stack([tokens[50 + place], noise[place], tokens[50 + place]])[:, None]
+        cache.reserve(1)
+        with torch.no_grad():
+            out = layer.decode(x, cache)
+        cache.advance(1)
+        torch.testing.assert_close(out[0], out[2], rtol=0, atol=ATOL)
+        torch.testing.assert_close(out[0, 0], expected[0][50 + place], rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("kind", COMPRESSIONS)
+def test_nothing_is_read_from_the_device(kind: str, make_layer: Callable) -> None:
+    """On "meta" nothing could be: shapes alone carry a step through, as they must in a graph."""
+    layer = make_layer(compression=kind).to("meta")
+    cache = NSACache(layer.config, 2, 128, page_size=16, device="meta", dtype=torch.float64)
+    x, counts = torch.empty(2, 8, 24, device="meta", dtype=torch.float64), torch.empty(2, device="meta").int()
+    with torch.no_grad():
+        out = layer.decode(x, cache, counts)
+    assert out.shape == (2, 8, 24)
+
+
+def test_the_host_must_be_told(make_layer: Callable, make_cache: Callable) -> None:
+    layer = make_layer()
+    cache, x = make_cache(layer.config, 2), torch.randn(2, 1, 24, dtype=torch.float64)
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match=r"^cache: expected pages for 1 more tokens .*: reserve\(1\)$"):
+            layer.decode(x, cache)
+        cache.reserve(1)
+        layer.decode(x, cache)
+    for attempt in (
+        lambda: cache.decode(1),
+        lambda: cache.extend([1, 1]),
+        lambda: cache.reserve(1),
+        lambda: cache.truncate(0, 0),
+        lambda: cache.share(0),
+        cache.reset,
+    ):
+        with pytest.raises(RuntimeError, match=r"^cache: expected advance\(\) after a decode step, got none$"):
+            attempt()
+    cache.advance(1)
+    assert cache.lengths == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "rows, counts, error, message",
+    [
+        (9, None, ValueError, r"^rows: expected at most 8 \(rollback=8\), got 9$"),
+        (0, None, ValueError, r"^rows: expected at least 1, got 0$"),
+        (1.0, None, TypeError, r"^rows: expected an int, got 1.0 of type float$"),
+        (1, torch.zeros(2), ValueError, r"^counts: expected torch.int32 \[2\] on cpu, got torch.float32 \[2\] on cpu$"),
+        (1, torch.zeros(3).int(), ValueError, r"^counts: expected torch.int32 \[2\] on cpu, got torch.int32 \[3\] on"),
+    ],
+)
+def test_arguments_that_do_not_fit(
+    rows: object,
+    counts: Tensor | None,
+    error: type[Exception],
+    message: str,
+    make_config: Callable,
+    make_cache: Callable,
+) -> None:
+    with pytest.raises(error, match=message):
+        make_cache(make_config(), 2).decode(rows, counts)
+
+
+def test_rows_that_do_not_fit(make_config: Callable, make_cache: Callable) -> None:
+    cache = make_cache(make_config(), 2)
+    cache.reserve(1)
+    step = cache.decode(1)
+    k, v = torch.zeros(2, 1, 2, 8, dtype=torch.float64), torch.zeros(2, 1, 2, 6, dtype=torch.float64)
+    for write, branch in ((step.write_slc, "slc"), (step.write_win, "win")):
+        with pytest.raises(ValueError, match=rf"^v_{branch}: expected shape \[2, 1, 2, 6\], got \[2, 1, 2, 8\]$"):
+            write(k, k)
+        with pytest.raises(
+            TypeError, match=rf"^k_{branch}: expected dtype torch.float64 of the cache, got torch.float32$"
+        ):
+            write(k.float(), v)
