@@ -1,12 +1,12 @@
-"""A captured decode step: the same as one that is not, wherever the sequences are, and without waiting for the device."""
+"""A captured decode step: what one that is not captured does, wherever the sequences are, and no waiting."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from nsa import CacheFull, DecodeGraph, NSAAttention, NSACache, NSAConfig, PagePool
 from nsa_varlen import VarlenLayout
+from nsa_varlen.transfer import to_device
 from torch import Tensor, nn
 
 pytestmark = [
@@ -41,17 +41,16 @@ class Model:
     def eager(self, x: Tensor, counts: list[int]) -> Tensor:
         for cache in self.caches:
             cache.reserve(counts)
-        out = self.step(x, torch.tensor(counts, dtype=torch.int32, device="cuda"))
+        out = self.step(x, to_device(torch.tensor(counts, dtype=torch.int32), x.device))
         for cache in self.caches:
             cache.advance(counts)
         return out
 
 
 @pytest.fixture
-def flagged(monkeypatch: pytest.MonkeyPatch, fresh_routes: None) -> Iterator[None]:
+def flagged(monkeypatch: pytest.MonkeyPatch, fresh_routes: None) -> None:
     """No check of each result, for which the host would wait."""
     monkeypatch.setenv("NSA_CHECK_FINITE", "flag")
-    yield
 
 
 @pytest.mark.parametrize("compression", ["mean", "mlp"])
@@ -101,7 +100,7 @@ def test_a_replay_keeps_no_memory(flagged: None) -> None:
     before = torch.cuda.memory_allocated()
     for _ in range(200):
         graph.replay(x)
-    assert torch.cuda.memory_allocated() == before
+    assert torch.cuda.memory_allocated() <= before
 
 
 def test_a_full_pool_stops_a_replay_before_it_runs(flagged: None) -> None:
