@@ -1,14 +1,14 @@
 """Does a sentence among 65,536 tokens come back, found by scores alone, wherever it stands?
 
 The text is nothing but sentences of 40 tokens. A sentence has, per kv head, a topic (a random direction) and an answer
-(a random unit vector): its tokens' keys are the topic with noise, its tokens' values the answer. All are drawn alike, so
+(a random unit vector): its tokens' keys are the topic with noise, its tokens' values the answer. All are drawn alike:
 every sentence is a needle among distractors of its own distribution, and what makes it the needle is that a query asks
-for it: a query head is a sentence's topic, with noise of its own, SHARPNESS long. Every token asks, the heads of a
+for it. A query head is a sentence's topic, with noise of its own, SHARPNESS long. Every token asks, the heads of a
 group not all the same: the last one asks for another sentence, and the group must find both.
 
 **What must be selected.** A sentence begins at a multiple of 8 = d/2 and has 40 = l + d/2 tokens, so exactly one
-compressed block lies wholly inside, its *core*. Each selection block that the core touches must be selected: one, or two
-where the core straddles an edge. Eq. 9 counts that overlap at least once, so such a block's score is at least the
+compressed block lies wholly inside, its *core*. Each selection block that the core touches must be selected: one, or
+two where the core straddles an edge. Eq. 9 counts that overlap at least once, so such a block's score is at least the
 probability p that the asking head gives the core, weighed against the whole text; against a part of it, p only grows.
 Let s be the probability of all compressed blocks that touch nothing of a head's sentence, over that of the core: at any
 time, they have at most s. Those that touch a sentence (40 + 2 * 31 tokens) lie in at most 3 selection blocks. So for
@@ -83,9 +83,9 @@ class Scale:
 
 SMOKE = Scale(65_536, heads=4, kv_heads=2, head_dim=32, chunk=2048)
 GROUPS = {"g16": (64, 4), "g4": (32, 8), "g1": (16, 16)}
-# The same code as on a GPU at a length for a CPU: in half precision, in one call and in several.
+# What a GPU does, at a length for a CPU: half precision, in one call and in several.
 SHORT = {
-    f"2k-{name}-{chunk}": Scale(2048, heads // 4, kv_heads // 4, 128, chunk, torch.bfloat16)
+    f"2k-{name}-{chunk}": Scale(2048, heads // 2, kv_heads // 2, 128, chunk, torch.bfloat16)
     for name, (heads, kv_heads) in GROUPS.items()
     for chunk in (2048, 600)
 }
@@ -318,9 +318,9 @@ def peak_memory(device: str) -> int:
 def memory_bound(scale: Scale) -> int:
     """Bytes that a case may take beside its text.
 
-    On a CPU 512 MiB; at 65,536 tokens it takes 190. (Logits of a chunk against all tokens would take 2 GiB.) On a GPU
-    a workspace of 2 GiB, and in units of their own size: keys and values in the cache and in fp64 for
-    `answer_by_hand`, 16 of the keys in fp64; a chunk's queries, three branches, their sum and what kernels rearrange, 12.
+    On a CPU 512 MiB: 190 were taken at 65,536 tokens, and logits of one chunk against all tokens would take 2 GiB. On a
+    GPU the 2 GiB that operations may work in; 16 times the keys in fp64, for the cache and `answer_by_hand`; and 12
+    times a chunk's queries, for three branches, their sum and what kernels rearrange. Nothing grows as T^2.
     """
     if scale.device == "cpu":
         return 2**29
