@@ -2,14 +2,14 @@
 
 `hatch run demo:test`; three minutes on one core. Nothing is trained: keys are averaged, the selected branch alone
 attends, in every layer and head, while the document is read and while the answer is written. A query sees 32 blocks of
-32 tokens, an eighth of the context. Blocks of 32 suit the fact, a sentence of 17 tokens: with the default geometry, 16
-blocks of 64 and averages over 32 tokens, the model answers "0x0" at depth 0.7.
+32 tokens, an eighth of the context. Blocks of 32 suit the fact, a sentence of 17 tokens: with blocks of 64 and averages
+over 32 tokens, the default geometry, as many tokens or twice as many do not tell the model the code at depth 0.7.
 
 The depths below are those of five at which it answers: at 0.2, 0.5 and 0.6 it says "0x0" with these blocks too. That is
 not selection alone: dense attention says so at 0.5, and "7" at 0.35. This model is at the end of its context here.
 
 The text is that of one Python version's documentation, so a share measured with one is not another's to the digit:
-what is asserted is half of what was measured with Python 3.11, or less.
+what is asserted is at most half of what was measured with Python 3.11.
 """
 
 from dataclasses import dataclass
@@ -95,5 +95,5 @@ def test_the_facts_block_is_selected_for_each_token_of_the_answer(told: dict[flo
     steps = min(here.steps, without.steps)
     assert steps >= 10
     gain = here.share(*blocks)[:steps] - without.share(*blocks)[:steps]
-    assert gain.min() >= 0.1
+    assert gain.min() >= 0.08
     assert here.steady(*blocks) >= without.steady(*blocks) + 6
