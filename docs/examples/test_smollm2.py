@@ -11,12 +11,6 @@ LENGTH = 400
 
 
 @pytest.fixture(scope="module")
-def loaded():
-    torch.set_num_threads(1)  # threads that wait for a busy core cost more than they bring
-    return smollm2.load()
-
-
-@pytest.fixture(scope="module")
 def model(loaded):
     return loaded[0]
 
