@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from nsa import NSAConfig, ops
-from nsa.reads import count_reads, reads_when_selected
+from nsa.reads import ReadCounters, count_reads, reads_when_selected
 from nsa_varlen import BlockGeometry, VarlenLayout, masks
 from torch import Tensor
 
@@ -128,3 +128,51 @@ def test_lengths_below_one() -> None:
 def test_indices_that_do_not_fit(indices: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=rf"^block_indices: {message}"):
         count_reads(indices, VarlenLayout.from_lengths([3]), BlockGeometry())
+
+
+@pytest.mark.parametrize("decoded", [False, True], ids=["extend", "decode"])
+@torch.no_grad()
+def test_a_cache_counts_what_its_steps_read(decoded: bool, make_layer: Callable, make_cache: Callable) -> None:
+    """By sequence and branch; within the formula, within the budget, which never falls."""
+    layer = make_layer()
+    blocks, heads = layer.config.blocks, layer.config.num_kv_heads
+    cache = make_cache(layer.config, 2, 128)
+    cache.counters = ReadCounters(cache.batch_size)
+    x = torch.randn(2, 128, 24, dtype=torch.float64)
+    layer(x[0, :40], layout=VarlenLayout.from_lengths([40, 0]), cache=cache)
+    expected = torch.zeros(4, dtype=torch.int64)
+    for length in range(1, 41):
+        reads = blocks.num_compressed(length), min(blocks.window_size, length)
+        slc = reads_when_selected(length, blocks) - sum(reads)
+        expected += heads * torch.tensor([reads[0], slc, reads[1], blocks.reads(length)])
+    assert cache.counters.last.tolist() == [expected.tolist(), [0] * 4]
+    budgets, total, steps = [], expected.clone(), 1
+    for length in range(41, 90):
+        counts = [1, int(length > 60)]
+        rows = x[:, cache.lengths[0] :][:, :1]
+        if decoded:
+            cache.reserve(counts)
+            layer.decode(rows, cache, torch.tensor(counts, dtype=torch.int32))
+            cache.advance(counts)
+        else:
+            layer(rows[: sum(counts), 0], layout=VarlenLayout.from_lengths(counts), cache=cache)
+        for sequence, (count, now) in enumerate(zip(counts, cache.lengths, strict=True)):
+            cmp, slc, win, budget = cache.counters.last[sequence].tolist()
+            assert cmp + slc + win == count * heads * (reads_when_selected(now, blocks) if now else 0)
+            assert budget == count * heads * blocks.reads(now)
+            assert cmp + slc + win <= budget
+        budgets.append(cache.counters.last[0, 3].item())
+        total += cache.counters.last.sum(0)
+        steps += 1
+    assert budgets == sorted(budgets)
+    assert cache.counters.read() == dict(
+        zip(("steps", "cmp", "slc", "win", "budget"), [steps, *total.tolist()], strict=True)
+    )
+
+
+def test_without_counters_nothing_is_counted(make_layer: Callable, make_cache: Callable) -> None:
+    layer = make_layer()
+    cache = make_cache(layer.config, 1)
+    with mock.patch.object(ReadCounters, "add") as add, torch.no_grad():
+        layer(torch.randn(1, 5, 24, dtype=torch.float64), cache=cache)
+    add.assert_not_called()

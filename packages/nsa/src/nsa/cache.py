@@ -15,6 +15,7 @@ from nsa.config import NSAConfig
 from nsa.decode_step import DecodeStep, layout_of_blocks
 from nsa.pages import Change, PagedStream, PagePool
 from nsa.raw_tail import RawTail
+from nsa.reads import ReadCounters
 from nsa.sizes import check_size
 
 
@@ -34,6 +35,8 @@ class NSACache:
 
     Pages of the window that no query can reach any more are returned: those behind `window_size + rollback` tokens,
     unless others hold them too, or the stream is shared with slc.
+
+    While `counters` is a `nsa.reads.ReadCounters`, the layer's steps count there what their queries read.
 
     Args:
         config: of the layer.
@@ -103,6 +106,7 @@ class NSACache:
         self._lengths = [0] * batch_size
         self._step: CacheStep | None = None  # the one that is open
         self._ahead = False  # the device's lengths are ahead of the host's
+        self.counters: ReadCounters | None = None
         self._layouts: dict[int, VarlenLayout] = {}
 
     @property

@@ -132,9 +132,14 @@ class NSAAttention(nn.Module):
         step.write_slc(k_slc, v_slc)
         step.write_win(k_win, v_win)
         step.write_cmp(k_cmp, v_cmp, self._compress)
-        out, _ = ops.decode_attention(
+        out, block_indices = ops.decode_attention(
             q, *step.cmp, *step.slc, *step.win, gates, step.counts, self.config.blocks, q_cmp=q_cmp
         )
+        if cache.counters is not None:
+            there = torch.arange(x.shape[1], device=x.device) < step.counts[:, None]
+            sequence = torch.arange(x.shape[0], device=x.device).repeat_interleave(x.shape[1])
+            position = step.positions.where(there, -1).flatten()
+            cache.counters.add(block_indices.flatten(0, 1), position, sequence, self.config.blocks)
         step.commit()
         return self.o_proj(out.flatten(2))
 
@@ -155,7 +160,12 @@ class NSAAttention(nn.Module):
                 step.write_slc(k_slc, v_slc)
                 step.write_win(k_win, v_win)
                 step.write_cmp(k_cmp, v_cmp, self._compress)
-                out = nsa_attention(q, *step.cmp, *step.slc, *step.win, gates, step.layout, blocks, q_cmp=q_cmp)
+                out, aux = nsa_attention(
+                    q, *step.cmp, *step.slc, *step.win, gates, step.layout, blocks, q_cmp=q_cmp, return_aux=True
+                )
+                if cache.counters is not None:
+                    position, sequence = step.layout.positions(), step.layout.sequence_of_queries()
+                    cache.counters.add(aux.block_indices, position, sequence, blocks)
         return self.o_proj(out.flatten(1))
 
     def _branches(self, projected: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from nsa_varlen import BlockGeometry, VarlenLayout
 from nsa_varlen.arguments import check_block_indices, check_layout
 from nsa_varlen.block_indices import distinct_blocks
@@ -36,12 +37,62 @@ def count_reads(block_indices: Tensor, layout: VarlenLayout, blocks: BlockGeomet
     check_layout(layout, blocks)
     num_kv_heads = block_indices.shape[1] if isinstance(block_indices, Tensor) and block_indices.ndim == 3 else 0
     check_block_indices(block_indices, num_kv_heads, layout)
-    seen = (layout.positions() + 1).clamp_min(0)[:, None]
-    indices = distinct_blocks(block_indices)
+    return _reads(distinct_blocks(block_indices), layout.positions(), blocks)
+
+
+def _reads(indices: Tensor, position: Tensor, blocks: BlockGeometry) -> Reads:
+    """Of queries at `position` [...], negative ones being nobody's, with distinct blocks [..., Hk, N]."""
+    seen = (position + 1).clamp_min(0)[..., None]
     keys = (seen[..., None] - indices * blocks.block_size).clamp(0, blocks.block_size)
     slc = keys.masked_fill(indices < 0, 0).sum(-1)
-    cmp, win = (x.expand(-1, num_kv_heads) for x in (blocks.num_compressed(seen), seen.clamp_max(blocks.window_size)))
+    cmp, win = (x.expand(slc.shape) for x in (blocks.num_compressed(seen), seen.clamp_max(blocks.window_size)))
     return Reads(cmp, slc, win)
+
+
+class ReadCounters:
+    """Keys that the queries of a cache's sequences read, counted from their real block indices, on the device.
+
+    A cache counts while it has one (`cache.counters = ReadCounters(cache.batch_size, cache.device)`) and pays nothing
+    without. Counting waits for nothing and is part of a CUDA graph that was captured meanwhile.
+
+    Fields:
+        last: int64 [B, 4], of the last step, by sequence: keys read in cmp, slc and win, and the budget, summed over
+            its new tokens and the kv heads.
+        total: int64 [5]: steps, and the sums of `last` over all of them and all sequences.
+
+    Example:
+        >>> from nsa import NSAAttention, NSACache, NSAConfig
+        >>> config = NSAConfig(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16)
+        >>> layer, cache = NSAAttention(config), NSACache(config, batch_size=1, max_tokens=256)
+        >>> cache.counters = ReadCounters(cache.batch_size, cache.device)
+        >>> with torch.no_grad():
+        ...     for tokens in (100, 1):
+        ...         out = layer(torch.randn(1, tokens, 64), cache=cache)
+        >>> cache.counters.last[0].tolist()  # 5 blocks of 101 tokens, 101 keys, 101 in the window; for two kv heads
+        [10, 202, 202, 2260]
+    """
+
+    def __init__(self, batch_size: int, device: torch.device | str | None = None) -> None:
+        self.last = torch.zeros(batch_size, 4, dtype=torch.int64, device=device)
+        self.total = torch.zeros(5, dtype=torch.int64, device=device)
+
+    def add(self, block_indices: Tensor, position: Tensor, sequence: Tensor, blocks: BlockGeometry) -> None:
+        """A step: queries at int64 `position` [T] of `sequence` [T] chose int32 `block_indices` [T, Hk, N].
+
+        Negative positions are padding.
+        """
+        reads = _reads(block_indices, position, blocks)
+        seen = (position + 1).clamp_min(0)
+        budget = blocks.num_compressed(seen) + blocks.topk * blocks.block_size + seen.clamp_max(blocks.window_size)
+        budget = budget.masked_fill(position < 0, 0) * block_indices.shape[1]
+        rows = torch.stack([*(x.sum(-1) for x in reads), budget], -1)
+        self.last.zero_().index_add_(0, sequence, rows)
+        self.total[0] += 1
+        self.total[1:] += self.last.sum(0)
+
+    def read(self) -> dict[str, int]:
+        """steps, cmp, slc, win and budget so far, on the host, which waits for the device."""
+        return dict(zip(("steps", "cmp", "slc", "win", "budget"), self.total.tolist(), strict=True))
 
 
 def reads_when_selected(length: int, blocks: BlockGeometry) -> int:
