@@ -169,6 +169,61 @@ def test_indices_cannot_be_infinite(faulty: Callable, problem: Problem, x: Tenso
     assert (ran(made), closed()) == (["fast"], frozenset())
 
 
+def decoded(which: str = "") -> Callable[..., tuple[Tensor, Tensor]]:
+    """An out three times too large beside block indices; the last row is padding, 0 and -1."""
+
+    def run(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        out, indices = x * 3, torch.arange(6, dtype=torch.int32).view(3, 2)
+        out[-1], indices[-1] = 0.0, -1
+        if which:
+            out[0, 0] = OUT[which]
+        return out, indices
+
+    return run
+
+
+@pytest.mark.parametrize("check", ["always", "flag"])
+def test_block_indices_beside_an_out_are_no_fault(
+    check: str, install: Callable, order: Callable, fake_backend: type, problem: Problem, x: Tensor, flags: Callable
+) -> None:
+    made = install(fake_backend("fast", runs={"decode_attention": decoded()}), fake_backend("sdpa", factor=2.0))
+    order("fast")
+    flags(CHECK_FINITE=check)
+    for _ in range(2):
+        out, indices = dispatch("decode_attention", replace(problem, op="decode_attention"))(x)
+        assert torch.equal(out[:-1], x[:-1] * 3)
+        assert (out[-1].any().item(), indices[-1].tolist()) == (False, [-1, -1])
+    assert (ran(made), poll(), closed()) == (["fast"] * 2, frozenset(), frozenset())
+
+
+@pytest.mark.parametrize("which", OUT)
+@pytest.mark.parametrize("check", ["always", "flag"])
+def test_a_bad_out_beside_block_indices_is_caught(
+    which: str,
+    check: str,
+    install: Callable,
+    order: Callable,
+    fake_backend: type,
+    problem: Problem,
+    x: Tensor,
+    flags: Callable,
+) -> None:
+    made = install(fake_backend("fast", runs={"decode_attention": decoded(which)}), fake_backend("sdpa", factor=2.0))
+    order("fast")
+    flags(CHECK_FINITE=check)
+    run = dispatch("decode_attention", replace(problem, op="decode_attention"))
+    first, _ = run(x)
+    if check == "always":
+        assert torch.equal(first, x * 2)
+        assert closed() == {("fast", "decode_attention", "cpu")}
+    else:
+        assert not first.isfinite().all(), "what went out went out"
+        assert poll() == {("fast", "decode_attention", "cpu")}
+    second, _ = run(x)
+    assert torch.equal(second, x * 2)
+    assert ran(made) == (["fast", "sdpa", "sdpa"] if check == "always" else ["fast", "sdpa"])
+
+
 def test_an_empty_result_is_no_fault(faulty: Callable, problem: Problem) -> None:
     made = faulty(lambda x, *_: (x.clone(), torch.zeros(2, 0)))
     out, lse = dispatch("window_attention", problem)(torch.zeros(0, 2, 4))
