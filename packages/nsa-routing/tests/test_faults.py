@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from nsa_routing import OPS, Problem, closed, dispatch, explain, failure_counts, plan_for, poll, reset
+from nsa_routing.breaker import breaker
 from torch import Tensor
 
 INF, NAN = torch.inf, torch.nan
@@ -594,6 +595,21 @@ def test_threads_that_meet_a_closing_route_all_get_the_answer(
     assert closed() == {KEY}
     assert 1 <= ran(made).count("fast") <= 8, "each thread tries it once at most"
     assert len(logged.warnings()) == 1
+
+
+def test_a_route_that_closes_while_one_is_planned_is_no_reason_for_perf(
+    faulty: Callable, problem: Problem, x: Tensor, logged: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another thread may close it: what runs then is no faster, and safe takes it."""
+    made = faulty(lambda x, *_: answer(3, x))
+
+    def refuse(*_: Any) -> None:
+        breaker("fast", "window_attention", "cpu").closed = True
+
+    monkeypatch.setattr(made["fast"], "refuse", refuse)
+    dispatch("window_attention", problem)(x)
+    assert closed() == {KEY}
+    assert logged.warnings() == []
 
 
 @pytest.mark.parametrize("op", OPS)
