@@ -1,7 +1,8 @@
 """Which backend runs what, on which device, why: every decision, against the table in decisions.csv.
 
 The table is read by people: equal decisions are joined, `*` is any value, and the first candidate that is rejected is
-there with its reason. After a change that is meant, `python tests-integration/test_decisions.py --write`.
+there with its reason; `none` stands where no backend takes it. After a change that is meant, `python
+tests-integration/test_decisions.py --write`.
 
 Every installed backend answers for itself. Those that no package offers yet have stand-ins, which take every problem on
 CUDA; a real one takes the place of its stand-in, and the table must then be written again.
@@ -102,6 +103,7 @@ def plans() -> dict[Case, Plan]:
             problem = Problem(
                 *(op, device, DTYPES[dtype], head_dim, head_dim, group_size),
                 needs_grad=grad == "yes",
+                paged=op == "decode_attention",
                 deterministic=False,
                 uniform=batch == "uniform",
                 total_q=length,
@@ -116,7 +118,7 @@ def plans() -> dict[Case, Plan]:
 
 def answer(made: Plan) -> Answer:
     """A plan in three columns; the length that a threshold was asked for is left out, so that lengths can be joined."""
-    chosen, *others = made.accepted
+    chosen, *others = made.accepted or ("none",)
     rejected = (x for x in made.candidates if isinstance(x, Rejected))
     first = next((f"{x.backend}: {re.sub(r', got [0-9]+$', '', x.reason)}" for x in rejected), "")
     return chosen, " ".join(others), first
@@ -186,6 +188,9 @@ def test_what_the_design_promises_holds_in_every_case() -> None:
     """The table may be written again by mistake; these may not."""
     for case, made in cases():
         taken = set(made.accepted)
+        if case["op"] == "decode_attention" and case["grad"] == "yes":
+            assert not taken, "no gradient through pages"
+            continue
         assert made.accepted[-1] == "sdpa", "there is always a last resort"
         if case["preset"] == "safe":
             assert "triton" not in taken, "Triton never without perf or a request"
@@ -208,9 +213,17 @@ def test_what_the_design_promises_holds_in_every_case() -> None:
                 assert not taken & set(FA2_BACKENDS), "opt-in"
 
 
+def test_what_decodes() -> None:
+    """Nothing but sdpa, on every device and in every preset: no kernel has the operation yet."""
+    for case, made in cases(op="decode_attention"):
+        assert made.accepted == (("sdpa",) if case["grad"] == "no" else ()), case
+
+
 def test_what_perf_takes() -> None:
     for name in ("A100", "RTX 3090", "H100"):
         for case, made in cases(machine=name, preset="perf"):
+            if case["op"] == "decode_attention":
+                continue  # see test_what_decodes
             long = case["op"] == "compressed_attention" and case["length"] > 16_384
             faster = long and "cudnn" in made.accepted  # measured on the H100
             assert made.backend == ("cudnn" if faster else "triton"), case

@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 from nsa import nsa_attention, ops
-from nsa_routing import OPS, closed, poll
-from nsa_varlen import BlockGeometry, VarlenLayout, testing
+from nsa_routing import closed, poll
+from nsa_routing.tuning import PREFILL_OPS
+from nsa_varlen import BlockGeometry, PagedKV, VarlenLayout, testing
+from nsa_varlen.op_inputs import op_inputs
+from nsa_varlen.sdpa import BACKEND
 from torch import Tensor
 
 BLOCKS = BlockGeometry(kernel_size=4, kernel_stride=2, block_size=4, topk=4, window_size=6)
 LAYOUT = VarlenLayout.from_lengths([9, 0, 20], [11, 2, 20])
-FLOATING = [op for op in OPS if op != "select_blocks"]
+FLOATING = [op for op in PREFILL_OPS if op != "select_blocks"]
 VALUES = {"nan": torch.nan, "inf": torch.inf, "-inf": -torch.inf}
 
 
@@ -83,7 +86,7 @@ def assert_same(got: list[Tensor], expected: list[Tensor]) -> None:
 def test_a_sound_backend_runs_everything(triton: Callable, truth: list[Tensor]) -> None:
     made = triton()
     assert_same(forward_and_backward(), truth)
-    assert set(made.ran) == set(OPS)
+    assert set(made.ran) == set(PREFILL_OPS)
     assert closed() == frozenset()
 
 
@@ -95,11 +98,11 @@ def test_a_bad_out_changes_nothing(op: str, value: str, triton: Callable, truth:
     assert closed() == {("triton", op, "cpu")}
     made.ran.clear()
     assert_same(forward_and_backward(), truth)
-    assert set(made.ran) == set(OPS) - {op}
+    assert set(made.ran) == set(PREFILL_OPS) - {op}
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
-@pytest.mark.parametrize("op", [op for op in OPS if op.endswith("attention")])
+@pytest.mark.parametrize("op", [op for op in PREFILL_OPS if op.endswith("attention")])
 def test_a_bad_lse_changes_nothing(op: str, value: str, triton: Callable, truth: list[Tensor]) -> None:
     triton(**{op: bad(VALUES[value], "lse")})
     assert_same(forward_and_backward(), truth)
@@ -115,7 +118,7 @@ def test_everything_bad_at_once_changes_nothing(triton: Callable, truth: list[Te
     assert made.ran == ["select_blocks"]
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", PREFILL_OPS)
 @pytest.mark.parametrize(
     "error, stays_open",
     [(torch.cuda.OutOfMemoryError("CUDA out of memory"), True), (MemoryError(), True), (COMPILATION("x"), False)],
@@ -129,7 +132,7 @@ def test_what_does_not_run_changes_nothing(
     assert closed() == (frozenset() if stays_open else {("triton", op, "cpu")})
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", PREFILL_OPS)
 def test_any_other_exception_is_the_callers(op: str, triton: Callable) -> None:
     error = RuntimeError("CUDA error: an illegal memory access was encountered")
     triton(**{op: raising(error)})
@@ -182,6 +185,51 @@ def test_spare_rows_of_pages_are_not_inputs(triton: Callable, install: Callable)
     assert closed() == {("triton", "window_attention", "cpu")}
     assert torch.equal(got[0], expected[0])
     assert torch.equal(got[1], expected[1])
+
+
+def decoding() -> tuple[Any, ...]:
+    """Two sequences, one and two new tokens of 70 and 20: one row is padding; pages hold NaN where no row is."""
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "dtype": torch.float32, "device": "cpu"}
+    args, _ = op_inputs("decode_attention", [1, 2], [70, 20], **sizes)
+    assert all(x.pages.isnan().any() for x in args if isinstance(x, PagedKV))
+    return args
+
+
+@pytest.mark.parametrize("check", ["always", "flag"])
+def test_decoding_is_no_fault(check: str, triton: Callable, flags: Callable) -> None:
+    made = triton()
+    flags(CHECK_FINITE=check)
+    out, block_indices = ops.decode_attention(*decoding())
+    assert (made.ran, poll(), closed()) == (["decode_attention"], frozenset(), frozenset())
+    assert not out[0, 1].any(), "padding"
+    assert (block_indices[0, 1] == -1).all()
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("check", ["always", "flag"])
+def test_a_bad_decode_is_judged(value: str, check: str, triton: Callable, flags: Callable) -> None:
+    args = decoding()
+    expected = BACKEND.decode_attention(*args)
+    made = triton(decode_attention=bad(VALUES[value]))
+    flags(CHECK_FINITE=check)
+    got = ops.decode_attention(*args)
+    if check == "flag":
+        assert not got[0].isfinite().all(), "what went out went out"
+        assert poll() == {("triton", "decode_attention", "cpu")}
+        got = ops.decode_attention(*args)
+    assert closed() == {("triton", "decode_attention", "cpu")}
+    assert made.ran == ["decode_attention"]
+    assert_same(list(got), list(expected))
+
+
+@pytest.mark.parametrize("check", ["always", "flag"])
+def test_bad_inputs_of_a_decode_are_the_callers(check: str, triton: Callable, flags: Callable) -> None:
+    made = triton()
+    flags(CHECK_FINITE=check)
+    q, *rest = decoding()
+    q[1, 0] = torch.nan
+    assert ops.decode_attention(q, *rest)[0].isnan().any()
+    assert (made.ran, poll(), closed()) == (["decode_attention"], frozenset(), frozenset())
 
 
 def test_bad_inputs_are_the_callers(triton: Callable) -> None:

@@ -11,8 +11,7 @@ import pytest
 import torch
 from nsa import NSAAttention, NSAConfig, ops
 from nsa_kernels_triton import configurations
-from nsa_kernels_triton.contracts import interpreted
-from nsa_routing import OPS
+from nsa_kernels_triton.contracts import OPS, interpreted
 from nsa_varlen import BlockGeometry, VarlenLayout, reference
 from nsa_varlen.op_inputs import op_inputs
 from nsa_varlen.sdpa import BACKEND as SDPA

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from nsa_routing import OPS, Policy, Problem, Profile, backends, cli, load_profile, plan, probe, reset, tuning
-from nsa_routing.tuning import _tune, measuring
+from nsa_routing import Policy, Problem, Profile, backends, cli, load_profile, plan, probe, reset, tuning
+from nsa_routing.tuning import PREFILL_OPS, _tune, measuring
 from nsa_routing.tuning.findings import crossover
 from nsa_routing.tuning.measuring import Timing
 from nsa_varlen import reference
@@ -68,10 +68,10 @@ def thresholds_of(path: Path) -> dict[str, int]:
         for row in csv.DictReader(file):
             timing = Timing(*(float(row[name]) for name in ("median_ms", "p25_ms", "p75_ms", "min_ms")))
             times.setdefault((row["op"], row["backend"]), {})[int(row["length"])] = timing
-    assert times.keys() == {(op, name) for op in OPS for name in ("dense", "sdpa")}
+    assert times.keys() == {(op, name) for op in PREFILL_OPS for name in ("dense", "sdpa")}
     assert all(tuple(by_length) == LENGTHS for by_length in times.values())
     assert all(0 < t.min_ms <= t.p25_ms <= t.median_ms <= t.p75_ms for found in times.values() for t in found.values())
-    found = {op: crossover(times[op, "dense"], times[op, "sdpa"]) for op in OPS}
+    found = {op: crossover(times[op, "dense"], times[op, "sdpa"]) for op in PREFILL_OPS}
     return {op: length for op, length in found.items() if length is not None}
 
 
@@ -97,10 +97,10 @@ def test_a_real_run(device: str, grad: bool, tmp_path: Path) -> None:
     findings = {found["op"]: found for found in json.loads(result.stdout)["findings"]}
     assert {found["outcome"] for found in findings.values()} <= {"threshold", "never"}, "the oracle is right"
     expected = thresholds_of(tmp_path / "mine.csv")
-    assert {op: found["at_least"] for op, found in findings.items()} == {op: expected.get(op) for op in OPS}
+    assert {op: found["at_least"] for op, found in findings.items()} == {op: expected.get(op) for op in PREFILL_OPS}
     profile = load_profile(out)
     assert {op for op, names in profile.thresholds.items() if "dense" in names} == expected.keys()
-    for op in OPS:
+    for op in PREFILL_OPS:
         before, at = (chosen(profile, op, length, device) for length in (expected.get(op, 1) - 1, expected.get(op, 1)))
         assert (before, at) == ("sdpa", "dense" if op in expected else "sdpa")
 
@@ -112,5 +112,5 @@ def test_the_profile_of_a_real_run_where_dense_always_pays(tmp_path: Path, monke
     sizes = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "repeat": 3, "device": "cpu"}
     tuned = tuning.tune(tmp_path / "mine.yaml", lengths=(64, 128), preset="perf", **sizes)
     profile = load_profile(tuned.profile)
-    assert {op: chosen(profile, op, 63) for op in OPS} == dict.fromkeys(OPS, "sdpa")
-    assert {op: chosen(profile, op, 64) for op in OPS} == dict.fromkeys(OPS, "dense")
+    assert {op: chosen(profile, op, 63) for op in PREFILL_OPS} == dict.fromkeys(PREFILL_OPS, "sdpa")
+    assert {op: chosen(profile, op, 64) for op in PREFILL_OPS} == dict.fromkeys(PREFILL_OPS, "dense")

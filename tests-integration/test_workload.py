@@ -8,7 +8,7 @@ import torch
 from nsa import ops
 from nsa_routing import OPS, Problem
 from nsa_routing.workload import Workload
-from nsa_varlen.op_inputs import op_inputs
+from nsa_varlen.op_inputs import PAGE_SIZE, op_inputs
 from nsa_varlen.sdpa import BACKEND
 
 BATCHES = {  # queries, keys, and what a workload says of them
@@ -37,6 +37,9 @@ def test_a_workload_makes_the_problems_of_the_operations(
     monkeypatch.setattr(ops, "dispatch", dispatch)
     sizes = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 8, "v_head_dim": 4}
     args, kwargs = op_inputs(op, q, k, **sizes, dtype=torch.float16, device="cpu", requires_grad=grad)
+    if op == "decode_attention":  # rows of q with their padding, and room for keys by the page
+        lengths = lengths | {"total_q": len(q) * max(q), "max_seqlen_k": -(-max(k) // PAGE_SIZE) * PAGE_SIZE}
+        args[0].requires_grad_(grad)  # which no backend takes: that is to be told, too
     getattr(ops, op)(*args, **kwargs)
     (problem,) = asked
     workload = Workload("cpu", torch.float16, 8, 4, 3, **lengths, needs_grad=grad)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from nsa_routing import OPS, Problem, closed, dispatch, explain, failure_counts, plan_for, poll, reset
+from nsa_routing.breaker import breaker
 from torch import Tensor
 
 INF, NAN = torch.inf, torch.nan
@@ -167,6 +168,61 @@ def test_indices_cannot_be_infinite(faulty: Callable, problem: Problem, x: Tenso
     got = dispatch("select_blocks", replace(problem, op="select_blocks"))(x, torch.full((2, 3), -INF))
     assert torch.equal(got, x.int())
     assert (ran(made), closed()) == (["fast"], frozenset())
+
+
+def decoded(which: str = "") -> Callable[..., tuple[Tensor, Tensor]]:
+    """An out three times too large beside block indices; the last row is padding, 0 and -1."""
+
+    def run(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        out, indices = x * 3, torch.arange(6, dtype=torch.int32).view(3, 2)
+        out[-1], indices[-1] = 0.0, -1
+        if which:
+            out[0, 0] = OUT[which]
+        return out, indices
+
+    return run
+
+
+@pytest.mark.parametrize("check", ["always", "flag"])
+def test_block_indices_beside_an_out_are_no_fault(
+    check: str, install: Callable, order: Callable, fake_backend: type, problem: Problem, x: Tensor, flags: Callable
+) -> None:
+    made = install(fake_backend("fast", runs={"decode_attention": decoded()}), fake_backend("sdpa", factor=2.0))
+    order("fast")
+    flags(CHECK_FINITE=check)
+    for _ in range(2):
+        out, indices = dispatch("decode_attention", replace(problem, op="decode_attention"))(x)
+        assert torch.equal(out[:-1], x[:-1] * 3)
+        assert (out[-1].any().item(), indices[-1].tolist()) == (False, [-1, -1])
+    assert (ran(made), poll(), closed()) == (["fast"] * 2, frozenset(), frozenset())
+
+
+@pytest.mark.parametrize("which", OUT)
+@pytest.mark.parametrize("check", ["always", "flag"])
+def test_a_bad_out_beside_block_indices_is_caught(
+    which: str,
+    check: str,
+    install: Callable,
+    order: Callable,
+    fake_backend: type,
+    problem: Problem,
+    x: Tensor,
+    flags: Callable,
+) -> None:
+    made = install(fake_backend("fast", runs={"decode_attention": decoded(which)}), fake_backend("sdpa", factor=2.0))
+    order("fast")
+    flags(CHECK_FINITE=check)
+    run = dispatch("decode_attention", replace(problem, op="decode_attention"))
+    first, _ = run(x)
+    if check == "always":
+        assert torch.equal(first, x * 2)
+        assert closed() == {("fast", "decode_attention", "cpu")}
+    else:
+        assert not first.isfinite().all(), "what went out went out"
+        assert poll() == {("fast", "decode_attention", "cpu")}
+    second, _ = run(x)
+    assert torch.equal(second, x * 2)
+    assert ran(made) == (["fast", "sdpa", "sdpa"] if check == "always" else ["fast", "sdpa"])
 
 
 def test_an_empty_result_is_no_fault(faulty: Callable, problem: Problem) -> None:
@@ -539,6 +595,21 @@ def test_threads_that_meet_a_closing_route_all_get_the_answer(
     assert closed() == {KEY}
     assert 1 <= ran(made).count("fast") <= 8, "each thread tries it once at most"
     assert len(logged.warnings()) == 1
+
+
+def test_a_route_that_closes_while_one_is_planned_is_no_reason_for_perf(
+    faulty: Callable, problem: Problem, x: Tensor, logged: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another thread may close it: what runs then is no faster, and safe takes it."""
+    made = faulty(lambda x, *_: answer(3, x))
+
+    def refuse(*_: Any) -> None:
+        breaker("fast", "window_attention", "cpu").closed = True
+
+    monkeypatch.setattr(made["fast"], "refuse", refuse)
+    dispatch("window_attention", problem)(x)
+    assert closed() == {KEY}
+    assert logged.warnings() == []
 
 
 @pytest.mark.parametrize("op", OPS)

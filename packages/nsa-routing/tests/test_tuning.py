@@ -620,6 +620,7 @@ def test_each_case_is_told(offer: Callable, clock: Clock, tmp_path: Path) -> Non
         ({"out": Path("mine.yml")}, r"^out: expected a path that ends in \.yaml, got 'mine\.yml'$"),
         ({"out": Path("no-such-folder/mine.yaml")}, r"^out: expected a folder that can be written to, got 'no-such"),
         ({"ops": ("attention",)}, r"^ops: expected some of \[.*\], got \['attention'\]$"),
+        ({"ops": ("combine", "decode_attention")}, r"^ops: expected some of \[.*\], got \['decode_attention'\]$"),
         ({"ops": ()}, r"^ops: expected some of \[.*\], got \[\]$"),
         ({"lengths": ()}, r"^lengths: expected numbers from 1 to 2\^31 - 1, got \[\]$"),
         ({"lengths": (0, 5)}, r"^lengths: expected numbers from 1 to 2\^31 - 1, got \[0, 5\]$"),

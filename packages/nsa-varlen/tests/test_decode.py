@@ -144,7 +144,7 @@ BAD = [
     ({"counts": torch.zeros(6, dtype=torch.int64)}, ValueError, r"^counts: expected torch.int32 \[6\] on cpu, got "),
     ({"counts": torch.full((6,), 5, dtype=torch.int32)}, ValueError, r"^counts: expected 0 to 4, and at most the "),
     ({"counts": torch.full((6,), 1, dtype=torch.int32)}, ValueError, r"^counts: expected 0 to 4, and at most the "),
-    ({"k_slc": torch.zeros(3, 2, 8)}, TypeError, r"^k_slc: expected a PagedKV, got Tensor$"),
+    *(({name: torch.zeros(3, 2, 8)}, TypeError, rf"^{name}: expected a PagedKV, got Tensor$") for name in NAMES),
     ({"blocks": 64}, TypeError, r"^blocks: expected a BlockGeometry, got int$"),
 ]
 

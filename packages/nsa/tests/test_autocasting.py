@@ -1,11 +1,13 @@
 """Under autocast the operations do with dtypes what torch's scaled_dot_product_attention does, values and gradients."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from nsa import nsa_attention, ops
 from nsa_varlen import BlockGeometry, PagedKV, VarlenLayout
+from nsa_varlen.op_inputs import op_inputs
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -146,3 +148,34 @@ def test_a_layer_and_its_gradients(region: torch.dtype, variant: dict, make_laye
     flat, exact_flat = (torch.cat([x.double().flatten() for x in part]) for part in (found, exact))
     for got, expected, units in ((out.double(), exact_out, 30), (flat, exact_flat, 60)):
         assert (got - expected).norm() < units * torch.finfo(region).eps * expected.norm()
+
+
+def decoding(dtype: torch.dtype) -> dict[str, Any]:
+    """q in fp32, pages in `dtype`: the new tokens of two sequences of 50 and 9."""
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "device": "cpu"}
+    args, _ = op_inputs("decode_attention", [3, 1], [50, 9], **sizes, dtype=dtype)
+    names = ("q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates", "counts", "blocks")
+    given = dict(zip(names, args, strict=True))
+    return given | {"q": given["q"].float(), "q_cmp": given["q"].float() / 2, "gates": given["gates"].float()}
+
+
+def test_a_decode_takes_its_queries_in_the_regions_dtype_and_its_gates_in_theirs() -> None:
+    given = decoding(torch.bfloat16)
+    by_hand = given | {name: given[name].bfloat16() for name in ("q", "q_cmp")}
+    expected = ops.decode_attention(**by_hand)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, block_indices = ops.decode_attention(**given)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, expected[0])
+    assert torch.equal(block_indices, expected[1])
+    with pytest.raises(TypeError, match=r"^k_cmp: expected dtype torch.float32 of q, got torch.bfloat16$"):
+        ops.decode_attention(**given)
+
+
+def test_the_pages_of_a_decode_are_not_converted() -> None:
+    given = decoding(torch.float32)
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(TypeError, match=r"^k_cmp: expected dtype torch.bfloat16 of q, got torch.float32$"),
+    ):
+        ops.decode_attention(**given)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 OPS = ("compress_mean", "compressed_attention", "select_blocks", "selected_attention", "window_attention", "combine")
+ALL = (*OPS, "decode_attention")  # whose batches are padded, and whose keys lie in pages
 LAYOUT = VarlenLayout.from_lengths([9, 0, 90, 3], [9, 5, 100, 3])
 # Block sizes of the configuration in conftest.py, every field stated.
 CONFIG_SIZES = {
@@ -46,6 +47,10 @@ def arguments(blocks: BlockGeometry) -> dict[str, tuple]:
     indices = reference.select_blocks(q, k_cmp, lse, LAYOUT, blocks)
     gates = torch.rand(LAYOUT.total_q, 4, 3, dtype=torch.float64)
     outputs = torch.randn(3, LAYOUT.total_q, 4, 6, dtype=torch.float64)
+    rows = blocks.num_compressed(LAYOUT.cu_seqlens_k.diff()).tolist()
+    raw = [paged(x, LAYOUT.cu_seqlens_k.diff().tolist()) for _ in range(2) for x in (k, v)]
+    q_padded, gates_padded = torch.randn(4, 3, 4, 8, dtype=torch.float64), torch.rand(4, 3, 4, 3, dtype=torch.float64)
+    counts = torch.tensor([1, 0, 3, 3], dtype=torch.int32)
     return {
         "compress_mean": (k, LAYOUT, blocks),
         "compressed_attention": (q, k_cmp, v_cmp, LAYOUT, blocks),
@@ -53,25 +58,36 @@ def arguments(blocks: BlockGeometry) -> dict[str, tuple]:
         "selected_attention": (q, k, v, indices, LAYOUT, blocks),
         "window_attention": (q, k, v, LAYOUT, blocks),
         "combine": (gates, *outputs),
+        "decode_attention": (q_padded, paged(k_cmp, rows), paged(v_cmp, rows), *raw, gates_padded, counts, blocks),
     }
+
+
+def scored(arguments: dict, q_cmp: Tensor) -> tuple[Tensor, Tensor, VarlenLayout, BlockGeometry]:
+    """What `select_blocks` would take of a decode by these queries, but the lse."""
+    *_, counts, blocks = arguments["decode_attention"]
+    layout = VarlenLayout.from_lengths(counts.tolist(), LAYOUT.cu_seqlens_k.diff().tolist())
+    return q_cmp[torch.arange(q_cmp.shape[1]) < counts[:, None]], arguments["select_blocks"][1], layout, blocks
 
 
 def assert_close(got: Tensor | tuple, expected: Tensor | tuple) -> None:
     if isinstance(got, tuple):
         torch.testing.assert_close(got[0], expected[0], **FP64)
-        torch.testing.assert_close(got[1].double(), expected[1], **LSE)
+        indices = got[1].dtype == torch.int32
+        torch.testing.assert_close(got[1] if indices else got[1].double(), expected[1], **LSE)
     else:
         torch.testing.assert_close(got, expected, **FP64)
 
 
 @pytest.mark.parametrize("backend", [None, "sdpa"])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ALL)
 def test_agrees_with_the_oracle(
     op: str, backend: str | None, arguments: dict, margin: Callable, score_error: float
 ) -> None:
     if op == "select_blocks":
         q, k_cmp, _, *rest = arguments[op]
         assert 2 * score_error < margin(q, k_cmp, *rest) < float("inf")
+    if op == "decode_attention":
+        assert 2 * score_error < margin(*scored(arguments, arguments[op][0])) < float("inf")
     assert_close(getattr(ops, op)(*arguments[op], backend=backend), getattr(reference, op)(*arguments[op]))
 
 
@@ -107,12 +123,14 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return recorder
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ALL)
 def test_runs_what_the_route_gives(op: str, recorder: Recorder, arguments: dict) -> None:
     options: dict[str, Any] = {}
     if op not in ("compress_mean", "combine"):
         options["scale"] = 0.5
-    if op.endswith("attention"):
+    if op == "decode_attention":
+        options["q_cmp"] = arguments[op][0] * 2
+    elif op.endswith("attention"):
         options["deterministic"] = True
     assert getattr(ops, op)(*arguments[op], **options, backend="some") == "answer"
     ((asked, problem, backend),) = recorder.calls
@@ -120,7 +138,7 @@ def test_runs_what_the_route_gives(op: str, recorder: Recorder, arguments: dict)
     recorder.run.assert_called_once_with(*arguments[op], **options)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ALL)
 def test_states_the_problem(op: str, recorder: Recorder, arguments: dict) -> None:
     getattr(ops, op)(*arguments[op])
     dims = {
@@ -131,8 +149,12 @@ def test_states_the_problem(op: str, recorder: Recorder, arguments: dict) -> Non
     sizes: dict[str, int] = {"total_q": 102}
     if op != "combine":  # which has no layout and no blocks
         sizes |= {"max_seqlen_q": 90, "max_seqlen_k": 100} | CONFIG_SIZES
+    facts: dict[str, Any] = {}
+    if op == "decode_attention":  # 4 sequences, 3 rows each, room for 7 pages of 16 rows
+        sizes |= {"total_q": 12, "max_seqlen_q": 3, "max_seqlen_k": 112}
+        facts["paged"] = True
     problem = recorder.calls[0][1]
-    assert problem == Problem(op, "cpu", torch.float64, *dims, **sizes)
+    assert problem == Problem(op, "cpu", torch.float64, *dims, **sizes, **facts)
 
 
 UNIFORM = {
@@ -174,11 +196,13 @@ def test_states_whether_a_batch_is_uniform(op: str, lengths: str, recorder: Reco
     assert recorder.calls[0][1].uniform is (uniform and op not in ("compress_mean", "combine"))
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ALL)
 def test_states_the_device_and_dtype(op: str, recorder: Recorder, arguments: dict) -> None:
     def move(x: object) -> object:
         if isinstance(x, Tensor):
             return x.to("meta", torch.bfloat16 if x.is_floating_point() else x.dtype)
+        if isinstance(x, PagedKV):
+            return PagedKV(*(move(y) for y in (x.pages, x.block_table, x.lengths)))
         return x.to("meta") if isinstance(x, VarlenLayout) else x
 
     getattr(ops, op)(*map(move, arguments[op]))
@@ -186,7 +210,7 @@ def test_states_the_device_and_dtype(op: str, recorder: Recorder, arguments: dic
     assert (problem.device, problem.dtype) == ("meta", torch.bfloat16)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ALL)
 def test_needs_grad_if_any_argument_does_and_grad_mode_is_on(op: str, recorder: Recorder, arguments: dict) -> None:
     differentiable = [i for i, x in enumerate(arguments[op]) if isinstance(x, Tensor) and x.is_floating_point()]
     for index in differentiable:
@@ -208,14 +232,14 @@ def test_states_determinism(op: str, deterministic: bool | None, recorder: Recor
     recorder.run.assert_called_once_with(*arguments[op], scale=None, **passed)
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if not op.endswith("attention")])
+@pytest.mark.parametrize("op", [op for op in ALL if op == "decode_attention" or not op.endswith("attention")])
 def test_leaves_determinism_to_the_route(op: str, recorder: Recorder, arguments: dict) -> None:
     getattr(ops, op)(*arguments[op])
     assert recorder.calls[0][1].deterministic is None
     assert "deterministic" not in recorder.run.call_args.kwargs
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ALL)
 def test_states_which_device_of_its_kind(
     op: str, recorder: Recorder, arguments: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,6 +255,8 @@ def test_states_which_device_of_its_kind(
     def move(x: object) -> object:
         if isinstance(x, VarlenLayout):
             return x.to(f"cuda:{index}")
+        if isinstance(x, PagedKV):
+            return PagedKV(*(fake(y) for y in (x.pages, x.block_table, x.lengths)))
         return fake(x) if isinstance(x, Tensor) else x
 
     getattr(ops, op)(*map(move, arguments[op]))
@@ -321,7 +347,7 @@ class Fake:
         return "cannot combine" if op == "combine" else None
 
     def __getattr__(self, op: str) -> Callable[..., Any]:
-        if op not in OPS:
+        if op not in ALL:
             raise AttributeError(op)
 
         def run(x: Tensor, *args: Any, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
@@ -341,7 +367,7 @@ def fake_installed(fresh_routes: None, monkeypatch: pytest.MonkeyPatch) -> Fake:
     return fake
 
 
-@pytest.mark.parametrize("op", OPS[:-1])
+@pytest.mark.parametrize("op", [op for op in ALL if op != "combine"])
 def test_a_backend_found_by_entry_point_runs(
     op: str, fake_installed: Fake, arguments: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -363,7 +389,70 @@ def test_a_backend_that_refuses_is_not_replaced(arguments: dict) -> None:
 
 
 @pytest.mark.usefixtures("fresh_routes")
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ALL)
 def test_a_backend_that_is_not_installed(op: str, arguments: dict) -> None:
     with pytest.raises(ValueError, match=r"^backend: expected one of \[.*'sdpa'.*\], got 'none-such'$"):
         getattr(ops, op)(*arguments[op], backend="none-such")
+
+
+# --- decode_attention -------------------------------------------------------------------------------------------------
+
+PAGES = ("k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win")
+DECODE = ("q", *PAGES, "gates", "counts", "blocks")
+
+
+@pytest.mark.parametrize("name", ["q_cmp", *PAGES])
+def test_a_decode_needs_grad_for_its_pages_and_q_cmp_too(name: str, recorder: Recorder, arguments: dict) -> None:
+    given = dict(zip(DECODE, arguments["decode_attention"], strict=True))
+    given["q_cmp"] = given["q"].clone()
+    leaf = given[name].pages if name in PAGES else given[name]
+    leaf.requires_grad_()
+    ops.decode_attention(**given)
+    with torch.no_grad():
+        ops.decode_attention(**given)
+    assert [call[1].needs_grad for call in recorder.calls] == [True, False]
+
+
+def test_a_decode_that_would_record_a_gradient_is_refused(arguments: dict) -> None:
+    """By the plan, with the reason; nothing is computed without the gradient that was asked for."""
+    q, *rest = arguments["decode_attention"]
+    with pytest.raises(RuntimeError, match=r"(?s)no backend accepts.*sdpa +rejected: records no gradients through pag"):
+        ops.decode_attention(q.requires_grad_(), *rest)
+    with torch.no_grad():
+        out, _ = ops.decode_attention(q, *rest)
+    assert not out.requires_grad
+
+
+@pytest.mark.parametrize("change", ["q_cmp", "scale"])
+def test_what_a_decode_may_be_told_reaches_it(
+    change: str, arguments: dict, margin: Callable, score_error: float
+) -> None:
+    given = arguments["decode_attention"]
+    q_cmp = torch.randn_like(given[0])
+    said = {"q_cmp": q_cmp} if change == "q_cmp" else {"scale": 0.9}
+    assert 2 * score_error < margin(*scored(arguments, q_cmp if change == "q_cmp" else given[0] * (0.9 * 8**0.5)))
+    got = ops.decode_attention(*given, **said)
+    assert_close(got, reference.decode_attention(*given, **said))
+    assert (got[0] - ops.decode_attention(*given)[0]).abs().max() > 1e-3
+
+
+BAD_DECODES = [
+    *(({name: None}, TypeError, rf"^{name}: expected a tensor, got NoneType$") for name in ("q", "gates", "counts")),
+    ({"q_cmp": [1.0]}, TypeError, r"^q_cmp: expected a tensor, got list$"),
+    ({"q": torch.zeros(12, 4, 8)}, ValueError, r"^q: expected shape \[B, N, heads, head_dim\], got \[12, 4, 8\]$"),
+    *(({x: torch.zeros(5, 2, 8)}, TypeError, rf"^{x}: expected a PagedKV, got Tensor$") for x in PAGES),
+    ({"q": torch.zeros(4, 3, 4, 8)}, TypeError, r"^k_cmp: expected dtype torch.float32 of q, got torch.float64$"),
+    ({"counts": torch.tensor([1, 0, 3, 4]).int()}, ValueError, r"^counts: expected 0 to 3, and at most the lengths "),
+    ({"blocks": None}, TypeError, r"^blocks: expected a BlockGeometry, got NoneType$"),
+]
+
+
+@pytest.mark.parametrize("change, error, message", BAD_DECODES)
+def test_arguments_of_a_decode_that_do_not_fit(
+    change: dict, error: type[Exception], message: str, arguments: dict, recorder: Recorder
+) -> None:
+    """Before anybody is asked to plan for them."""
+    given = dict(zip(DECODE, arguments["decode_attention"], strict=True)) | change
+    with pytest.raises(error, match=message):
+        ops.decode_attention(**given)
+    assert recorder.calls == []

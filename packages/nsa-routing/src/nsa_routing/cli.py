@@ -353,7 +353,8 @@ def tune(
         ),
     ],
     ops: Annotated[
-        Any, typer.Option("--ops", parser=_ops, metavar="OP,...", help="Operations.  [default: all]")
+        Any,
+        typer.Option("--ops", parser=_ops, metavar="OP,...", help="Of those that prefill.  [default: all]"),
     ] = None,
     backends: Annotated[
         Any, typer.Option("--backends", parser=_words, metavar="NAME,...", help="Backends.  [default: all installed]")

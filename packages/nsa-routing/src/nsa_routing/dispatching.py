@@ -107,7 +107,7 @@ class _Router:
             events.tell(logging.INFO, message, "route", message)
         if policy.preset != "perf" and not chosen.requested:
             fast = self.plan(chosen.problem, replace(policy, preset="perf")).backend
-            if fast is not None and fast != chosen.backend:
+            if fast is not None and fast not in chosen.accepted:  # a route may have closed in between
                 events.tell(
                     logging.WARNING,
                     f"backend {fast} is installed and can run {chosen.problem.op} here, but preset {policy.preset} "

@@ -58,8 +58,12 @@ def _finite(x: Tensor) -> Tensor:
 
 
 def result_finite(result: Any) -> Tensor | None:
-    """`all_finite` of what operations return: a tensor, or (out, lse, ...), where an lse may also be -inf."""
-    out, *lses = (result,) if isinstance(result, Tensor) else result
+    """`all_finite` of what operations return: a tensor, or (out, lse, ...), where an lse may also be -inf.
+
+    What holds whole numbers, as the block indices beside the out of `decode_attention`, is not looked at.
+    """
+    out, *others = (result,) if isinstance(result, Tensor) else result
+    lses = [x for x in others if x.is_floating_point()]
     verdict = all_finite((out,))
     if verdict is None or not lses:
         return verdict

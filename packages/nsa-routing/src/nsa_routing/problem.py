@@ -41,7 +41,8 @@ class Problem:
             rectangular one. False says nothing: of `combine` and `compress_mean`, which have no queries over keys, and
             of a batch whose lengths nobody compared, too.
         total_q: packed queries, Tq.
-        max_seqlen_q, max_seqlen_k: the longest sequence's queries and keys.
+        max_seqlen_q, max_seqlen_k: the longest sequence's queries and keys. Of `decode_attention`, whose lengths only
+            the device knows: the rows of q for a sequence and the room of its pages; total_q counts all rows of q.
 
     Raises:
         TypeError: dtype is no torch.dtype.

@@ -37,7 +37,7 @@ class _Chain:
     def postpone(self, result: Any) -> None:
         """Judge an operation's result with the outcome."""
         self.postponed = True
-        if not isinstance(result, Tensor):
+        if not isinstance(result, Tensor) and result[1].is_floating_point():
             self.lses.append(result[1])
 
 

@@ -53,7 +53,9 @@ class Workload:
         """The problem that the layer's call of `op` is: what `nsa.ops` plans by.
 
         `compress_mean` and `combine` know no groups, and `combine` no keys; neither takes pages or is said to be
-        uniform. `select_blocks` has no values and no gradient. `decode_attention` takes nothing but pages.
+        uniform. `select_blocks` has no values and no gradient. `decode_attention` takes nothing but pages, is not said
+        to be uniform, and counts what the host knows: of B sequences with at most N new tokens each, `max_seqlen_q` is
+        N, `total_q` is B * N, padding included, and `max_seqlen_k` is how many tokens a sequence's pages have room for.
         """
         v_head_dim = self.head_dim if op in ("compress_mean", "select_blocks") else self.v_head_dim
         bare = op in ("compress_mean", "combine")

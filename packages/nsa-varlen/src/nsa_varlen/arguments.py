@@ -164,9 +164,13 @@ def check_decode(
             f"on {counts.device}"
         )
     streams = {"cmp": cmp, "slc": slc, "win": win}
+    pages = {f"{side}_{name}": kv for name, both in streams.items() for side, kv in zip("kv", both, strict=True)}
+    for name, kv in pages.items():
+        if not isinstance(kv, PagedKV):
+            raise TypeError(f"{name}: expected a PagedKV, got {type(kv).__name__}")
+    for name, kv in pages.items():
+        _check_pages(name, kv, q, slc[0])
     for name, (k, v) in streams.items():
-        for side, x in (("k", k), ("v", v)):
-            _check_pages(f"{side}_{name}", x, q, slc[0] if isinstance(slc[0], PagedKV) else x)
         if k.head_dim != q.shape[3]:
             raise ValueError(f"k_{name}: expected head_dim {q.shape[3]} of q, got {k.head_dim}")
         if v.head_dim != slc[1].head_dim:
@@ -176,8 +180,6 @@ def check_decode(
 
 
 def _check_pages(name: str, x: PagedKV, q: Tensor, k_slc: PagedKV) -> None:
-    if not isinstance(x, PagedKV):
-        raise TypeError(f"{name}: expected a PagedKV, got {type(x).__name__}")
     if x.k_scale is not None or x.v_scale is not None:
         raise ValueError(f"{name}: expected pages without k_scale and v_scale (fp8 is not implemented), got scales")
     if x.dtype != q.dtype:

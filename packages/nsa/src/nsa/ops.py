@@ -8,13 +8,23 @@ natural logarithms, fp32 [Hq, Tq], without gradient; queries that see no key giv
 Inside an autocast region the attention operations and `select_blocks` take q, k and v as torch's
 `scaled_dot_product_attention` does: fp16, bf16 and fp32 become the region's dtype, which is the result's, and fp64
 stays. Pages are not converted: they have that dtype already, or the call raises. `compress_mean` and `combine` are
-means, products and sums, which torch leaves in the dtype of x and of the outputs.
+means, products and sums, which torch leaves in the dtype of x and of the outputs; so gates may have any.
 """
+
+from typing import Any
 
 import torch
 from nsa_routing import Problem, dispatch
 from nsa_varlen import BlockGeometry, PagedKV, VarlenLayout
-from nsa_varlen.arguments import KV, check_attention, check_gates, check_layout, check_rows, heads_and_dim
+from nsa_varlen.arguments import (
+    KV,
+    check_attention,
+    check_decode,
+    check_gates,
+    check_layout,
+    check_rows,
+    heads_and_dim,
+)
 from torch import Tensor
 
 from nsa.autocasting import autocast
@@ -223,7 +233,10 @@ def decode_attention(
     """All of Eq. 5 to 12 for the newest tokens of paged sequences, at lengths that only the device knows.
 
     What `nsa.nsa_attention` computes for them. Shapes follow from shapes, and nothing is read from a GPU: a CUDA graph
-    may hold the call, and its replay sees the lengths and pages of its time. No gradient is recorded.
+    may hold the call, and its replay sees the lengths and pages of its time. No gradient is recorded: where one would
+    have to be, every backend refuses.
+
+    The route is told what the host knows: B * N queries, N of a sequence, and as many keys as its pages have room for.
 
     Args:
         q: [B, N, Hq, Dk]. Of sequence b the first counts[b] rows are its last tokens, in order; others are padding.
@@ -245,6 +258,10 @@ def decode_attention(
         >>> out.shape, block_indices[0, 0, 0, :5].tolist()
         (torch.Size([2, 2, 4, 8]), [0, 1, 2, 3, -1])
     """
+    q, q_cmp = autocast(q, q_cmp)
+    pages = (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)
+    check_decode(q, q if q_cmp is None else q_cmp, pages[:2], pages[2:4], pages[4:], gates, counts, blocks)
+    given = [x for x in (q, q_cmp, gates) if x is not None]
     problem = Problem(
         "decode_attention",
         q.device.type,
@@ -252,9 +269,8 @@ def decode_attention(
         q.shape[3],
         v_slc.head_dim,
         q.shape[2] // k_slc.num_heads,
-        needs_grad=_needs_grad(q, gates, *(x.pages for x in (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win))),
+        needs_grad=_needs_grad(*given, *(x.pages for x in pages)),
         paged=True,
-        fp8_scales=any(x.k_scale is not None or x.v_scale is not None for x in (k_cmp, v_cmp, k_slc, v_slc)),
         device_index=q.device.index or 0,
         **_sizes(blocks),
         total_q=q.shape[0] * q.shape[1],
@@ -262,7 +278,7 @@ def decode_attention(
         max_seqlen_k=k_slc.block_table.shape[1] * k_slc.page_size,
     )
     run = dispatch("decode_attention", problem, backend=backend)
-    return run(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, counts, blocks, q_cmp=q_cmp, scale=scale)
+    return run(q, *pages, gates, counts, blocks, q_cmp=q_cmp, scale=scale)
 
 
 def _problem(
@@ -291,7 +307,7 @@ def _problem(
     )
 
 
-def _sizes(blocks: BlockGeometry) -> dict[str, int]:
+def _sizes(blocks: BlockGeometry) -> dict[str, Any]:
     return {
         "kernel_size": blocks.kernel_size,
         "kernel_stride": blocks.kernel_stride,

@@ -38,7 +38,7 @@ class RawTail:
         """Store packed rows: the `lengths[b]` last ones of sequence b's first `total[b]`, as many as a ring holds."""
         kept = [min(new, self.size) for new in lengths]
         layout = VarlenLayout.from_lengths(kept, list(total), self.k.device)
-        ends = to_device(torch.tensor(list(lengths), device="cpu").cumsum(0), self.k.device)
+        ends = VarlenLayout.from_lengths(list(lengths), device=self.k.device).cu_seqlens_q[1:]
         totals = to_device(torch.tensor(list(total), device="cpu"), self.k.device)
         sequence, position = layout.sequence_of_queries(), layout.positions()
         row = (ends - totals)[sequence] + position

@@ -60,7 +60,8 @@ class TuningError(RuntimeError):
     """There is nothing to measure here, or not enough memory to."""
 
 
-PREFILL_OPS = tuple(op for op in OPS if op != "decode_attention")  # those whose time is one of the queries' number
+# Those of a sequence prefilled whole, which is what a case is. What a decode takes depends on other lengths.
+PREFILL_OPS = tuple(op for op in OPS if op != "decode_attention")
 
 
 @dataclass(frozen=True)

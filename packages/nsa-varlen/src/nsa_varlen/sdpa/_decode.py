@@ -93,7 +93,7 @@ def _window_keys(position: Tensor, num_kv_heads: int, blocks: BlockGeometry) -> 
 def _gathered(rows: Tensor, k: PagedKV, v: PagedKV, keys: tuple[Tensor, Tensor]) -> Tensor:
     """Attention of each row [B, N, Hk, G, D] to keys of its own: [B, N, Hk, G, Dv]."""
     key, hidden = (x.flatten(0, 1) for x in keys)
-    sequence = torch.arange(len(rows), device=rows.device).repeat_interleave(rows.shape[1])
+    sequence = torch.arange(len(rows), device=rows.device)[:, None].expand(rows.shape[:2]).flatten()
     # Instead of a hidden key the first one that is seen, whose row is there.
     shown = key.masked_fill(hidden, torch.iinfo(key.dtype).max).amin(-1, keepdim=True)
     key = key.where(~hidden, shown.masked_fill(shown == torch.iinfo(key.dtype).max, 0))
