@@ -200,7 +200,7 @@ class NSACache:
         pages = tuple(
             tuple(stream.share(sequence, count)) for stream, count in zip(self._streams(), rows, strict=True)
         )
-        start = self.win.first_row(sequence)
+        start = self.win.first_row(sequence) if length else 0
         return SharedPrefix(self.config, self.pool, length, pages, start, *self.tail.take(sequence, length))
 
     def adopt(self, sequence: int, prefix: "SharedPrefix") -> None:
