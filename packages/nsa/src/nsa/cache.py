@@ -267,15 +267,17 @@ class NSACache:
         self._check_idle()
         self._check_empty(sequence)
         self._check_state(state)
-        self._release_beyond(sequence, 0)  # what was reserved
         length, rows = state.length, self._rows_of(state.length)
         starts = [0, 0, state.start][: len(rows)]
-        ends = [[count if b == sequence else 0 for b in range(self.batch_size)] for count in rows]
-        plans = [stream.plan([0] * self.batch_size, end) for stream, end in zip(self._streams(), ends, strict=True)]
         # Pages before the first row are none: they are not taken, so that a long sequence fits where it fitted.
         skipped = [start // self.pool.page_size for start in starts]
+        needed = sum(-(-count // self.pool.page_size) - skip for count, skip in zip(rows, skipped, strict=True))
+        reserved = sum(len(stream.pages(sequence)) for stream in self._streams())  # nobody else holds these
+        self.pool.check_room(needed - reserved)
+        self._release_beyond(sequence, 0)
+        ends = [[count if b == sequence else 0 for b in range(self.batch_size)] for count in rows]
+        plans = [stream.plan([0] * self.batch_size, end) for stream, end in zip(self._streams(), ends, strict=True)]
         plans = [plan[skip:] for plan, skip in zip(plans, skipped, strict=True)]
-        self.pool.check_room(sum(map(len, plans)))
         for stream, plan, skip, start, (k, v) in zip(
             self._streams(), plans, skipped, starts, state.streams, strict=True
         ):
