@@ -197,9 +197,7 @@ class NSACache:
         length = self._lengths[sequence] if length is None else length
         self._check_prefix(sequence, length)
         rows = self._rows_of(length)
-        pages = tuple(
-            tuple(stream.share(sequence, count)) for stream, count in zip(self._streams(), rows, strict=True)
-        )
+        pages = tuple(tuple(stream.share(sequence, count)) for stream, count in zip(self._streams(), rows, strict=True))
         start = self.win.first_row(sequence) if length else 0
         return SharedPrefix(self.config, self.pool, length, pages, start, *self.tail.take(sequence, length))
 
@@ -362,7 +360,9 @@ class NSACache:
         self._check_sequence("sequence", sequence)
         check_size("length", length, 0)
         if length > self._lengths[sequence]:
-            raise ValueError(f"length: expected at most the {self._lengths[sequence]} of sequence {sequence}, got {length}")
+            raise ValueError(
+                f"length: expected at most the {self._lengths[sequence]} of sequence {sequence}, got {length}"
+            )
         if not self._holds_context(sequence, length):
             raise ValueError(
                 f"length: expected 0 or at least {self.shortest(sequence)} for sequence {sequence} "
