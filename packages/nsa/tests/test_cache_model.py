@@ -433,4 +433,4 @@ def test_any_history(machine: type[CacheMachine]) -> None:
 
 @pytest.mark.slow
 def test_any_history_at_length(machine: type[CacheMachine]) -> None:
-    run_state_machine_as_test(machine, settings=settings(max_examples=300, stateful_step_count=60, deadline=None))
+    run_state_machine_as_test(machine, settings=settings(max_examples=100, stateful_step_count=60, deadline=None))
