@@ -228,6 +228,7 @@ class CacheMachine(RuleBasedStateMachine):
     many = st.lists(st.integers(0, 40), min_size=3, max_size=3)
     number = st.integers(0, 1)
     place = st.integers(0, 4)
+    back = st.one_of(st.just(0), st.integers(0, 4), st.integers(-1, 60))  # from the end; -1 is a token too many
 
     @rule(number=number, lengths=few)
     def decode(self, number: int, lengths: list[int]) -> None:
@@ -250,7 +251,7 @@ class CacheMachine(RuleBasedStateMachine):
         else:
             self.refused(CacheFull, "^pages: needed", cache.reserve, lengths)
 
-    @rule(which=place, back=st.one_of(st.integers(0, 4), st.integers(-1, 60)))
+    @rule(which=place, back=back)
     def truncate(self, which: int, back: int) -> None:
         number, cache, b, listed = self.where(which)
         length = max(0, len(listed.tokens) - back)
@@ -265,12 +266,15 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(which=place)
     def free(self, which: int) -> None:
         _, cache, b, listed = self.where(which)
+        self.end(cache, b, listed)
+
+    def end(self, cache: NSACache, b: int, listed: Listed) -> None:
         cache.free(b)
         listed.tokens.clear()
         self.model.cut(listed)
         listed.floor = 0
 
-    @rule(which=place, back=st.one_of(st.just(0), st.integers(0, 4), st.integers(-1, 60)))
+    @rule(which=place, back=back)
     def share(self, which: int, back: int) -> None:
         _, cache, b, listed = self.where(which)
         length = max(0, len(listed.tokens) - back)
@@ -295,9 +299,11 @@ class CacheMachine(RuleBasedStateMachine):
         self.model.settle(number)
 
     @precondition(lambda self: self.prefixes)
-    @rule(which=place, prefix=st.integers(0, 100))
-    def adopt(self, which: int, prefix: int) -> None:
+    @rule(which=place, prefix=st.integers(0, 100), clear=st.booleans())
+    def adopt(self, which: int, prefix: int, clear: bool) -> None:
         number, cache, b, listed = self.where(which)
+        if clear:
+            self.end(cache, b, listed)
         prefix %= len(self.prefixes)
         if listed.tokens or len(self.model.prefixes[prefix].tokens) > SIZES[number][1]:
             self.refused(ValueError, "^(sequence|prefix): expected", cache.adopt, b, self.prefixes[prefix])
@@ -305,10 +311,12 @@ class CacheMachine(RuleBasedStateMachine):
             cache.adopt(b, self.prefixes[prefix])
             self.begin(number, listed, self.model.prefixes[prefix])
 
-    @rule(number=number, source=st.integers(0, 2), into=st.integers(0, 2), back=st.integers(0, 60))
-    def fork(self, number: int, source: int, into: int, back: int) -> None:
+    @rule(number=number, source=st.integers(0, 2), into=st.integers(0, 2), back=back, clear=st.booleans())
+    def fork(self, number: int, source: int, into: int, back: int, clear: bool) -> None:
         cache, batch = self.caches[number], self.model.batches[number]
         source, target = source % len(batch), into % len(batch)
+        if clear and source != target:
+            self.end(cache, target, batch[target])
         length = max(0, len(batch[source].tokens) - back)
         if batch[target].tokens or not self.allowed(cache, source, length):
             self.refused(ValueError, "^(target|length): expected", cache.fork, source, target, length)
@@ -322,9 +330,11 @@ class CacheMachine(RuleBasedStateMachine):
         self.states.append((cache.export(b), listed.copy(len(listed.tokens), self.model.rows(len(listed.tokens)))))
 
     @precondition(lambda self: self.states)
-    @rule(which=place, state=st.integers(0, 100))
-    def restore(self, which: int, state: int) -> None:
+    @rule(which=place, state=st.integers(0, 100), clear=st.booleans())
+    def restore(self, which: int, state: int, clear: bool) -> None:
         number, cache, b, listed = self.where(which)
+        if clear:
+            self.end(cache, b, listed)
         exported, source = self.states[state % len(self.states)]
         length = len(source.tokens)
         if listed.tokens or length > SIZES[number][1]:
@@ -428,7 +438,7 @@ def machine(request: pytest.FixtureRequest) -> type[CacheMachine]:
 
 
 def test_any_history(machine: type[CacheMachine]) -> None:
-    run_state_machine_as_test(machine, settings=settings(max_examples=30, stateful_step_count=30, deadline=None))
+    run_state_machine_as_test(machine, settings=settings(max_examples=50, stateful_step_count=30, deadline=None))
 
 
 @pytest.mark.slow

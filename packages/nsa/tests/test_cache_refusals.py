@@ -247,11 +247,37 @@ def test_too_few_pages_change_nothing(what: str, crowded: tuple[NSACache, Sequen
     assert cache.pool.num_free == 0
 
 
+def test_reserved_pages_make_room_for_a_restored_sequence(crowded: tuple[NSACache, SequenceState]) -> None:
+    """3 free and 5 reserved: the 8 that are needed, one of cmp, four of slc and three of win."""
+    cache, state = crowded
+    k, v = state.streams[2]
+    later = replace(state, start=16, streams=(*state.streams[:2], (k[16:], v[16:])))
+    cache.restore(2, later)
+    assert cache.lengths == (20, 20, 60)
+    assert cache.pool.num_free == 1  # a page of win lay behind this cache's window
+
+
+def test_a_window_that_begins_within_a_page(config: NSAConfig, make_cache: Callable[..., NSACache]) -> None:
+    """Rows from 16 on, in a page of 32: what was not there before does not seem to be there now."""
+    small, large = (make_cache(config, 1, 64, page_size=size) for size in (16, 32))
+    extend(small, [35])
+    large.restore(0, small.export(0))
+    assert small.win.first_row(0) == large.win.first_row(0) == large.export(0).start == 16
+    assert small.shortest(0) == large.shortest(0) == 16 + config.window_size - 1
+    large.truncate(0, large.shortest(0))
+    prefix = large.share(0)
+    large.free(0)
+    large.adopt(0, prefix)
+    assert large.win.first_row(0) == 16
+
+
 def test_a_prefix_of_no_tokens_begins_a_whole_sequence(cache: NSACache) -> None:
     """Whatever its source holds no longer, the new sequence lacks nothing."""
     assert cache.win.first_row(0) > 0
     cache.fork(0, 2, 0)
-    extend(cache, [0, 0, 60])
+    extend(cache, [0, 0, 20])
+    assert cache.shortest(2) <= 20 - cache.rollback
+    extend(cache, [0, 0, 40])
     assert cache.shortest(2) <= 60 - cache.rollback
     cache.truncate(2, 60 - cache.rollback)
     state = cache.export(2)
