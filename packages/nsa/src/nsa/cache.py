@@ -267,7 +267,7 @@ class NSACache:
         self._check_prefix(sequence, length)
         rows = self._rows_of(length)
         pages = tuple(tuple(stream.share(sequence, count)) for stream, count in zip(self._streams(), rows, strict=True))
-        start = self.win.first_row(sequence)
+        start = self.win.first_row(sequence) if length else 0
         return SharedPrefix(self.config, self.pool, length, pages, start, *self.tail.take(sequence, length))
 
     def adopt(self, sequence: int, prefix: "SharedPrefix") -> None:
@@ -278,7 +278,7 @@ class NSACache:
             RuntimeError: a step is open.
         """
         self._check_idle()
-        self._check_empty(sequence)
+        self._check_empty("sequence", sequence)
         if not isinstance(prefix, SharedPrefix):
             raise TypeError(f"prefix: expected a SharedPrefix, got {type(prefix).__name__}")
         if prefix.pool is not self.pool or prefix.config != self.config:
@@ -300,7 +300,8 @@ class NSACache:
             RuntimeError: a step is open.
         """
         self._check_idle()
-        self._check_empty(target)
+        self._check_sequence("source", source)
+        self._check_empty("target", target)
         prefix = self.share(source, length)
         try:
             self.adopt(target, prefix)
@@ -332,17 +333,19 @@ class NSACache:
             RuntimeError: a step is open.
         """
         self._check_idle()
-        self._check_empty(sequence)
+        self._check_empty("sequence", sequence)
         self._check_state(state)
-        self._release_beyond(sequence, 0)  # what was reserved
         length, rows = state.length, self._rows_of(state.length)
         starts = [0, 0, state.start][: len(rows)]
-        ends = [[count if b == sequence else 0 for b in range(self.batch_size)] for count in rows]
-        plans = [stream.plan([0] * self.batch_size, end) for stream, end in zip(self._streams(), ends, strict=True)]
         # Pages before the first row are none: they are not taken, so that a long sequence fits where it fitted.
         skipped = [start // self.pool.page_size for start in starts]
+        needed = sum(-(-count // self.pool.page_size) - skip for count, skip in zip(rows, skipped, strict=True))
+        reserved = sum(len(stream.pages(sequence)) for stream in self._streams())  # nobody else holds these
+        self.pool.check_room(needed - reserved)
+        self._release_beyond(sequence, 0)
+        ends = [[count if b == sequence else 0 for b in range(self.batch_size)] for count in rows]
+        plans = [stream.plan([0] * self.batch_size, end) for stream, end in zip(self._streams(), ends, strict=True)]
         plans = [plan[skip:] for plan, skip in zip(plans, skipped, strict=True)]
-        self.pool.check_room(sum(map(len, plans)))
         for stream, plan, skip, start, (k, v) in zip(
             self._streams(), plans, skipped, starts, state.streams, strict=True
         ):
@@ -427,10 +430,10 @@ class NSACache:
         if sequence >= self.batch_size:  # type: ignore[operator]
             raise ValueError(f"{name}: expected one of {self.batch_size}, got {sequence}")
 
-    def _check_empty(self, sequence: int) -> None:
-        self._check_sequence("sequence", sequence)
+    def _check_empty(self, name: str, sequence: int) -> None:
+        self._check_sequence(name, sequence)
         if self._lengths[sequence]:
-            raise ValueError(f"sequence: expected an empty one, got {sequence} with {self._lengths[sequence]} tokens")
+            raise ValueError(f"{name}: expected an empty one, got {sequence} with {self._lengths[sequence]} tokens")
 
     def _check_prefix(self, sequence: int, length: int) -> None:
         self._check_sequence("sequence", sequence)
@@ -468,24 +471,28 @@ class NSACache:
             raise TypeError(f"state: expected a SequenceState, got {type(state).__name__}")
         self._check_capacity("state", state.length)
         config, rows = self.config, self._rows_of(state.length)
-        expected = [(count, config.num_kv_heads) for count in rows]
-        if len(rows) > 2:
-            expected[2] = (state.length - state.start, config.num_kv_heads)
-        got = [(len(k), k.shape[1]) for k, _ in state.streams]
-        if got != expected:
-            raise ValueError(f"state: expected streams of [rows, kv heads] {expected}, got {got}")
-        for k, v in (*state.streams, (state.k_raw, state.v_raw)):
-            if (k.shape[2], v.shape[2]) != (config.head_dim, config.value_dim) or {k.dtype, v.dtype} != {self.dtype}:
-                raise ValueError(
-                    f"state: expected rows of {self.dtype} {config.head_dim} and {config.value_dim}, "
-                    f"got {k.dtype} {k.shape[2]} and {v.shape[2]}"
-                )
         reached = 0 if config.shared_kv else max(0, state.length - config.window_size + 1)
         if not 0 <= state.start <= reached:
             raise ValueError(f"state: expected the window's rows from {reached} on, got them from {state.start}")
+        if not config.shared_kv:
+            rows[2] -= state.start
+        dims = config.head_dim, config.value_dim
+        expected = [[(count, config.num_kv_heads, dim) for dim in dims] for count in rows]
+        got = [[tuple(x.shape) for x in stream] for stream in state.streams]
+        if got != expected:
+            raise ValueError(f"state: expected streams of k and v {expected}, got {got}")
         waiting = state.length - config.blocks.num_compressed(state.length) * config.kernel_stride
-        if len(state.k_raw) < waiting:
-            raise ValueError(f"state: expected at least {waiting} raw rows, got {len(state.k_raw)}")
+        raw, shapes = len(state.k_raw), [tuple(x.shape) for x in (state.k_raw, state.v_raw)]
+        if not waiting <= raw <= state.length or shapes != [(raw, config.num_kv_heads, dim) for dim in dims]:
+            raise ValueError(
+                f"state: expected {waiting} to {state.length} raw rows of {config.num_kv_heads} heads and {dims}, "
+                f"got {shapes}"
+            )
+        for x in (x for stream in (*state.streams, (state.k_raw, state.v_raw)) for x in stream):
+            if x.dtype != self.dtype:
+                raise TypeError(f"state: expected dtype {self.dtype} of the cache, got {x.dtype}")
+            if x.device != self.device:
+                raise ValueError(f"state: expected device {self.device} of the cache, got {x.device}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -58,8 +58,9 @@ class RawTail:
         self._end = [max(end, length) for end, length in zip(self._end, total, strict=True)]
 
     def take(self, sequence: int, length: int) -> tuple[Tensor, Tensor]:
-        """Copies of the rows of positions `first(sequence)` to `length`, in order."""
-        place = torch.arange(self.first(sequence), length, device=self.k.device) % self.size
+        """Copies of the rows of positions `first(sequence)` to `length`, in order; none if those are gone."""
+        first = min(self.first(sequence), length)
+        place = torch.arange(first, length, device=self.k.device) % self.size
         return self.k[sequence, place], self.v[sequence, place]
 
     def put(self, sequence: int, k: Tensor, v: Tensor, length: int) -> None:
