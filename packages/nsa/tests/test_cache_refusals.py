@@ -70,7 +70,7 @@ def cache(config: NSAConfig, make_cache: Callable[..., NSACache]) -> NSACache:
         ("truncate", (3, 0), ValueError, r"sequence: expected one of 3, got 3"),
         ("truncate", (-1, 0), ValueError, r"sequence: expected at least 0, got -1"),
         ("truncate", (True, 0), TypeError, r"sequence: expected an int, got True of type bool"),
-        ("truncate", (0, 61), ValueError, r"length: expected at most the 60 of sequence 0, got 61"),
+        ("truncate", (0, 61), ValueError, r"length: expected at most 60, the tokens of sequence 0, got 61"),
         ("truncate", (0, -1), ValueError, r"length: expected at least 0, got -1"),
         ("truncate", (0, 1.0), TypeError, r"length: expected an int, got 1.0 of type float"),
         ("truncate", (0, None), TypeError, r"length: expected an int, got None of type NoneType"),
@@ -78,7 +78,7 @@ def cache(config: NSAConfig, make_cache: Callable[..., NSACache]) -> NSACache:
         ("free", (3,), ValueError, r"sequence: expected one of 3, got 3"),
         ("free", (None,), TypeError, r"sequence: expected an int, got None of type NoneType"),
         ("share", (3,), ValueError, r"sequence: expected one of 3, got 3"),
-        ("share", (1, 6), ValueError, r"length: expected at most the 5 of sequence 1, got 6"),
+        ("share", (1, 6), ValueError, r"length: expected at most 5, the tokens of sequence 1, got 6"),
         ("share", (0, 30), ValueError, r"length: expected 0 or at least \d+ for sequence 0 \(rollback=8\), got 30"),
         ("share", (0, "1"), TypeError, r"length: expected an int, got '1' of type str"),
         ("adopt", (2, "prefix"), TypeError, r"prefix: expected a SharedPrefix, got str"),
@@ -86,7 +86,7 @@ def cache(config: NSAConfig, make_cache: Callable[..., NSACache]) -> NSACache:
         ("fork", (0, 3), ValueError, r"target: expected one of 3, got 3"),
         ("fork", (3, 2), ValueError, r"source: expected one of 3, got 3"),
         ("fork", (0.0, 2), TypeError, r"source: expected an int, got 0.0 of type float"),
-        ("fork", (0, 2, 61), ValueError, r"length: expected at most the 60 of sequence 0, got 61"),
+        ("fork", (0, 2, 61), ValueError, r"length: expected at most 60, the tokens of sequence 0, got 61"),
         ("fork", (0, 2, 30), ValueError, r"length: expected 0 or at least \d+ for sequence 0 \(rollback=8\), got 30"),
         ("export", (3,), ValueError, r"sequence: expected one of 3, got 3"),
         ("export", ("a",), TypeError, r"sequence: expected an int, got 'a' of type str"),
@@ -195,6 +195,8 @@ CALLS = {
     "export": lambda cache, prefix, state: cache.export(1),
     "restore": lambda cache, prefix, state: cache.restore(2, state),
     "reset": lambda cache, prefix, state: cache.reset(),
+    "reserve": lambda cache, prefix, state: cache.reserve(1),
+    "decode": lambda cache, prefix, state: cache.decode(1, torch.zeros(3, dtype=torch.int32)),
 }
 
 
@@ -292,6 +294,8 @@ def test_a_prefix_of_no_tokens_begins_a_whole_sequence(cache: NSACache) -> None:
         ({"num_pages": 0}, ValueError, "num_pages: expected at least 1, got 0"),
         ({"page_size": 16.0}, TypeError, "page_size: expected an int, got 16.0 of type float"),
         ({"num_heads": True}, TypeError, "num_heads: expected an int, got True of type bool"),
+        ({"dims": (8, 0)}, ValueError, "dims: expected at least 1, got 0"),
+        ({"dtype": torch.int8}, TypeError, r"dtype: expected None or one of \[.*\], got torch.int8"),
     ],
 )
 def test_a_pool(arguments: dict, error: type[Exception], message: str) -> None:

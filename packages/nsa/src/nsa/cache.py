@@ -28,10 +28,12 @@ class NSACache:
     slc, win         one row per token (one shared stream with `config.shared_kv`)
     ```
 
-    Tokens enter through `extend`, a transaction: an exception inside it leaves the cache as it was. `truncate` takes
-    tokens back, `free` ends a sequence, `share`, `adopt` and `fork` let sequences begin with the same pages, `export`
-    and `restore` carry one elsewhere. What would need more pages than the pool has raises `CacheFull` and changes
-    nothing. Pages that several hold are copied when one of them writes.
+    Tokens enter through `extend`, a transaction: an exception inside it leaves the cache as it was (but of pages that
+    others hold too and that it would have written to, it keeps copies). `decode` is the way in for CUDA graphs, with
+    `reserve` before and `advance` after. `truncate` takes tokens back, `free` ends a sequence, `share`, `adopt` and
+    `fork` let sequences begin with the same pages, `export` and `restore` carry one elsewhere. What would need more
+    pages than the pool has raises `CacheFull` and changes nothing. Pages that several hold are copied when one of them
+    writes.
 
     Pages of the window that no query can reach any more are returned: those behind `window_size + rollback` tokens,
     unless others hold them too, or the stream is shared with slc.
@@ -161,26 +163,29 @@ class NSACache:
 
         Args:
             rows: N, at most `most_decoded`.
-            counts: int32 [B] on the device, 0 to N: how many of them are tokens. None is all. What of them has no
-                page of its own, for want of `reserve`, is lost: with None it is looked for, outside a graph.
+            counts: int32 [B] on the device, 0 to N: how many of them are tokens. None is all.
 
         Raises:
             TypeError, ValueError: arguments that do not fit.
-            RuntimeError: a step is open, the last one was not told to the host, or nothing was reserved.
+            RuntimeError: a step is open, the last one was not told to the host, or pages were not reserved. Of counts on
+                a GPU `advance` finds that out, when it is too late for the tokens.
         """
         self._check_idle()
         check_size("rows", rows)
         if rows > self.most_decoded:
             raise ValueError(f"rows: expected at most {self.most_decoded} (rollback={self.rollback}), got {rows}")
+        known = None
         if counts is None:
-            counts = torch.full_like(self.device_lengths, rows)
-            if not _capturing(self.device) and self._plans([length + rows for length in self._lengths]):
-                raise RuntimeError(f"cache: expected pages for {rows} more tokens of each sequence: reserve({rows})")
+            counts, known = torch.full_like(self.device_lengths, rows), [rows] * self.batch_size
         elif counts.dtype != torch.int32 or counts.shape != (self.batch_size,) or counts.device != self.device:
             raise ValueError(
                 f"counts: expected torch.int32 [{self.batch_size}] on {self.device}, got {counts.dtype} "
                 f"{list(counts.shape)} on {counts.device}"
             )
+        elif self.device.type == "cpu":
+            known = counts.tolist()
+        if known is not None and not _capturing(self.device):
+            self._check_reserved(known)
         return DecodeStep(self, rows, counts)
 
     def advance(self, tokens: int | Sequence[int]) -> None:
@@ -188,9 +193,11 @@ class NSACache:
 
         Raises:
             TypeError, ValueError: as of `reserve`.
+            RuntimeError: pages for these tokens had not been reserved. They are lost; `truncate` forgets them.
         """
         lengths = [tokens] * self.batch_size if isinstance(tokens, int) else tokens
         self._check_room("tokens", lengths)
+        self._check_reserved(lengths)
         self._lengths = [old + new for old, new in zip(self._lengths, lengths, strict=True)]
         self.tail.advance(self._lengths)
         self._ahead = False
@@ -213,8 +220,9 @@ class NSACache:
             TypeError: tokens is neither an int nor a sequence of them.
             ValueError: it is negative, or past the capacity of a sequence.
             CacheFull: the pool has not enough pages.
+            RuntimeError: a step is open, or the last one was not told to the host.
         """
-        self._check_told()
+        self._check_idle()
         lengths = [tokens] * self.batch_size if isinstance(tokens, int) else tokens
         self._check_room("tokens", lengths)
         self._release_behind_window()
@@ -424,6 +432,10 @@ class NSACache:
     def _check_told(self) -> None:
         if self._ahead:
             raise RuntimeError("cache: expected advance() after a decode step, got none")
+
+    def _check_reserved(self, tokens: Sequence[int]) -> None:
+        if self._plans([length + new for length, new in zip(self._lengths, tokens, strict=True)]):
+            raise RuntimeError(f"cache: expected pages for {list(tokens)} more tokens, got too few: reserve comes first")
 
     def _check_sequence(self, name: str, sequence: object) -> None:
         check_size(name, sequence, 0)

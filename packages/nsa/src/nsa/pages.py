@@ -6,6 +6,7 @@ from typing import NamedTuple, Self
 
 import torch
 from nsa_varlen import PagedKV
+from nsa_varlen.arguments import FLOATS
 from nsa_varlen.keeping import outside_inference
 from nsa_varlen.paged import page_slots
 from nsa_varlen.transfer import to_device
@@ -31,7 +32,7 @@ class PagePool:
         device, dtype: of the pages; None are torch's defaults.
 
     Raises:
-        TypeError, ValueError: sizes that are no ints of at least 1.
+        TypeError, ValueError: sizes that are no ints of at least 1, a dtype that is not floating point.
 
     Example:
         >>> pool = PagePool(num_pages=8, page_size=64, num_heads=2, dims=(16, 16))
@@ -55,6 +56,10 @@ class PagePool:
     ) -> None:
         for name, value in (("num_pages", num_pages), ("page_size", page_size), ("num_heads", num_heads)):
             check_size(name, value)
+        for value in dims:
+            check_size("dims", value)
+        if dtype is not None and dtype not in FLOATS:
+            raise TypeError(f"dtype: expected None or one of {[str(x) for x in FLOATS]}, got {dtype}")
         self.page_size = page_size
         make = outside_inference(torch.empty)
         # One page more, which nobody gets: rows of padding are written there, where a graph cannot leave them out.
