@@ -100,6 +100,16 @@ def test_everyone_is_answered_as_alone_and_no_page_is_kept(slots: int, budget: i
     assert held(server) == 0
 
 
+@pytest.mark.parametrize("tokens", [1, 15, 16, 33, 80])
+def test_a_system_prompt_of_any_length_is_shared(tokens: int) -> None:
+    """Within a block, at the ends of pages, and with a last chunk of one token, which opens a page."""
+    system = SYSTEM[:1] * 64 + SYSTEM
+    server = make(system=system[:tokens], budget=16)
+    sequence = server.submit("r", *REQUESTS[3])
+    run(server)
+    assert sequence.new == alone(system[:tokens] + REQUESTS[3][0], REQUESTS[3][1])
+
+
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "unshared"])
 def test_who_begins_anew_is_answered_all_the_same(share: bool) -> None:
     """Both are admitted for what they have, and cannot both grow to their ends."""

@@ -33,7 +33,7 @@ class ByteModel(nn.Module):
     def extend(
         self, tokens: Tensor, layout: VarlenLayout, caches: list[NSACache] | None = None, rows: Tensor | None = None
     ) -> Tensor:
-        """Packed tokens int64 [T], behind those in the caches -> logits [R, 256] of `rows` int64 [R], None being all."""
+        """Packed tokens int64 [T], behind those in the caches -> logits [R, 256] of `rows` int64 [R]; None is all."""
         x = self.embedding(tokens)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
             x = block.add(x, block.attention(block.norms[0](x), layout=layout, cache=cache))

@@ -180,8 +180,8 @@ class Server:
             s = self.waiting[0]
             if sum(map(self._promised, [*self.running, s])) > self.room:
                 return
-            self.running.append(self.waiting.popleft())
             s.slot = min({*range(self.slots)} - {other.slot for other in self.running})
+            self.running.append(self.waiting.popleft())
             if self.prefixes:
                 for cache, prefix in zip(self.caches, self.prefixes, strict=True):
                     cache.adopt(s.slot, prefix)
@@ -235,7 +235,9 @@ class Server:
             tokens = torch.tensor([chunk or [0] for chunk in chunks], device=device)
             if self.graph is not None:
                 logits = self.graph.replay(tokens, counts)[:, 0]
-            else:
+            else:  # what a replay does
+                for cache in self.caches:
+                    cache.reserve(counts)
                 there = torch.tensor(counts, dtype=torch.int32, device=device)
                 logits = self.model.decode(tokens, there, self.caches)[:, 0]
                 for cache in self.caches:
