@@ -123,7 +123,7 @@ class Server:
         sequence = Sequence(name, tokens, len(tokens), max_new_tokens, stop)
         if sequence.longest > self.caches[0].max_tokens:
             raise ValueError(f"{name}: expected at most {self.caches[0].max_tokens} tokens, got {sequence.longest}")
-        if (pages := self._pages(sequence.longest)) > self.room:  # it would wait for ever
+        if (pages := self._pages(sequence.longest, self.budget)) > self.room:  # it would wait for ever
             raise ValueError(f"{name}: expected at most {self.room} pages, got {pages}")
         self.waiting.append(sequence)
         return sequence
@@ -162,17 +162,19 @@ class Server:
                     events.append(f"{s.name} done")
         return step
 
-    def _pages(self, tokens: int) -> int:
+    def _pages(self, tokens: int, chunk: int) -> int:
         """The most pages that a sequence takes from the pool while it grows to `tokens`, for all layers."""
         cache, kept = self.caches[0], (self.model.config.blocks.num_compressed(self.shared), self.shared)
         # Of the compressed and the selected stream, the system prompt's full pages stay shared. The last one is copied
         # when it is written, and the window's are left behind for pages of the sequence's own.
         shared = sum(rows // self.pool.page_size for rows in kept)
-        return len(self.caches) * (cache.pages_for(tokens, chunk=self.budget) - shared)
+        return len(self.caches) * (cache.pages_for(tokens, chunk) - shared)
 
     def _promised(self, s: Sequence) -> int:
-        """Pages that a sequence is sure to get: to its end, and then CacheFull cannot happen; or for what it has."""
-        return self._pages(len(s.tokens) if self.overcommit else s.longest)
+        """Pages that admission counts for a sequence: all that it may need, and then CacheFull cannot happen."""
+        if self.overcommit:
+            return self._pages(len(s.tokens), chunk=1)  # of the tokens that it has, once they are read
+        return self._pages(s.longest, chunk=self.budget)
 
     def _admit(self, events: list[str]) -> None:
         """First come, first served, while there is a slot and room."""
