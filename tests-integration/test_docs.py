@@ -1,5 +1,7 @@
 """Does the documentation say what the code says?"""
 
+import contextlib
+import io
 import re
 import runpy
 import subprocess
@@ -25,6 +27,18 @@ def test_the_table_of_thresholds_says_where_a_number_comes_from(versions: str | 
     measured = {"date": "2026-11-22", "gpu": "H100", "csv": "sm90.csv", "versions": versions}
     expected = ["2026-11-22, H100", *filter(None, [versions]), "sm90.csv"]
     assert source(Threshold.model_validate({"measured": measured})) == ", ".join(expected)
+
+
+def test_the_code_of_the_serving_page_prints_what_it_says() -> None:
+    """Block after block, as one program."""
+    page = (ROOT / "docs" / "decode-and-serving.md").read_text(encoding="utf-8")
+    code = "".join(re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "decode-and-serving.md", "exec"), {})
+    expected = re.findall(r"^ *print\(.*\)  # (.*)$", code, re.MULTILINE)
+    assert len(expected) == code.count("print(") > 0
+    assert printed.getvalue().splitlines() == expected
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
