@@ -152,7 +152,9 @@ def test_the_host_must_be_told(make_layer: Callable, make_cache: Callable) -> No
     layer = make_layer()
     cache, x = make_cache(layer.config, 2), torch.randn(2, 1, 24, dtype=torch.float64)
     with torch.no_grad():
-        with pytest.raises(RuntimeError, match=r"^cache: expected pages for \[1, 1\] more tokens, got too few: reserve "):
+        with pytest.raises(
+            RuntimeError, match=r"^cache: expected pages for \[1, 1\] more tokens, got too few: reserve "
+        ):
             layer.decode(x, cache)
         cache.reserve(1)
         layer.decode(x, cache)
@@ -171,7 +173,9 @@ def test_the_host_must_be_told(make_layer: Callable, make_cache: Callable) -> No
 
 
 @pytest.mark.parametrize("counts", [[1, 1], [0, 1]])
-def test_tokens_without_pages_are_not_lost_silently(counts: list[int], make_layer: Callable, make_cache: Callable) -> None:
+def test_tokens_without_pages_are_not_lost_silently(
+    counts: list[int], make_layer: Callable, make_cache: Callable
+) -> None:
     """The second sequence shares its page, which a decode must not write to."""
     layer = make_layer()
     cache, x = make_cache(layer.config, 2), torch.randn(2, 1, 24, dtype=torch.float64)

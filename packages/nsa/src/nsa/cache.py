@@ -435,7 +435,9 @@ class NSACache:
 
     def _check_reserved(self, tokens: Sequence[int]) -> None:
         if self._plans([length + new for length, new in zip(self._lengths, tokens, strict=True)]):
-            raise RuntimeError(f"cache: expected pages for {list(tokens)} more tokens, got too few: reserve comes first")
+            raise RuntimeError(
+                f"cache: expected pages for {list(tokens)} more tokens, got too few: reserve comes first"
+            )
 
     def _check_sequence(self, name: str, sequence: object) -> None:
         check_size(name, sequence, 0)
