@@ -167,8 +167,8 @@ class NSACache:
 
         Raises:
             TypeError, ValueError: arguments that do not fit.
-            RuntimeError: a step is open, the last one was not told to the host, or pages were not reserved. Of counts on
-                a GPU `advance` finds that out, when it is too late for the tokens.
+            RuntimeError: a step is open, the last one was not told to the host, or pages were not reserved. Of counts
+                on a GPU `advance` finds that out, when it is too late for the tokens.
         """
         self._check_idle()
         check_size("rows", rows)
@@ -193,7 +193,8 @@ class NSACache:
 
         Raises:
             TypeError, ValueError: as of `reserve`.
-            RuntimeError: pages for these tokens had not been reserved. They are lost; `truncate` forgets them.
+            RuntimeError: pages for these tokens had not been reserved. They are lost; `advance(0)` and a `truncate` to the
+                length before forget them.
         """
         lengths = [tokens] * self.batch_size if isinstance(tokens, int) else tokens
         self._check_room("tokens", lengths)
