@@ -193,8 +193,8 @@ class NSACache:
 
         Raises:
             TypeError, ValueError: as of `reserve`.
-            RuntimeError: pages for these tokens had not been reserved. They are lost; `advance(0)` and a `truncate` to the
-                length before forget them.
+            RuntimeError: pages for these tokens had not been reserved. They are lost; `advance(0)` and a `truncate` to
+                the length before forget them.
         """
         lengths = [tokens] * self.batch_size if isinstance(tokens, int) else tokens
         self._check_room("tokens", lengths)
