@@ -137,7 +137,7 @@ class NSAAttention(nn.Module):
         )
         if cache.counters is not None:
             there = torch.arange(x.shape[1], device=x.device) < step.counts[:, None]
-            sequence = torch.arange(x.shape[0], device=x.device).repeat_interleave(x.shape[1])
+            sequence = torch.arange(x.shape[0], device=x.device)[:, None].expand(-1, x.shape[1]).flatten()
             position = step.positions.where(there, -1).flatten()
             cache.counters.add(block_indices.flatten(0, 1), position, sequence, self.config.blocks)
         step.commit()
