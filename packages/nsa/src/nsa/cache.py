@@ -38,7 +38,7 @@ class NSACache:
     Pages of the window that no query can reach any more are returned: those behind `window_size + rollback` tokens,
     unless others hold them too, or the stream is shared with slc.
 
-    While `counters` is a `nsa.reads.ReadCounters`, the layer's steps count there what their queries read.
+    While `counters` is a `nsa.reads.ReadCounters`, steps count there what their queries read.
 
     Args:
         config: of the layer.

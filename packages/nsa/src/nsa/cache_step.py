@@ -153,6 +153,12 @@ class CacheStep:
         self._check("compressed v", v_cmp, emitted.total_q, 1)
         cache.cmp.write(k_cmp, v_cmp, emitted.sequence_of_queries(), emitted.positions())
 
+    def count(self, block_indices: Tensor) -> None:
+        """Tell the cache's counters, if it has some, what was chosen: int32 [T, Hk, topk]."""
+        if self._cache.counters is not None:
+            position, sequence = self.layout.positions(), self.layout.sequence_of_queries()
+            self._cache.counters.add(block_indices, position, sequence, self._cache.config.blocks)
+
     def _check(self, name: str, x: Tensor, rows: int, which: int) -> None:
         if self._cache._step is not self:
             raise RuntimeError("step: expected to be used inside its `with` block, got a call outside it")

@@ -95,6 +95,13 @@ class DecodeStep:
         k_cmp, v_cmp = (x.unflatten(0, number.shape) for x in (k_cmp, v_cmp))
         cache.cmp.write_there(k_cmp, v_cmp, self._sequence, number, complete)
 
+    def count(self, block_indices: Tensor) -> None:
+        """Tell the cache's counters, if it has some, what was chosen: int32 [B, N, Hk, topk]."""
+        if self._cache.counters is not None:
+            sequence = self._sequence.expand(-1, self._rows).flatten()
+            position = self.positions.where(self._there, -1).flatten()
+            self._cache.counters.add(block_indices.flatten(0, 1), position, sequence, self._cache.config.blocks)
+
     def commit(self) -> None:
         """The new tokens count from now on, on the device; `NSACache.advance` tells the host."""
         self._cache.device_lengths.copy_(self._lengths)

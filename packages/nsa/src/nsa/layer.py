@@ -118,16 +118,10 @@ class NSAAttention(nn.Module):
             raise ValueError(f"x: expected shape [B, N, {self.config.hidden_size}], got {list(x.shape)}")
         step, batch = cache.decode(x.shape[1], counts), x.shape[:2]
 
-        def rows(projected: Tensor, heads: int, dim: int) -> Tensor:
-            return projected.flatten(0, 1).unflatten(-1, (heads, dim))
-
-        q = rows(self.q_proj(x), self.config.num_heads, self.config.head_dim)
-        k_cmp, k_slc, k_win = self._branches(self.k_proj(x).flatten(0, 1), self.config.head_dim)
-        v_cmp, v_slc, v_win = self._branches(self.v_proj(x).flatten(0, 1), self.config.value_dim)
+        q, k_cmp, k_slc, k_win, v_cmp, v_slc, v_win, gates = self._project(x.flatten(0, 1))
         q_cmp, q, k_slc, k_win = self._rotate_new(q, k_slc, k_win, step.positions.flatten())
-        gates = self.gates(x.flatten(0, 1)).unflatten(0, batch)
-        q, q_cmp, k_cmp, k_slc, k_win, v_cmp, v_slc, v_win = (
-            y.unflatten(0, batch) for y in (q, q_cmp, k_cmp, k_slc, k_win, v_cmp, v_slc, v_win)
+        q, q_cmp, k_cmp, k_slc, k_win, v_cmp, v_slc, v_win, gates = (
+            y.unflatten(0, batch) for y in (q, q_cmp, k_cmp, k_slc, k_win, v_cmp, v_slc, v_win, gates)
         )
         step.write_slc(k_slc, v_slc)
         step.write_win(k_win, v_win)
@@ -135,20 +129,13 @@ class NSAAttention(nn.Module):
         out, block_indices = ops.decode_attention(
             q, *step.cmp, *step.slc, *step.win, gates, step.counts, self.config.blocks, q_cmp=q_cmp
         )
-        if cache.counters is not None:
-            there = torch.arange(x.shape[1], device=x.device) < step.counts[:, None]
-            sequence = torch.arange(x.shape[0], device=x.device)[:, None].expand(-1, x.shape[1]).flatten()
-            position = step.positions.where(there, -1).flatten()
-            cache.counters.add(block_indices.flatten(0, 1), position, sequence, self.config.blocks)
+        step.count(block_indices)
         step.commit()
         return self.o_proj(out.flatten(2))
 
     def _attend(self, x: Tensor, layout: VarlenLayout, cache: NSACache | None) -> Tensor:
-        config, blocks = self.config, self.config.blocks
-        q = self.q_proj(x).unflatten(-1, (config.num_heads, config.head_dim))
-        k_cmp, k_slc, k_win = self._branches(self.k_proj(x), config.head_dim)
-        v_cmp, v_slc, v_win = self._branches(self.v_proj(x), config.value_dim)
-        gates = self.gates(x)
+        blocks = self.config.blocks
+        q, k_cmp, k_slc, k_win, v_cmp, v_slc, v_win, gates = self._project(x)
         if cache is None:
             positions = layout.positions()
             q_cmp, q, k_slc, k_win = self._rotate_new(q, k_slc, k_win, positions)
@@ -163,10 +150,15 @@ class NSAAttention(nn.Module):
                 out, aux = nsa_attention(
                     q, *step.cmp, *step.slc, *step.win, gates, step.layout, blocks, q_cmp=q_cmp, return_aux=True
                 )
-                if cache.counters is not None:
-                    position, sequence = step.layout.positions(), step.layout.sequence_of_queries()
-                    cache.counters.add(aux.block_indices, position, sequence, blocks)
+                step.count(aux.block_indices)
         return self.o_proj(out.flatten(1))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(q, k_cmp, k_slc, k_win, v_cmp, v_slc, v_win, gates) of packed x, nothing rotated yet."""
+        q = self.q_proj(x).unflatten(-1, (self.config.num_heads, self.config.head_dim))
+        keys = self._branches(self.k_proj(x), self.config.head_dim)
+        values = self._branches(self.v_proj(x), self.config.value_dim)
+        return q, *keys, *values, self.gates(x)
 
     def _branches(self, projected: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
         """Rows of the cmp, slc and win branches, [T, Hk, dim] each; one shared tensor with `shared_kv`."""
