@@ -196,3 +196,25 @@ def feed() -> Callable[[NSAAttention, NSACache, Sequence[Tensor], Sequence[Seque
         return [torch.cat(kept) for kept in outputs]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def once_each(
+    make_layer: Callable[..., NSAAttention], certify: Callable[..., Tensor]
+) -> Callable[[Sequence[Tensor]], Callable[[dict], tuple[NSAAttention, list[Tensor]]]]:
+    """For sequences [S_b, hidden], a function of a variant: (layer, outputs of one pass over each), computed once."""
+
+    def over(sequences: Sequence[Tensor]) -> Callable[[dict], tuple[NSAAttention, list[Tensor]]]:
+        made: dict[str, tuple[NSAAttention, list[Tensor]]] = {}
+        lengths = [len(x) for x in sequences]
+
+        def get(variant: dict) -> tuple[NSAAttention, list[Tensor]]:
+            if repr(variant) not in made:
+                layer = make_layer(**variant)
+                out = certify(layer, torch.cat(list(sequences)), VarlenLayout.from_lengths(lengths))
+                made[repr(variant)] = layer, list(out.split(lengths))
+            return made[repr(variant)]
+
+        return get
+
+    return over

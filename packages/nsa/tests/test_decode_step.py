@@ -42,18 +42,9 @@ def decode(layer: NSAAttention, cache: NSACache, counts: list[int], rows: int) -
 
 
 @pytest.fixture(scope="module")
-def whole(make_layer: Callable, certify: Callable) -> Callable[..., tuple[NSAAttention, list[Tensor]]]:
+def whole(once_each: Callable) -> Callable[..., tuple[NSAAttention, list[Tensor]]]:
     """(layer, the outputs of one pass) of a variant, computed once."""
-    made: dict[str, tuple] = {}
-
-    def get(variant: dict) -> tuple[NSAAttention, list[Tensor]]:
-        if repr(variant) not in made:
-            layer = make_layer(**variant)
-            out = certify(layer, torch.cat(sequences()), VarlenLayout.from_lengths(list(LENGTHS)))
-            made[repr(variant)] = layer, list(out.split(LENGTHS))
-        return made[repr(variant)]
-
-    return get
+    return once_each(sequences())
 
 
 def assert_is(outputs: list[list[Tensor]], expected: list[Tensor], start: tuple[int, ...] = PREFILLED) -> None:

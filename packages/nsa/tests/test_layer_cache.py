@@ -33,18 +33,9 @@ def sequences() -> list[Tensor]:
 
 
 @pytest.fixture(scope="module")
-def layers(make_layer: Callable, certify: Callable) -> Callable[..., tuple[NSAAttention, list[Tensor]]]:
+def layers(once_each: Callable) -> Callable[..., tuple[NSAAttention, list[Tensor]]]:
     """(layer, outputs of one pass over each sequence) of a variant, computed once."""
-    made: dict[str, tuple[NSAAttention, list[Tensor]]] = {}
-
-    def get(variant: dict) -> tuple[NSAAttention, list[Tensor]]:
-        if repr(variant) not in made:
-            layer = make_layer(**variant)
-            out = certify(layer, torch.cat(sequences()), VarlenLayout.from_lengths(list(LENGTHS)))
-            made[repr(variant)] = layer, list(out.split(LENGTHS))
-        return made[repr(variant)]
-
-    return get
+    return once_each(sequences())
 
 
 def attend(layer: NSAAttention, cache: NSACache, rows: list[Tensor]) -> list[Tensor]:

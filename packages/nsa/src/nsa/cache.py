@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nsa.cache_step import CacheStep
 from nsa.config import NSAConfig
-from nsa.decode_step import DecodeStep, layout_of_blocks
+from nsa.decode_step import DecodeStep
 from nsa.pages import Change, PagedStream, PagePool
 from nsa.raw_tail import RawTail
 from nsa.reads import ReadCounters
@@ -185,7 +185,7 @@ class NSACache:
         elif self.device.type == "cpu":
             known = counts.tolist()
         if known is not None and not _capturing(self.device):
-            self._check_reserved(known)
+            self._check_reserved([old + new for old, new in zip(self._lengths, known, strict=True)])
         return DecodeStep(self, rows, counts)
 
     def advance(self, tokens: int | Sequence[int]) -> None:
@@ -196,10 +196,9 @@ class NSACache:
             RuntimeError: pages for these tokens had not been reserved. They are lost; `advance(0)` and a `truncate` to
                 the length before forget them.
         """
-        lengths = [tokens] * self.batch_size if isinstance(tokens, int) else tokens
-        self._check_room("tokens", lengths)
+        lengths = self._grown(tokens)
         self._check_reserved(lengths)
-        self._lengths = [old + new for old, new in zip(self._lengths, lengths, strict=True)]
+        self._lengths = lengths
         self.tail.advance(self._lengths)
         self._ahead = False
 
@@ -210,9 +209,20 @@ class NSACache:
     def layout_of_blocks(self, each: int) -> VarlenLayout:
         """The tokens of `each` compressed blocks a sequence, block by block: made once."""
         if each not in self._layouts:
-            made = layout_of_blocks(each * self.batch_size, self.config.kernel_size, self.device)
-            self._layouts[each] = made
+            lengths = [self.config.kernel_size] * (each * self.batch_size)
+            self._layouts[each] = VarlenLayout.from_lengths(lengths, device=self.device)
         return self._layouts[each]
+
+    def check_rows(self, name: str, x: Tensor, rows: tuple[int, ...], which: int) -> None:
+        """Raise unless x [*rows, Hk, D] are new rows for this cache: keys if `which` is 0, values if it is 1."""
+        config = self.config
+        expected = (*rows, config.num_kv_heads, (config.head_dim, config.value_dim)[which])
+        if x.shape != expected:
+            raise ValueError(f"{name}: expected shape {list(expected)}, got {list(x.shape)}")
+        if x.dtype != self.dtype:
+            raise TypeError(f"{name}: expected dtype {self.dtype} of the cache, got {x.dtype}")
+        if x.device != self.device:
+            raise ValueError(f"{name}: expected device {self.device} of the cache, got {x.device}")
 
     def reserve(self, tokens: int | Sequence[int]) -> None:
         """Take pages for so many more tokens of each sequence now, so that a later step takes none.
@@ -224,10 +234,9 @@ class NSACache:
             RuntimeError: a step is open, or the last one was not told to the host.
         """
         self._check_idle()
-        lengths = [tokens] * self.batch_size if isinstance(tokens, int) else tokens
-        self._check_room("tokens", lengths)
+        lengths = self._grown(tokens)
         self._release_behind_window()
-        self._reserve([old + new for old, new in zip(self._lengths, lengths, strict=True)])
+        self._reserve(lengths)
 
     def shortest(self, sequence: int) -> int:
         """The least length to which `truncate` can bring a sequence, beside 0: `rollback` tokens back, or more."""
@@ -388,6 +397,12 @@ class NSACache:
         for stream, changes in plans:
             stream.carry_out(changes)
 
+    def _grown(self, tokens: int | Sequence[int]) -> list[int]:
+        """The sequences' lengths with so many more tokens, checked."""
+        more = [tokens] * self.batch_size if isinstance(tokens, int) else tokens
+        self._check_room("tokens", more)
+        return [old + new for old, new in zip(self._lengths, more, strict=True)]
+
     def _plans(self, lengths: Sequence[int]) -> list[tuple[PagedStream, list[Change]]]:
         """What each stream needs for rows up to these lengths; streams that need nothing are left out."""
         old, new = (list(zip(*map(self._rows_of, x), strict=True)) for x in (self._lengths, lengths))
@@ -434,11 +449,10 @@ class NSACache:
         if self._ahead:
             raise RuntimeError("cache: expected advance() after a decode step, got none")
 
-    def _check_reserved(self, tokens: Sequence[int]) -> None:
-        if self._plans([length + new for length, new in zip(self._lengths, tokens, strict=True)]):
-            raise RuntimeError(
-                f"cache: expected pages for {list(tokens)} more tokens, got too few: reserve comes first"
-            )
+    def _check_reserved(self, lengths: Sequence[int]) -> None:
+        if self._plans(lengths):
+            more = [new - old for old, new in zip(self._lengths, lengths, strict=True)]
+            raise RuntimeError(f"cache: expected pages for {more} more tokens, got too few: reserve comes first")
 
     def _check_sequence(self, name: str, sequence: object) -> None:
         check_size(name, sequence, 0)

@@ -162,14 +162,7 @@ class CacheStep:
     def _check(self, name: str, x: Tensor, rows: int, which: int) -> None:
         if self._cache._step is not self:
             raise RuntimeError("step: expected to be used inside its `with` block, got a call outside it")
-        config = self._cache.config
-        expected = (rows, config.num_kv_heads, (config.head_dim, config.value_dim)[which])
-        if x.shape != expected:
-            raise ValueError(f"{name}: expected shape {list(expected)}, got {list(x.shape)}")
-        if x.dtype != self._cache.dtype:
-            raise TypeError(f"{name}: expected dtype {self._cache.dtype} of the cache, got {x.dtype}")
-        if x.device != self._cache.device:
-            raise ValueError(f"{name}: expected device {self._cache.device} of the cache, got {x.device}")
+        self._cache.check_rows(name, x, (rows,), which)
 
     def _on_device(self, numbers: list[int]) -> Tensor:
         return to_device(torch.tensor(numbers, dtype=torch.int64, device="cpu"), self._cache.device)

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 import torch
-from nsa_varlen import PagedKV, VarlenLayout
+from nsa_varlen import PagedKV
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -108,17 +108,5 @@ class DecodeStep:
         self._cache.expect_advance()
 
     def _check(self, branch: str, k: Tensor, v: Tensor) -> None:
-        cache = self._cache
-        for name, x, dim in ((f"k_{branch}", k, cache.config.head_dim), (f"v_{branch}", v, cache.config.value_dim)):
-            expected = (cache.batch_size, self._rows, cache.config.num_kv_heads, dim)
-            if x.shape != expected:
-                raise ValueError(f"{name}: expected shape {list(expected)}, got {list(x.shape)}")
-            if x.dtype != cache.dtype:
-                raise TypeError(f"{name}: expected dtype {cache.dtype} of the cache, got {x.dtype}")
-            if x.device != cache.device:
-                raise ValueError(f"{name}: expected device {cache.device} of the cache, got {x.device}")
-
-
-def layout_of_blocks(count: int, kernel_size: int, device: torch.device) -> VarlenLayout:
-    """As many sequences of one compressed block's tokens each."""
-    return VarlenLayout.from_lengths([kernel_size] * count, device=device)
+        for which, x in enumerate((k, v)):
+            self._cache.check_rows(f"{'kv'[which]}_{branch}", x, (self._cache.batch_size, self._rows), which)
