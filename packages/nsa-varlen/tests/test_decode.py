@@ -90,6 +90,16 @@ def test_padding_is_zero_and_chooses_nothing() -> None:
         assert (indices[sequence, :count, :, 0] >= 0).all()
 
 
+def test_padding_may_hold_anything() -> None:
+    arguments = batch()
+    expected = BACKEND.decode_attention(**arguments)
+    padding = torch.arange(ROWS) >= arguments["counts"][:, None]
+    for name in ("q", "q_cmp", "gates"):
+        arguments[name][padding] = torch.nan
+    for got, x in zip(BACKEND.decode_attention(**arguments), expected, strict=True):
+        assert torch.equal(got, x)
+
+
 @pytest.mark.parametrize("sequence", range(len(LENGTHS)))
 def test_each_sequence_is_as_alone(sequence: int) -> None:
     arguments = batch()

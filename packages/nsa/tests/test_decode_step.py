@@ -108,6 +108,18 @@ def test_a_step_taken_back_leaves_no_trace(whole: Callable, make_cache: Callable
     assert_is(outputs, expected)
 
 
+def test_padding_leaves_what_a_rollback_needs(whole: Callable, make_cache: Callable) -> None:
+    """As far back as it goes: the next block begins with the earliest raw token that is kept, 44 of 59."""
+    layer, expected = whole({"compression": "linear"})
+    cache = make_cache(layer.config, 3)
+    prefill(layer, cache, (58, 0, 0))
+    decode(layer, cache, [1, 0, 0], 8)
+    cache.truncate(0, 59 - cache.rollback)
+    assert cache.shortest(0) == 48
+    outputs = [decode(layer, cache, [1, 0, 0], 8)[0] for _ in range(20)]
+    torch.testing.assert_close(torch.cat(outputs), expected[0][51:71], rtol=0, atol=ATOL)
+
+
 def test_a_prefix_is_shared_until_someone_writes(whole: Callable, make_cache: Callable) -> None:
     """Two sequences of one prefix, continued alike and otherwise, by decode steps that write to its last page."""
     layer, expected = whole({"rope_cmp": "none", "shared_kv": True, "bias": True})
