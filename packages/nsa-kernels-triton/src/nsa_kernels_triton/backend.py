@@ -9,6 +9,7 @@ from nsa_varlen.arguments import (
     KV,
     check_attention,
     check_block_indices,
+    check_decode,
     check_gates,
     check_layout,
     check_lse,
@@ -16,10 +17,12 @@ from nsa_varlen.arguments import (
     heads_and_dim,
     scale_or_default,
 )
+from nsa_varlen.new_tokens import NewTokens
+from nsa_varlen.untraced import untraced
 from torch import Tensor
 
-from nsa_kernels_triton.contracts import missing, unmet
-from nsa_kernels_triton.ops import attention, combining, pooling, selected, selection
+from nsa_kernels_triton.contracts import MIN_TILE, missing, unmet
+from nsa_kernels_triton.ops import attention, combining, decode, pooling, selected, selection
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class _Asked:
     topk: int
     needs_grad: bool
     paged: bool
+    forced: int = 0
 
 
 class TritonBackend:
@@ -168,6 +172,68 @@ class TritonBackend:
         check_gates(gates, {"o_cmp": o_cmp, "o_slc": o_slc, "o_win": o_win})
         _check_contract("combine", gates, o_cmp, o_slc, None, o_win)
         return combining.combine(gates, o_cmp, o_slc, o_win)
+
+
+    @untraced
+    def decode_attention(
+        self,
+        q: Tensor,
+        k_cmp: PagedKV,
+        v_cmp: PagedKV,
+        k_slc: PagedKV,
+        v_slc: PagedKV,
+        k_win: PagedKV,
+        v_win: PagedKV,
+        gates: Tensor,
+        counts: Tensor,
+        blocks: BlockGeometry,
+        *,
+        q_cmp: Tensor | None = None,
+        scale: float | None = None,
+        new: NewTokens | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """All branches for the newest tokens of paged sequences, which it stores first if they are given as `new`.
+
+        (out [B, N, Hq, Dv], block_indices int32 [B, N, Hk, topk]). Three launches for many sequences, four for few. A
+        CUDA graph may hold it; compiled code calls it as it stands.
+        """
+        q_cmp = q if q_cmp is None else q_cmp
+        streams = (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win)
+        check_decode(q, q_cmp, *streams, gates, counts, blocks)
+        _check_decode_contract(q, streams, blocks)
+        return decode.decode_attention(q, q_cmp, *streams, gates, counts, blocks, _scale(scale, q), new)
+
+
+def _check_decode_contract(q: Tensor, streams: tuple[tuple[PagedKV, PagedKV], ...], blocks: BlockGeometry) -> None:
+    """Raise unless the kernels do this decode step."""
+    (_, _), (k_slc, v_slc), _ = streams
+    for name, (k, v) in zip(("cmp", "slc", "win"), streams, strict=True):
+        if k.page_size != v.page_size or k.page_size % MIN_TILE:
+            raise ValueError(
+                f"k_{name}, v_{name}: expected pages of one size, a multiple of {MIN_TILE}, "
+                f"got {k.page_size} and {v.page_size}"
+            )
+        if not (k.pages.is_contiguous() and v.pages.is_contiguous()):
+            raise ValueError(f"k_{name}, v_{name}: expected contiguous pages, got strides")
+    if k_slc.page_size % blocks.block_size:
+        raise ValueError(f"k_slc: expected pages of a multiple of block_size={blocks.block_size}, got {k_slc.page_size}")
+    reason = unmet(
+        "decode_attention",
+        _Asked(
+            device=q.device.type,
+            dtype=q.dtype,
+            head_dim=q.shape[3],
+            v_head_dim=v_slc.head_dim,
+            group_size=q.shape[2] // k_slc.num_heads,
+            block_size=blocks.block_size,
+            topk=blocks.topk,
+            needs_grad=torch.is_grad_enabled() and q.requires_grad,
+            paged=True,
+            forced=blocks.init_blocks + blocks.local_blocks,
+        ),
+    )
+    if reason is not None:
+        raise ValueError(f"decode_attention on backend triton: {reason}")
 
 
 def _scale(scale: float | None, q: Tensor) -> float:

@@ -13,12 +13,16 @@ OPS = (
     "selected_attention",
     "window_attention",
     "combine",
+    "decode_attention",
 )
+BLOCK_OPS = ("select_blocks", "selected_attention", "decode_attention")  # that go by selection blocks
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BLOCK_SIZES = (32, 64, 128)
 MAX_HEAD_DIM = 256
 MAX_GROUP_SIZE = 64
 MAX_TOPK = 256
+MAX_COMPETED = 64  # places of a decode step's list that blocks compete for
+MIN_TILE = 16  # keys; pages hold whole tiles
 OLDEST_TRITON = (3, 6)  # with which all kernels were compiled
 OLDEST_SM = 80
 
@@ -56,6 +60,8 @@ def unmet(op: str, problem: Any) -> str | None:
         reason = _unmet_lists(op, problem)
         if reason is not None:
             return reason
+    if op == "decode_attention":
+        return _unmet_decode(problem)
     if getattr(problem, "paged", False):
         return "does not take paged keys and values"
     return None
@@ -65,10 +71,22 @@ def _unmet_lists(op: str, problem: Any) -> str | None:
     """What of the heads and blocks of an attention the kernels do not do."""
     if problem.group_size > MAX_GROUP_SIZE:
         return f"needs at most {MAX_GROUP_SIZE} query heads a kv head, got {problem.group_size}"
-    if op in ("select_blocks", "selected_attention") and problem.block_size not in BLOCK_SIZES:
+    if op in BLOCK_OPS and problem.block_size not in BLOCK_SIZES:
         return f"needs block_size 32, 64 or 128, got {problem.block_size}"
-    if op in ("select_blocks", "selected_attention") and getattr(problem, "topk", 0) > MAX_TOPK:
+    if op in BLOCK_OPS and getattr(problem, "topk", 0) > MAX_TOPK:
         return f"needs topk up to {MAX_TOPK}, got {problem.topk}"
+    return None
+
+
+def _unmet_decode(problem: Any) -> str | None:
+    """What of a decode step the kernels do not do."""
+    if problem.needs_grad:
+        return "records no gradients through paged keys and values"
+    forced = getattr(problem, "forced", None)
+    if forced is None:
+        forced = getattr(problem, "init_blocks", 0) + getattr(problem, "local_blocks", 0)
+    if getattr(problem, "topk", 0) - forced > MAX_COMPETED:
+        return f"needs topk up to {MAX_COMPETED} beside the {forced} forced blocks, got {problem.topk}"
     return None
 
 

@@ -85,6 +85,11 @@ def table(name: str) -> dict[str, list[dict[str, Any]]]:
     return inherited | {key: value for key, value in own.items() if isinstance(value, list)}
 
 
+def overrides() -> tuple[Any, ...]:
+    """What `overridden` replaces now, to be part of a key."""
+    return tuple((name, *numbers.items()) for name, numbers in _overrides.items() if numbers)
+
+
 @contextmanager
 def overridden(kernel: str, **numbers: int) -> Iterator[None]:
     """Within, these numbers replace those of every rule of `kernel`: for whoever measures variants."""

@@ -1,0 +1,175 @@
+"""A decode step in three or four launches: see the kernels `decode_compressed`, `choice`, `selected` and `merging`."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from nsa_varlen import BlockGeometry, PagedKV
+from nsa_varlen.new_tokens import CompletedBlocks, NewTokens, PooledTokens
+from torch import Tensor
+from torch.nn.functional import pad
+
+from nsa_kernels_triton import configurations
+from nsa_kernels_triton.ops.decode_plan import DecodeSizes, decode_plan
+from nsa_kernels_triton.ops.launching import num_processors, on_device
+from nsa_kernels_triton.tiles import LOG2_E
+
+SCRATCH_BYTES = 1 << 31  # more sequences than fit take turns
+
+Stream = tuple[PagedKV, PagedKV]
+
+
+@on_device
+def decode_attention(
+    q: Tensor,
+    q_cmp: Tensor,
+    cmp: Stream,
+    slc: Stream,
+    win: Stream,
+    gates: Tensor,
+    counts: Tensor,
+    blocks: BlockGeometry,
+    scale: float,
+    new: NewTokens | None,
+) -> tuple[Tensor, Tensor]:
+    """(out [B, N, Hq, Dv], block_indices int32 [B, N, Hk, topk]): see `TritonBackend.decode_attention`."""
+    batch_size, tokens, num_heads, _ = q.shape
+    num_kv_heads = slc[0].num_heads
+    out = q.new_empty(batch_size, tokens, num_heads, slc[1].head_dim)
+    indices = q.new_empty(batch_size, tokens, num_kv_heads, blocks.topk, dtype=torch.int32)
+    if not out.numel() or not slc[0].block_table.shape[1]:  # nobody asks, or nobody has a token
+        return out.zero_(), indices.fill_(-1)
+    call = q.contiguous(), q_cmp.contiguous(), cmp, slc, win, gates.contiguous(), counts, new
+    sizes = _sizes(q, cmp[0], slc, win[0], blocks)
+    region = decode_plan(sizes, configurations.overrides()).region
+    most = max(1, SCRATCH_BYTES // (4 * region * num_kv_heads))
+    for start in range(0, batch_size, most):
+        part = slice(start, start + most)
+        some = call if most >= batch_size else tuple(_of_sequences(x, part) for x in call)
+        sizes = replace(sizes, batch_size=len(some[0])) if most < batch_size else sizes
+        _launch(sizes, *some, blocks.window_size, scale, out[part], indices[part])
+    return out, indices
+
+
+def _launch(
+    sizes: DecodeSizes,
+    q: Tensor,
+    q_cmp: Tensor,
+    cmp: Stream,
+    slc: Stream,
+    win: Stream,
+    gates: Tensor,
+    counts: Tensor,
+    new: NewTokens | None,
+    window_size: int,
+    scale: float,
+    out: Tensor,
+    indices: Tensor,
+) -> None:
+    from nsa_kernels_triton.kernels.decode_choice import decode_choice_kernel, decode_levels_kernel
+    from nsa_kernels_triton.kernels.decode_compressed import decode_compressed_kernel
+    from nsa_kernels_triton.kernels.decode_merging import decode_merge_kernel
+    from nsa_kernels_triton.kernels.decode_selected import decode_selected_kernel
+
+    plan = decode_plan(sizes, configurations.overrides())
+    scratch = q.new_empty(sizes.batch_size * sizes.num_kv_heads * plan.region, dtype=torch.float32)
+    tables = [_tables(*stream) for stream in (cmp, slc, win)]
+    (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win) = ((k.pages, v.pages) for k, v in (cmp, slc, win))
+    (cmp_table, v_cmp_table), (slc_table, v_slc_table), (win_table, v_win_table) = tables
+    lengths, cmp_lengths = slc[0].lengths, cmp[0].lengths
+    rows = _new_rows(new)
+    scale *= LOG2_E
+    decode_compressed_kernel[plan.compressed.grid](
+        *(q_cmp, scratch, lengths, counts, cmp_lengths, k_cmp, v_cmp, cmp_table, v_cmp_table),
+        *(k_slc, v_slc, slc_table, v_slc_table, k_win, v_win, win_table, v_win_table),
+        *rows,
+        *(scale, plan.region, plan.width, cmp_table.shape[1], slc_table.shape[1], win_table.shape[1]),
+        *_new_sizes(new, rows),
+        APPEND="" if new is None else "pooled" if isinstance(new.cmp, PooledTokens) else "completed",
+        INTERLEAVED=isinstance(new and new.cmp, PooledTokens) and new.cmp.interleaved,
+        **plan.compressed.constants,
+    )
+    decode_choice_kernel[plan.choice.grid](
+        *(q, scratch, lengths, counts, v_cmp, cmp_table if v_cmp_table is None else v_cmp_table),
+        *(k_win, v_win, win_table, v_win_table, indices, sizes.batch_size, scale, window_size),
+        *(plan.region, plan.width, cmp_table.shape[1], win_table.shape[1]),
+        **plan.choice.constants,
+    )
+    for level in plan.levels:
+        decode_levels_kernel[level.grid](scratch, plan.region, **level.constants)
+    decode_selected_kernel[plan.selected.grid](
+        *(q, scratch, lengths, counts, k_slc, v_slc, slc_table, v_slc_table, indices, gates, out),
+        *(scale, plan.region, slc_table.shape[1]),
+        **plan.selected.constants,
+    )
+    if plan.merge is not None:
+        decode_merge_kernel[plan.merge.grid](scratch, counts, gates, out, plan.region, **plan.merge.constants)
+    if new is not None and cmp[1].lengths is not cmp_lengths:
+        cmp[1].lengths.copy_(cmp_lengths)
+
+
+def _sizes(q: Tensor, k_cmp: PagedKV, slc: Stream, k_win: PagedKV, blocks: BlockGeometry) -> DecodeSizes:
+    (k_slc, v_slc), batch_size, tokens = slc, *q.shape[:2]
+    return DecodeSizes(
+        *(configurations.family(q.device), num_processors(q.device), batch_size, tokens, k_slc.num_heads),
+        *(q.shape[2] // k_slc.num_heads, k_slc.head_dim, v_slc.head_dim, q.element_size()),
+        *(blocks.kernel_size, blocks.kernel_stride, blocks.block_size, blocks.topk),
+        *(blocks.init_blocks, blocks.local_blocks, k_cmp.page_size, k_slc.page_size, k_win.page_size),
+        *(max(1, k_cmp.block_table.shape[1]), k_slc.block_table.shape[1]),
+    )
+
+
+def _tables(k: PagedKV, v: PagedKV) -> tuple[Tensor, Tensor | None]:
+    """Page tables of one stream, contiguous and of one width; None for that of the values if it is the keys'."""
+    if v.block_table is k.block_table and k.block_table.shape[1] and k.block_table.is_contiguous():
+        return k.block_table, None
+    width = max(1, k.block_table.shape[1], v.block_table.shape[1])
+    table, v_table = (pad(x.block_table, (0, width - x.block_table.shape[1]), value=-1) for x in (k, v))
+    return table.contiguous(), None if v.block_table is k.block_table else v_table.contiguous()
+
+
+def _new_rows(new: NewTokens | None) -> list[Tensor | None]:
+    """Rows of the new tokens, rings, weights and rotation, as the first kernel takes them."""
+    if new is None:
+        return [None] * 11
+    rows = [_rows(x) for x in (new.cmp.k, new.cmp.v, new.k_slc, new.v_slc, new.k_win, new.v_win)]
+    if isinstance(new.cmp, CompletedBlocks):
+        return [*rows, *[None] * 5]
+    weights = [None if x is None else x.contiguous() for x in (new.cmp.k_weights, new.cmp.v_weights)]
+    return [*rows, new.cmp.k_tail, new.cmp.v_tail, *weights, new.cmp.rotation]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` [B, N, H, D] if its tokens are evenly spaced and each token's heads side by side in memory, or a copy."""
+    batch_size, tokens, heads, dim = x.shape
+    even = 1 in (batch_size, tokens) or x.stride(0) == tokens * x.stride(1)
+    whole = (dim == 1 or x.stride(3) == 1) and (heads == 1 or x.stride(2) == dim)
+    return x if even and whole else x.contiguous()
+
+
+def _new_sizes(new: NewTokens | None, rows: list[Tensor | None]) -> tuple[int, ...]:
+    """Rows of a ring, rows of the rotation, and the distances between tokens of each of the six rows."""
+    if new is None:
+        return (0,) * 8
+    spaces = [x.stride(1) if x.shape[1] > 1 else x.stride(0) for x in rows[:6] if x is not None]
+    if isinstance(new.cmp, CompletedBlocks):
+        return 0, 0, *spaces
+    rotation = new.cmp.rotation
+    return new.cmp.k_tail.shape[1], 0 if rotation is None else rotation.shape[1], *spaces
+
+
+def _of_sequences(x: Any, part: slice) -> Any:
+    """Some sequences of an argument: of a tensor, of pages, of what holds them."""
+    if isinstance(x, Tensor):
+        return x[part]
+    if isinstance(x, tuple):
+        k, v = x
+        table = k.block_table[part]
+        v_table = table if v.block_table is k.block_table else v.block_table[part]
+        return PagedKV(k.pages, table, k.lengths[part]), PagedKV(v.pages, v_table, v.lengths[part])
+    if isinstance(x, NewTokens):
+        shared = ("k_weights", "v_weights", "rotation")
+        cmp = {name: y[part] for name, y in vars(x.cmp).items() if isinstance(y, Tensor) and name not in shared}
+        rows = {name: y[part] for name, y in vars(x).items() if isinstance(y, Tensor)}
+        return replace(x, **rows, cmp=replace(x.cmp, **cmp))
+    return x
