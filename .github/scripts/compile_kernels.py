@@ -36,7 +36,9 @@ os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported; an int
 import torch
 import triton
 from nsa_kernels_triton import backend, configurations, contracts, kernels
-from nsa_varlen import BlockGeometry, VarlenLayout
+from nsa_varlen import BlockGeometry, PagedKV, VarlenLayout
+from nsa_varlen.new_tokens import CompletedBlocks, NewTokens, PooledTokens
+from nsa_kernels_triton.ops import decode
 from nsa_varlen.testing import gradients
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -46,6 +48,7 @@ TENSOR_MEMORY_COLUMNS = 512  # of one program, on SM 10.0
 # Bytes that a thread may spill on SM 9.0 at head_dim 128; other kernels none. These hold two sums in registers, and
 # spill before and behind their innermost loop.
 SPILLS = {"block_gradients_kernel": 384, "interval_dkdv_kernel": 384}
+PROCESSORS = 132  # multiprocessors that decode steps are cut for
 WORKERS = 2
 # What an operation measures on the device to choose a configuration: the extremes, each is tried. See `ops.spread`.
 MEASURED = ({"spread": 100}, {"spread": 1 << 20})
@@ -84,6 +87,8 @@ class Case:
     sms: tuple[int, ...] = (90,)
 
 
+# Decode steps: sequences, tokens of each, room, new rows. Few sequences are split, many are not; long ones need levels.
+DECODES = ((1, 1, 65_536, "mean"), (64, 1, 8_192, "weights"), (2, 5, 1_048_576, "completed"), (2, 2, 4_096, ""))
 EVERY = tuple(SHARED_LIMITS)
 CASES = (
     # Groups of 16 take one organisation of selected attention, groups of 4 the other; --all has both everywhere.
@@ -199,6 +204,7 @@ class Recorder:
             patch.object(configurations, "family", self.family),
             patch.object(configurations, "choose", self.choose),
             patch.object(backend, "unmet", unmet),
+            patch.object(decode, "num_processors", lambda device: PROCESSORS),
         ):
             yield
 
@@ -227,6 +233,7 @@ def calls(case: Case, batch: Batch) -> dict[str, Callable[[], object]]:
         "combine": lambda: run.combine(gates, out, out, out),
     }
     qkv = [q, k, v]
+    forward |= {f"decode_attention {points}": decode_step(case, *points) for points in DECODES}
     return forward | {
         "compress_mean backward": lambda: gradients(lambda x: run.compress_mean(x, layout, blocks), [k], k_cmp),
         "compressed_attention backward": lambda: gradients(
@@ -238,6 +245,40 @@ def calls(case: Case, batch: Batch) -> dict[str, Callable[[], object]]:
         "window_attention backward": lambda: gradients(lambda *x: run.window_attention(*x, layout, blocks), qkv, out),
         "combine backward": lambda: gradients(run.combine, [gates, out, out, out], out),
     }
+
+
+def decode_step(case: Case, batch_size: int, tokens: int, room: int, kind: str) -> Callable[[], object]:
+    """`decode_attention` of a batch, with as many tokens a sequence, room for so many, and this kind of new rows."""
+    dv, size = case.v_head_dim or case.head_dim, 2 * case.block_size
+    blocks = BlockGeometry(block_size=case.block_size, topk=case.topk)
+    heads = case.num_kv_heads
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=case.dtype)
+
+    pages = [zeros(4, size, heads, dim) for dim in (case.head_dim, dv)]
+
+    def stream(rows: int, length: int) -> list[PagedKV]:
+        table = torch.zeros(batch_size, -(-rows // size), dtype=torch.int32)
+        return [PagedKV(x, table, torch.full((batch_size,), length, dtype=torch.int32)) for x in pages]
+
+    raw = stream(room, 2 * size)
+    streams = [*stream(blocks.num_compressed(room), blocks.num_compressed(2 * size)), *raw, *raw]
+    q = zeros(batch_size, tokens, heads * case.group_size, case.head_dim)
+    gates = zeros(*q.shape[:3], 3)
+    counts = torch.ones(batch_size, dtype=torch.int32)
+    k, v = (zeros(batch_size, tokens, heads, dim) for dim in (case.head_dim, dv))
+    new = None
+    if kind == "completed":
+        few = (tokens - 1) // blocks.kernel_stride + 1
+        new = NewTokens(k, v, k, v, CompletedBlocks(*(x[:, :1].expand(-1, few, -1, -1) for x in (k, v))))
+    elif kind:
+        tails = [zeros(batch_size, blocks.kernel_size - 1 + 8, heads, dim) for dim in (case.head_dim, dv)]
+        weights = [zeros(heads, blocks.kernel_size)] * 2 if kind == "weights" else [None, None]
+        rotation = torch.zeros(2, blocks.num_compressed(room), case.head_dim // 2)
+        new = NewTokens(k, v, k, v, PooledTokens(k, v, *tails, *weights, rotation))
+    run = backend.BACKEND.decode_attention
+    return lambda: run(q, *streams, gates, counts, blocks, new=new)
 
 
 def record(cases: list[tuple[Case, int]]) -> tuple[Recorder, list[str]]:

@@ -183,6 +183,7 @@ def attend_to_window(
     N: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, DK: tl.constexpr, K0: tl.constexpr,
     K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     WINDOW_SPLITS: tl.constexpr, SIZE: tl.constexpr, M_AT: tl.constexpr, L_AT: tl.constexpr, O_AT: tl.constexpr,
+    SAME: tl.constexpr,
 ):  # fmt: skip
     """The window over one split of its tiles, which begin where pages allow a tile to be of one page."""
     length = tl.load(LENGTHS + sequence)
@@ -198,7 +199,6 @@ def attend_to_window(
     stop = tl.minimum(begin + part, first + tiles)
     key = tl.arange(0, KEYS)
     m, norm, acc0, acc1 = empty(ROWS, V0, V1)
-    SAME: tl.constexpr = V_TABLE is None
     last = tl.maximum(length - 1, 0) // PAGE
     page = tl.load(TABLE + tl.minimum(begin * KEYS // PAGE, last))
     for tile in tl.range(begin, stop):
@@ -321,13 +321,14 @@ def decode_choice_kernel(
         sequence = pid // (ROW_TILES * WINDOW_SPLITS)
         here = SCRATCH + (sequence * HEADS + head).to(tl.int64) * region
         table = K_WIN_TABLE + sequence.to(tl.int64) * win_table
-        v_table = None
+        v_table = table
         if V_WIN_TABLE is not None:
             v_table = V_WIN_TABLE + sequence.to(tl.int64) * win_table
         attend_to_window(
             *(here, Q, LENGTHS, COUNTS, K_WIN, V_WIN, table, v_table, sequence, head),
             *(pid // WINDOW_SPLITS % ROW_TILES, pid % WINDOW_SPLITS, scale, window_size, N, HEADS, GROUP, WIN_PAGE),
             *(DK, K0, K1, DV, V0, V1, ROWS, WIN_KEYS, WINDOW_SPLITS, SIZE, WIN_M_AT, WIN_L_AT, WIN_O_AT),
+            V_WIN_TABLE is None,
         )
 
 

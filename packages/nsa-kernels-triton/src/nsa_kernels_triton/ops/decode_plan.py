@@ -12,6 +12,7 @@ from nsa_kernels_triton.configurations import Launch, choose
 from nsa_kernels_triton.tiles import pieces, power_of_two
 
 MOST_CANDIDATES = 512  # that the last choice goes over; more are thinned out before
+COMPARED = 1 << 13  # pairs of candidates that a program compares at a time: they are in registers
 ALIGNED = 32  # numbers that parts of the scratch memory begin at multiples of
 
 
@@ -206,7 +207,7 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
         | at(*own, *window, "SLC_M_AT", "SLC_L_AT", "SLC_O_AT")
         | {"PAGE": of.slc_page, "ROWS": max(16, power_of_two(of.group_size)), "SIZE": size, "KEYS": slc_keys}
         | {"SPLITS": slc_splits, "PART": power_of_two(of.topk) // slc_splits, "COUNT": count}
-        | {"COLUMNS": min(128, power_of_two(count)), "WIDTH": power_of_two(count), "MERGE": not merging_apart}
+        | {"COLUMNS": min(power_of_two(count), COMPARED // max(1, power_of_two(count))), "WIDTH": power_of_two(count), "MERGE": not merging_apart}
         | {"CMP_SPLITS": out_splits, "WINDOW_SPLITS": win_splits, "ADDED": bool(value_splits)}
         | {"CANDIDATES_AT": candidates_at}
         | selected.options,
