@@ -5,42 +5,28 @@ import triton.language as tl
 
 
 @triton.jit
-def page_rows(TABLE, row, there, PAGE: tl.constexpr):
-    """(numbers of rows among those of all pages, int64; which of them have a page) of rows of one sequence."""
-    page = tl.load(TABLE + row // PAGE, mask=there, other=-1)
-    return page.to(tl.int64) * PAGE + row % PAGE, there & (page >= 0)
+def load_rows(NEW, new_row, count, N: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """The first `count` of N rows at NEW, `new_row` apart."""
+    row = tl.arange(0, triton.next_power_of_2(N))
+    column = tl.arange(0, WIDTH)
+    inside = (row < count)[:, None] & (column < DIM)[None, :]
+    return tl.load(NEW + (row * new_row)[:, None] + column[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def append_rows(
-    PAGES,
-    TABLE,
-    NEW,
-    new_row,
-    before,
-    count,
-    head,
-    N: tl.constexpr,
-    HEADS: tl.constexpr,
-    PAGE: tl.constexpr,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Store the first `count` of N rows at NEW as rows `before` and following of a sequence. PAGE 0: of a ring.
-
-    A ring's TABLE is its size.
-    """
+def load_slots(TABLE, first, count, N: tl.constexpr, PAGE: tl.constexpr):
+    """Numbers, among the rows of all pages, of rows `first` and following of a sequence, int64; negative without page."""
     row = tl.arange(0, triton.next_power_of_2(N))
+    page = tl.load(TABLE + (first + row) // PAGE, mask=row < count, other=-1)
+    return page.to(tl.int64) * PAGE + tl.where(page >= 0, (first + row) % PAGE, 0)
+
+
+@triton.jit
+def store_rows(PAGES, slot, values, head, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Store `values` of one head as rows `slot` of PAGES [rows, HEADS, DIM]; negative ones nowhere."""
     column = tl.arange(0, WIDTH)
-    there = row < count
-    inside = (column < DIM)[None, :]
-    values = tl.load(NEW + (row * new_row)[:, None] + column[None, :], mask=there[:, None] & inside, other=0.0)
-    if PAGE > 0:
-        slot, there = page_rows(TABLE, before + row, there, PAGE)
-    else:
-        slot = ((before + row) % TABLE).to(tl.int64)
-    pointers = PAGES + (slot * HEADS + head)[:, None] * DIM + column[None, :]
-    tl.store(pointers, values, mask=there[:, None] & inside)
+    inside = (slot >= 0)[:, None] & (column < DIM)[None, :]
+    tl.store(PAGES + (slot * HEADS + head)[:, None] * DIM + column[None, :], values, mask=inside)
 
 
 @triton.jit

@@ -1,61 +1,43 @@
-"""A decode step, first kernel: compressed attention's logits, split over the keys; new rows are stored beside it.
+"""A decode step, first kernel: compressed attention, split over the keys; beside it new rows are stored.
 
-The scratch memory of a step, fp32, is one region for each sequence and kv head, and in it a row for each query row: a
-pair of a token and a head of the group, all tokens' heads one after the other, padded to whole tiles.
-
-```
-maxima, sums of the compressed branch    [splits, rows]         base 2; of each split of the keys
-outputs of the compressed branch         [splits, rows, DV]     of this kernel not yet divided, of the next one added up
-maxima, sums, outputs of the window      [splits, rows], [splits, rows, DV]
-maxima, sums, outputs of selected blocks [splits, rows], [splits, rows, DV]
-candidates                               [N, chunks * slots]    keys of scores, then block numbers: see decode_choice
-logits of the compressed branch          [rows, width]          scaled, base 2, -inf where a block is not visible
-```
+Where nothing is split, its programs choose the blocks too, and others attend to the window.
 """
 
 import triton
 import triton.language as tl
 
-from nsa_kernels_triton.kernels.appending import append_rows, emit_pooled
+from nsa_kernels_triton.kernels.appending import emit_pooled, load_rows, load_slots, store_rows
+from nsa_kernels_triton.kernels.decode_choosing import choose
+from nsa_kernels_triton.kernels.decode_rows import query_rows, row_of, store_part
+from nsa_kernels_triton.kernels.decode_window import attend_to_window
 from nsa_kernels_triton.kernels.interval import num_compressed
-from nsa_kernels_triton.kernels.pieces import load_piece, logits, store_piece
+from nsa_kernels_triton.kernels.pieces import load_piece, logits
 from nsa_kernels_triton.kernels.softmax import empty, update
 
 
 @triton.jit
-def row_of(tile, ROWS: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, count):
-    """(row, token, head of the group, whether it is a token's) of each query row in a tile."""
-    row = tile * ROWS + tl.arange(0, ROWS)
-    token = row // GROUP
-    return row, token, row % GROUP, (token < N) & (token < count)
-
-
-@triton.jit
-def load_queries(
-    Q, sequence, head, token, member, there, N: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr,
-    K0: tl.constexpr, K1: tl.constexpr,
+def append(
+    LENGTHS, COUNTS, PAGES, TABLE, NEW, new_row, sequence, head, N: tl.constexpr, HEADS: tl.constexpr,
+    PAGE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """(q0, q1): pieces of the query rows of q [B, N, HEADS * GROUP, DK]."""
-    rows = Q + (((sequence * N + token) * HEADS + head).to(tl.int64) * GROUP + member) * DK
-    return load_piece(rows, there, 0, K0, DK), load_piece(rows, there, K0, K1, DK)
+    """Store a sequence's new rows of one head: in pages, or for PAGE 0 in its ring of TABLE rows."""
+    length = tl.load(LENGTHS + sequence)
+    count = tl.load(COUNTS + sequence)
+    values = load_rows(NEW, new_row, count, N, DIM, WIDTH)
+    if PAGE > 0:
+        slot = load_slots(TABLE, length - count, count, N, PAGE)
+    else:
+        row = tl.arange(0, triton.next_power_of_2(N))
+        slot = tl.where(row < count, (length - count + row) % TABLE, -1).to(tl.int64)
+    store_rows(PAGES, slot, values, head, HEADS, DIM, WIDTH)
 
 
-@triton.jit
-def store_part(M, L, O, row, m, norm, acc0, acc1, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr):
-    """Leave what one split of the keys gave its query rows."""
-    everywhere = row >= 0
-    tl.store(M + row, m)
-    tl.store(L + row, norm)
-    rows = O + row.to(tl.int64) * DV
-    store_piece(rows, acc0, everywhere, 0, V0, DV)
-    if V1 > 0:
-        store_piece(rows, acc1, everywhere, V0, V1, DV)
-
-
-@triton.jit(do_not_specialize=["scale"])
+@triton.jit(do_not_specialize=["scale", "window_size"])
 def decode_compressed_kernel(
+    Q_CMP,
     Q,
     SCRATCH,
+    BLOCK_INDICES,
     LENGTHS,
     COUNTS,
     CMP_LENGTHS,
@@ -82,7 +64,9 @@ def decode_compressed_kernel(
     K_WEIGHTS,
     V_WEIGHTS,
     ROTATION,
+    batch_size,
     scale,
+    window_size,
     region,
     width,
     cmp_table,
@@ -101,6 +85,13 @@ def decode_compressed_kernel(
     GROUP: tl.constexpr,
     KERNEL_SIZE: tl.constexpr,
     KERNEL_STRIDE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TOPK: tl.constexpr,
+    INIT: tl.constexpr,
+    LOCAL: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HEADS_AT_ONCE: tl.constexpr,
     CMP_PAGE: tl.constexpr,
     SLC_PAGE: tl.constexpr,
     WIN_PAGE: tl.constexpr,
@@ -113,7 +104,10 @@ def decode_compressed_kernel(
     ROWS: tl.constexpr,
     ROW_TILES: tl.constexpr,
     KEYS: tl.constexpr,
+    WIN_KEYS: tl.constexpr,
     SPLITS: tl.constexpr,
+    WINDOW_SPLITS: tl.constexpr,
+    CHOOSE: tl.constexpr,
     APPEND: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     K_WIDTH: tl.constexpr,
@@ -122,145 +116,198 @@ def decode_compressed_kernel(
     M_AT: tl.constexpr,
     L_AT: tl.constexpr,
     O_AT: tl.constexpr,
+    WIN_M_AT: tl.constexpr,
+    WIN_L_AT: tl.constexpr,
+    WIN_O_AT: tl.constexpr,
     LOGITS_AT: tl.constexpr,
 ):
-    """Grid (B * ROW_TILES * SPLITS * HEADS). Split s takes tiles s, s + SPLITS, ... of KEYS compressed blocks.
+    """Grid (B * HEADS * (ROW_TILES * (SPLITS + WINDOW_SPLITS) + appending)), appending: 6 if pooled, 4 if completed.
 
-    VALUES: also sum the values; else the next kernel does, from the logits. APPEND: "" (there are no new rows),
-    "pooled" (`PooledTokens`) or "completed" (`CompletedBlocks`); who has the last tile stores the rows.
+    Split s takes tiles s, s + SPLITS, ... of KEYS compressed blocks; who has the last one makes the new blocks. APPEND:
+    "" (no new rows), "pooled" (`PooledTokens`) or "completed" (`CompletedBlocks`). VALUES: also sum the values; else
+    the next kernel does, from the logits. CHOOSE (one split, one tile of rows, one chunk): also choose the blocks.
 
     Limited by the bytes of k_cmp (and v_cmp) where many programs run, by the latency of dependent loads where few do:
-    so the first page's number is loaded beside the length, later ones a tile ahead.
+    so the first page's number is loaded beside the length, later ones a tile ahead, and new rows are stored by programs
+    of their own.
     """
     pid = tl.program_id(0)
     head = pid % HEADS
-    split = pid // HEADS % SPLITS
-    row_tile = pid // (HEADS * SPLITS) % ROW_TILES
-    sequence = pid // (HEADS * SPLITS * ROW_TILES)
-    table = K_CMP_TABLE + sequence.to(tl.int64) * cmp_table
-    SAME: tl.constexpr = V_CMP_TABLE is None  # keys and values lie in pages of the same numbers
-    v_table = table
-    if not SAME:
-        v_table = V_CMP_TABLE + sequence.to(tl.int64) * cmp_table
-    most_tiles = width // KEYS
-    page = tl.load(table + tl.minimum(split, most_tiles - 1) * KEYS // CMP_PAGE)
-    length = tl.load(LENGTHS + sequence)
-    count = tl.load(COUNTS + sequence)
-    row, token, member, there = row_of(row_tile, ROWS, GROUP, N, count)
-    q0, q1 = load_queries(Q, sequence, head, token, member, there, N, HEADS, GROUP, DK, K0, K1)
-    before = length - count
-    total = num_compressed(length - 1, KERNEL_SIZE, KERNEL_STRIDE)
-    visible = tl.where(there, num_compressed(before + token, KERNEL_SIZE, KERNEL_STRIDE), 0)
-    tiles = tl.cdiv(total, KEYS)
-    owns_last = split == tl.maximum(tiles - 1, 0) % SPLITS
-    if APPEND != "":
-        new_row = sequence.to(tl.int64) * N
-        new_k_cmp = NEW_K_CMP + new_row * k_cmp_row + head * DK
-        new_v_cmp = NEW_V_CMP + new_row * v_cmp_row + head * DV
-        if APPEND == "pooled":
-            ring = sequence.to(tl.int64) * tail_size * HEADS
-        else:
-            FEW: tl.constexpr = (N - 1) // KERNEL_STRIDE + 1
-            new_k_cmp = NEW_K_CMP + sequence.to(tl.int64) * FEW * k_cmp_row + head * DK
-            new_v_cmp = NEW_V_CMP + sequence.to(tl.int64) * FEW * v_cmp_row + head * DV
-        made = num_compressed(before - 1, KERNEL_SIZE, KERNEL_STRIDE)
-        if owns_last & (made < total):
-            if APPEND == "pooled":
-                for number in range(made, total):
-                    emit_pooled(
-                        *(K_CMP, table, K_TAIL + ring * DK, K_WEIGHTS, new_k_cmp, ROTATION),
-                        *(k_cmp_row, tail_size, rotated_blocks, before, number, head, INTERLEAVED),
-                        *(HEADS, CMP_PAGE, KERNEL_SIZE, KERNEL_STRIDE, DK, K_WIDTH),
-                    )
-                    emit_pooled(
-                        *(V_CMP, v_table, V_TAIL + ring * DV, V_WEIGHTS, new_v_cmp, None),
-                        *(v_cmp_row, tail_size, rotated_blocks, before, number, head, INTERLEAVED),
-                        *(HEADS, CMP_PAGE, KERNEL_SIZE, KERNEL_STRIDE, DV, V_WIDTH),
-                    )
-            else:
-                blocks = total - made
-                append_rows(
-                    *(K_CMP, table, new_k_cmp, k_cmp_row, made, blocks, head, FEW, HEADS, CMP_PAGE, DK, K_WIDTH)
-                )
-                append_rows(
-                    *(V_CMP, v_table, new_v_cmp, v_cmp_row, made, blocks, head, FEW, HEADS, CMP_PAGE, DV, V_WIDTH)
-                )
-            tl.debug_barrier()  # before this program reads them
-
-    key = tl.arange(0, KEYS)
-    here = SCRATCH + (sequence * HEADS + head).to(tl.int64) * region
-    line = here + LOGITS_AT + row.to(tl.int64) * width
-    m, norm, acc0, acc1 = empty(ROWS, V0, V1)
-    stop = tl.where(count > 0, tiles, 0)
-    for tile in tl.range(split, stop, SPLITS):
-        block = tile * KEYS + key
-        slot = page.to(tl.int64) * CMP_PAGE + (tile * KEYS) % CMP_PAGE + key
-        loaded = (block < total) & (page >= 0)
-        if not SAME:
-            v_page = tl.load(v_table + tile * KEYS // CMP_PAGE)
-            v_slot = v_page.to(tl.int64) * CMP_PAGE + (tile * KEYS) % CMP_PAGE + key
-            v_loaded = (block < total) & (v_page >= 0)
-        else:
-            v_slot = slot
-            v_loaded = loaded
-        page = tl.load(table + tl.minimum(tile + SPLITS, most_tiles - 1) * KEYS // CMP_PAGE)
-        k_rows = K_CMP + (slot * HEADS + head) * DK
-        s = logits(q0, q1, load_piece(k_rows, loaded, 0, K0, DK), load_piece(k_rows, loaded, K0, K1, DK)) * scale
-        s = tl.where(block[None, :] < visible[:, None], s, float("-inf"))
-        tl.store(line[:, None] + block[None, :], s, mask=there[:, None])
-        if VALUES:
-            v_rows = V_CMP + (v_slot * HEADS + head) * DV
-            v0 = load_piece(v_rows, v_loaded, 0, V0, DV)
-            v1 = load_piece(v_rows, v_loaded, V0, V1, DV)
-            m, norm, acc0, acc1 = update(s, 1.0, m, norm, acc0, acc1, v0, v1)
-        else:
-            top = tl.maximum(m, tl.max(s, 1))
-            shift = tl.where(top == float("-inf"), 0.0, top)
-            norm = norm * tl.exp2(m - shift) + tl.sum(tl.exp2(s - shift[:, None]), 1)
-            m = top
-
+    pid = pid // HEADS
     SIZE: tl.constexpr = ROWS * ROW_TILES
-    if VALUES:
-        store_part(here + M_AT + split * SIZE, here + L_AT + split * SIZE, here + O_AT + split * SIZE * DV,
-                   row, m, norm, acc0, acc1, DV, V0, V1)  # fmt: skip
-    else:
-        tl.store(here + M_AT + split * SIZE + row, m)
-        tl.store(here + L_AT + split * SIZE + row, norm)
-
-    if APPEND != "":
-        if owns_last & (row_tile == 0):  # what this kernel does not read, behind what it does
-            if head == 0:
-                tl.store(CMP_LENGTHS + sequence, total)
-            slc_pages = K_SLC_TABLE + sequence.to(tl.int64) * slc_table
-            win_pages = K_WIN_TABLE + sequence.to(tl.int64) * win_table
-            v_slc_pages = slc_pages
-            v_win_pages = win_pages
-            if V_SLC_TABLE is not None:
-                v_slc_pages = V_SLC_TABLE + sequence.to(tl.int64) * slc_table
-            if V_WIN_TABLE is not None:
-                v_win_pages = V_WIN_TABLE + sequence.to(tl.int64) * win_table
-            new_k = NEW_K_SLC + new_row * k_slc_row + head * DK
-            new_v = NEW_V_SLC + new_row * v_slc_row + head * DV
-            append_rows(
-                *(K_SLC, slc_pages, new_k, k_slc_row, before, count, head, N, HEADS, SLC_PAGE, DK, K_WIDTH)
-            )
-            append_rows(
-                *(V_SLC, v_slc_pages, new_v, v_slc_row, before, count, head, N, HEADS, SLC_PAGE, DV, V_WIDTH)
-            )
-            new_k = NEW_K_WIN + new_row * k_win_row + head * DK
-            new_v = NEW_V_WIN + new_row * v_win_row + head * DV
-            append_rows(
-                *(K_WIN, win_pages, new_k, k_win_row, before, count, head, N, HEADS, WIN_PAGE, DK, K_WIDTH)
-            )
-            append_rows(
-                *(V_WIN, v_win_pages, new_v, v_win_row, before, count, head, N, HEADS, WIN_PAGE, DV, V_WIDTH)
-            )
+    attending = batch_size * (ROW_TILES * SPLITS)
+    window = batch_size * (ROW_TILES * WINDOW_SPLITS)
+    if pid < attending:
+        split = pid % SPLITS
+        row_tile = pid // SPLITS % ROW_TILES
+        sequence = pid // (SPLITS * ROW_TILES)
+        table = K_CMP_TABLE + sequence.to(tl.int64) * cmp_table
+        SAME: tl.constexpr = V_CMP_TABLE is None  # keys and values lie in pages of the same numbers
+        v_table = table
+        if not SAME:
+            v_table = V_CMP_TABLE + sequence.to(tl.int64) * cmp_table
+        most_tiles = width // KEYS
+        page = tl.load(table + tl.minimum(split, most_tiles - 1) * KEYS // CMP_PAGE)
+        length = tl.load(LENGTHS + sequence)
+        count = tl.load(COUNTS + sequence)
+        row, token, member, there = row_of(row_tile, ROWS, GROUP, N, count)
+        q_rows = query_rows(Q_CMP, sequence, head, token, member, N, HEADS, GROUP, DK)
+        q0 = load_piece(q_rows, there, 0, K0, DK)
+        q1 = load_piece(q_rows, there, K0, K1, DK)
+        before = length - count
+        total = num_compressed(length - 1, KERNEL_SIZE, KERNEL_STRIDE)
+        visible = tl.where(there, num_compressed(before + token, KERNEL_SIZE, KERNEL_STRIDE), 0)
+        tiles = tl.cdiv(total, KEYS)
+        owns_last = split == tl.maximum(tiles - 1, 0) % SPLITS
+        if APPEND != "":
+            new_row = sequence.to(tl.int64) * N
+            new_k_cmp = NEW_K_CMP + new_row * k_cmp_row + head * DK
+            new_v_cmp = NEW_V_CMP + new_row * v_cmp_row + head * DV
             if APPEND == "pooled":
-                append_rows(
-                    *(K_TAIL + ring * DK, tail_size, new_k_cmp, k_cmp_row, before, count, head),
+                ring = sequence.to(tl.int64) * tail_size * HEADS
+            else:
+                FEW: tl.constexpr = (N - 1) // KERNEL_STRIDE + 1
+                new_k_cmp = NEW_K_CMP + sequence.to(tl.int64) * FEW * k_cmp_row + head * DK
+                new_v_cmp = NEW_V_CMP + sequence.to(tl.int64) * FEW * v_cmp_row + head * DV
+            made = num_compressed(before - 1, KERNEL_SIZE, KERNEL_STRIDE)
+            if owns_last & (made < total):
+                if APPEND == "pooled":
+                    for number in range(made, total):
+                        emit_pooled(
+                            *(K_CMP, table, K_TAIL + ring * DK, K_WEIGHTS, new_k_cmp, ROTATION),
+                            *(k_cmp_row, tail_size, rotated_blocks, before, number, head, INTERLEAVED),
+                            *(HEADS, CMP_PAGE, KERNEL_SIZE, KERNEL_STRIDE, DK, K_WIDTH),
+                        )
+                        emit_pooled(
+                            *(V_CMP, v_table, V_TAIL + ring * DV, V_WEIGHTS, new_v_cmp, None),
+                            *(v_cmp_row, tail_size, rotated_blocks, before, number, head, INTERLEAVED),
+                            *(HEADS, CMP_PAGE, KERNEL_SIZE, KERNEL_STRIDE, DV, V_WIDTH),
+                        )
+                else:
+                    slot = load_slots(table, made, total - made, FEW, CMP_PAGE)
+                    v_slot = load_slots(v_table, made, total - made, FEW, CMP_PAGE)
+                    k_new = load_rows(new_k_cmp, k_cmp_row, total - made, FEW, DK, K_WIDTH)
+                    v_new = load_rows(new_v_cmp, v_cmp_row, total - made, FEW, DV, V_WIDTH)
+                    store_rows(K_CMP, slot, k_new, head, HEADS, DK, K_WIDTH)
+                    store_rows(V_CMP, v_slot, v_new, head, HEADS, DV, V_WIDTH)
+                tl.debug_barrier()  # before this program reads them
+
+        key = tl.arange(0, KEYS)
+        here = SCRATCH + (sequence * HEADS + head).to(tl.int64) * region
+        line = here + LOGITS_AT + row.to(tl.int64) * width
+        m, norm, acc0, acc1 = empty(ROWS, V0, V1)
+        stop = tl.where(count > 0, tiles, 0)
+        for tile in tl.range(split, stop, SPLITS):
+            block = tile * KEYS + key
+            slot = page.to(tl.int64) * CMP_PAGE + (tile * KEYS) % CMP_PAGE + key
+            loaded = (block < total) & (page >= 0)
+            if not SAME:
+                v_page = tl.load(v_table + tile * KEYS // CMP_PAGE)
+                v_slot = v_page.to(tl.int64) * CMP_PAGE + (tile * KEYS) % CMP_PAGE + key
+                v_loaded = (block < total) & (v_page >= 0)
+            else:
+                v_slot = slot
+                v_loaded = loaded
+            page = tl.load(table + tl.minimum(tile + SPLITS, most_tiles - 1) * KEYS // CMP_PAGE)
+            k_rows = K_CMP + (slot * HEADS + head) * DK
+            s = logits(q0, q1, load_piece(k_rows, loaded, 0, K0, DK), load_piece(k_rows, loaded, K0, K1, DK)) * scale
+            s = tl.where(block[None, :] < visible[:, None], s, float("-inf"))
+            tl.store(line[:, None] + block[None, :], s, mask=there[:, None])
+            if VALUES:
+                v_rows = V_CMP + (v_slot * HEADS + head) * DV
+                v0 = load_piece(v_rows, v_loaded, 0, V0, DV)
+                v1 = load_piece(v_rows, v_loaded, V0, V1, DV)
+                m, norm, acc0, acc1 = update(s, 1.0, m, norm, acc0, acc1, v0, v1)
+            else:
+                top = tl.maximum(m, tl.max(s, 1))
+                shift = tl.where(top == float("-inf"), 0.0, top)
+                norm = norm * tl.exp2(m - shift) + tl.sum(tl.exp2(s - shift[:, None]), 1)
+                m = top
+
+        if VALUES:
+            store_part(here + M_AT + split * SIZE, here + L_AT + split * SIZE, here + O_AT + split * SIZE * DV,
+                       row, m, norm, acc0, acc1, DV, V0, V1)  # fmt: skip
+        else:
+            tl.store(here + M_AT + split * SIZE + row, m)
+            tl.store(here + L_AT + split * SIZE + row, norm)
+        if CHOOSE:
+            tl.debug_barrier()  # before this program reads its logits
+            for number in range(N):
+                choose(
+                    *(LENGTHS, COUNTS, here, BLOCK_INDICES + ((sequence * N + number) * HEADS + head).to(tl.int64) * TOPK),
+                    *(K_SLC_TABLE + sequence.to(tl.int64) * slc_table, sequence, number, 0, width, N, GROUP),
+                    *(HEADS_AT_ONCE, SLC_PAGE // BLOCK_SIZE, KERNEL_SIZE, KERNEL_STRIDE, BLOCK_SIZE, TOPK, INIT, LOCAL),
+                    *(CHUNK, 1, SLOTS, SIZE, SPLITS, M_AT, L_AT, 0, LOGITS_AT),
+                )
+    elif pid < attending + window:
+        if WINDOW_SPLITS > 0:
+            pid = pid - attending
+            sequence = pid // (ROW_TILES * WINDOW_SPLITS)
+            here = SCRATCH + (sequence * HEADS + head).to(tl.int64) * region
+            table = K_WIN_TABLE + sequence.to(tl.int64) * win_table
+            v_table = table
+            if V_WIN_TABLE is not None:
+                v_table = V_WIN_TABLE + sequence.to(tl.int64) * win_table
+            new_k = Q
+            new_v = Q
+            if APPEND != "":
+                new_k = NEW_K_WIN + sequence.to(tl.int64) * N * k_win_row + head * DK
+                new_v = NEW_V_WIN + sequence.to(tl.int64) * N * v_win_row + head * DV
+            attend_to_window(
+                *(here, Q, LENGTHS, COUNTS, K_WIN, V_WIN, table, v_table, new_k, new_v, k_win_row, v_win_row),
+                *(sequence, head, pid // WINDOW_SPLITS % ROW_TILES, pid % WINDOW_SPLITS, scale, window_size),
+                *(N, HEADS, GROUP, WIN_PAGE, DK, K0, K1, DV, V0, V1, ROWS, WIN_KEYS, WINDOW_SPLITS, SIZE),
+                *(WIN_M_AT, WIN_L_AT, WIN_O_AT, V_WIN_TABLE is None, APPEND != ""),
+            )
+    elif APPEND != "":
+        pid = pid - (attending + window)
+        sequence = pid % batch_size
+        what = pid // batch_size
+        new_row = sequence.to(tl.int64) * N
+        slc = sequence.to(tl.int64) * slc_table
+        win = sequence.to(tl.int64) * win_table
+        if what == 0:
+            new = NEW_K_SLC + new_row * k_slc_row + head * DK
+            append(
+                *(LENGTHS, COUNTS, K_SLC, K_SLC_TABLE + slc, new, k_slc_row, sequence, head),
+                *(N, HEADS, SLC_PAGE, DK, K_WIDTH),
+            )
+            if head == 0:
+                total = num_compressed(tl.load(LENGTHS + sequence) - 1, KERNEL_SIZE, KERNEL_STRIDE)
+                tl.store(CMP_LENGTHS + sequence, total)
+        elif what == 1:
+            table = K_SLC_TABLE + slc
+            if V_SLC_TABLE is not None:
+                table = V_SLC_TABLE + slc
+            new = NEW_V_SLC + new_row * v_slc_row + head * DV
+            append(
+                *(LENGTHS, COUNTS, V_SLC, table, new, v_slc_row, sequence, head, N, HEADS, SLC_PAGE, DV, V_WIDTH)
+            )
+        elif what == 2:
+            new = NEW_K_WIN + new_row * k_win_row + head * DK
+            append(
+                *(LENGTHS, COUNTS, K_WIN, K_WIN_TABLE + win, new, k_win_row, sequence, head),
+                *(N, HEADS, WIN_PAGE, DK, K_WIDTH),
+            )
+        elif what == 3:
+            table = K_WIN_TABLE + win
+            if V_WIN_TABLE is not None:
+                table = V_WIN_TABLE + win
+            new = NEW_V_WIN + new_row * v_win_row + head * DV
+            append(
+                *(LENGTHS, COUNTS, V_WIN, table, new, v_win_row, sequence, head, N, HEADS, WIN_PAGE, DV, V_WIDTH)
+            )
+        elif APPEND == "pooled":
+            ring = sequence.to(tl.int64) * tail_size * HEADS
+            if what == 4:
+                new = NEW_K_CMP + new_row * k_cmp_row + head * DK
+                append(
+                    *(LENGTHS, COUNTS, K_TAIL + ring * DK, tail_size, new, k_cmp_row, sequence, head),
                     *(N, HEADS, 0, DK, K_WIDTH),
                 )
-                append_rows(
-                    *(V_TAIL + ring * DV, tail_size, new_v_cmp, v_cmp_row, before, count, head),
+            else:
+                new = NEW_V_CMP + new_row * v_cmp_row + head * DV
+                append(
+                    *(LENGTHS, COUNTS, V_TAIL + ring * DV, tail_size, new, v_cmp_row, sequence, head),
                     *(N, HEADS, 0, DV, V_WIDTH),
                 )

@@ -6,61 +6,26 @@ Where no branch is split there is nothing to merge: this kernel also writes the 
 import triton
 import triton.language as tl
 
-from nsa_kernels_triton.kernels.decode_choice import current_block, store_forced
-from nsa_kernels_triton.kernels.decode_compressed import load_queries
+from nsa_kernels_triton.kernels.decode_choosing import current_block, store_forced
+from nsa_kernels_triton.kernels.decode_rows import query_rows
 from nsa_kernels_triton.kernels.decode_merging import gated, merged, store_out
 from nsa_kernels_triton.kernels.pieces import load_piece, logits, store_piece
 from nsa_kernels_triton.kernels.softmax import empty, update
 
 
 @triton.jit
-def chosen_candidates(
-    KEYS, COUNT: tl.constexpr, COLUMNS: tl.constexpr, FREE: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
-    """(which of COUNT keys are the FREE greatest that are not -1, how many chosen ones come before each) [WIDTH]."""
+def ranked(KEYS, COUNT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """How many of COUNT keys are better than each [WIDTH]; of equal ones the first is. Huge where a key is -1."""
     place = tl.arange(0, WIDTH)
     keys = tl.load(KEYS + place, mask=place < COUNT, other=-1)
-    better = tl.zeros([WIDTH], tl.int32)
-    for start in tl.static_range(0, COUNT, COLUMNS):
-        other = start + tl.arange(0, COLUMNS)
+    rank = tl.where(keys >= 0, 0, 1 << 20)
+    for start in tl.static_range(0, COUNT, ROWS):
+        other = start + tl.arange(0, ROWS)
         beside = tl.load(KEYS + other, mask=other < COUNT, other=-1)
-        above = (beside[None, :] > keys[:, None]) | (
-            (beside[None, :] == keys[:, None]) & (other[None, :] < place[:, None])
-        )
-        better += tl.sum(above.to(tl.int32), 1)
-    won = (keys >= 0) & (better < FREE)
-    return won, tl.cumsum(won.to(tl.int32), 0) - 1
-
-
-@triton.jit
-def listed(
-    CANDIDATES, OUT, token, split, current,
-    N: tl.constexpr, TOPK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, PART: tl.constexpr,
-    COUNT: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Blocks of one split of the list [PART], -1 for none; the first split writes the list down, if COUNT > 0.
-
-    COUNT candidates a token were left to choose from; with none the list is there already.
-    """
-    place = split * PART + tl.arange(0, PART)
-    if COUNT == 0:
-        blocks = tl.load(OUT + place, mask=place < TOPK, other=-1)
-    else:
-        FREE: tl.constexpr = TOPK - INIT - LOCAL
-        if split == 0:
-            store_forced(OUT, current, TOPK, INIT, LOCAL)
-        blocks = tl.where((place < TOPK) & (place <= current), place, -1)
-        if current >= TOPK:
-            KEYS = CANDIDATES + token * COUNT
-            won, rank = chosen_candidates(KEYS, COUNT, COLUMNS, FREE, WIDTH)
-            numbers = tl.load(KEYS + N * COUNT + tl.arange(0, WIDTH), mask=won, other=0)
-            if split == 0:
-                tl.store(OUT + INIT + rank, numbers, mask=won)
-            mine = won[None, :] & (rank[None, :] + INIT == place[:, None])
-            free = tl.sum(tl.where(mine, numbers[None, :], 0), 1)
-            blocks = tl.where(place < INIT, place, tl.where(place < TOPK - LOCAL, free, current + 1 - TOPK + place))
-            blocks = tl.where(place < TOPK, blocks, -1)
-    return blocks
+        better = beside[:, None] > keys[None, :]
+        better = better | ((beside[:, None] == keys[None, :]) & (other[:, None] < place[None, :]))
+        rank += tl.sum(better.to(tl.int32), 0)
+    return rank
 
 
 @triton.jit(do_not_specialize=["scale"])
@@ -99,7 +64,7 @@ def decode_selected_kernel(
     SPLITS: tl.constexpr,
     PART: tl.constexpr,
     COUNT: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    COMPARED: tl.constexpr,
     WIDTH: tl.constexpr,
     MERGE: tl.constexpr,
     CMP_SPLITS: tl.constexpr,
@@ -129,25 +94,48 @@ def decode_selected_kernel(
     sequence = pid // (HEADS * SPLITS * N)
     member = tl.arange(0, ROWS)
     there = member < GROUP
-    q0, q1 = load_queries(Q, sequence, head, token, member, there, N, HEADS, GROUP, DK, K0, K1)
+    q_rows = query_rows(Q, sequence, head, token, member, N, HEADS, GROUP, DK)
+    q0 = load_piece(q_rows, there, 0, K0, DK)
+    q1 = load_piece(q_rows, there, K0, K1, DK)
     here = SCRATCH + (sequence * HEADS + head).to(tl.int64) * region
     current = current_block(LENGTHS, COUNTS, sequence, token, BLOCK_SIZE)
     position = tl.load(LENGTHS + sequence) - tl.load(COUNTS + sequence) + token
     out = BLOCK_INDICES + ((sequence * N + token) * HEADS + head).to(tl.int64) * TOPK
     candidates = (here + CANDIDATES_AT).to(tl.pointer_type(tl.int32))
-    blocks = listed(candidates, out, token, split, current, N, TOPK, INIT, LOCAL, PART, COUNT, COLUMNS, WIDTH)
-    if current < 0:
-        blocks = tl.full([PART], -1, tl.int32)
-
     SAME: tl.constexpr = V_SLC_TABLE is None
     PER_PAGE: tl.constexpr = PAGE // BLOCK_SIZE
     PIECES: tl.constexpr = BLOCK_SIZE // KEYS
+    FREE: tl.constexpr = TOPK - INIT - LOCAL
+    place = tl.arange(0, PART)
+    entry = split * PART + place
+    table = K_SLC_TABLE + sequence.to(tl.int64) * slc_table
+    if COUNT == 0:
+        blocks = tl.load(out + entry, mask=(entry < TOPK) & (current >= 0), other=-1)
+        pages = tl.load(table + blocks // PER_PAGE, mask=blocks >= 0, other=-1)
+    else:
+        # Forced blocks, or all of few, need no choice: their pages are on the way meanwhile.
+        few = current < TOPK
+        blocks = tl.where(few | (entry < INIT), entry, current + 1 - TOPK + entry)
+        sure = (entry < TOPK) & (few | (entry < INIT) | (entry >= INIT + FREE)) & (blocks <= current)
+        pages = tl.load(table + blocks // PER_PAGE, mask=sure, other=-1)
+        blocks = tl.where(sure, blocks, -1)
+        rank = tl.full([WIDTH], 1 << 20, tl.int32)
+        numbers = tl.full([WIDTH], 0, tl.int32)
+        if not few:
+            KEYS_OF = candidates + token * COUNT
+            listed = tl.arange(0, WIDTH)
+            rank = ranked(KEYS_OF, COUNT, WIDTH, COMPARED)
+            numbers = tl.load(KEYS_OF + N * COUNT + listed, mask=listed < COUNT, other=0)
+            its_pages = tl.load(KEYS_OF + 2 * (N * COUNT) + listed, mask=listed < COUNT, other=0)
+            mine = (rank < FREE)[None, :] & (rank[None, :] + INIT == entry[:, None])
+            free = (entry >= INIT) & (entry < INIT + FREE)
+            blocks = tl.where(free, tl.sum(tl.where(mine, numbers[None, :], 0), 1), blocks)
+            pages = tl.where(free, tl.sum(tl.where(mine, its_pages[None, :], 0), 1), pages)
+
     known = blocks >= 0
-    pages = tl.load(K_SLC_TABLE + sequence.to(tl.int64) * slc_table + blocks // PER_PAGE, mask=known, other=-1)
     v_pages = pages
     if not SAME:
         v_pages = tl.load(V_SLC_TABLE + sequence.to(tl.int64) * slc_table + blocks // PER_PAGE, mask=known, other=-1)
-    place = tl.arange(0, PART)
     key = tl.arange(0, KEYS)
     m, norm, acc0, acc1 = empty(ROWS, V0, V1)
     for step in tl.range(0, PART * PIECES):
@@ -171,6 +159,12 @@ def decode_selected_kernel(
         v0 = load_piece(v_rows, v_loaded, 0, V0, DV)
         v1 = load_piece(v_rows, v_loaded, V0, V1, DV)
         m, norm, acc0, acc1 = update(s, scale, m, norm, acc0, acc1, v0, v1)
+
+    if COUNT > 0:
+        if split == 0:  # what nobody waits for
+            store_forced(out, current, TOPK, INIT, LOCAL)
+            won = rank < FREE
+            tl.store(out + INIT + tl.cumsum(won.to(tl.int32), 0) - 1, numbers, mask=won)
 
     first = token * GROUP
     if MERGE:

@@ -66,7 +66,8 @@ def _launch(
     out: Tensor,
     indices: Tensor,
 ) -> None:
-    from nsa_kernels_triton.kernels.decode_choice import decode_choice_kernel, decode_levels_kernel
+    from nsa_kernels_triton.kernels.decode_choice import decode_choice_kernel
+    from nsa_kernels_triton.kernels.decode_choosing import decode_levels_kernel
     from nsa_kernels_triton.kernels.decode_compressed import decode_compressed_kernel
     from nsa_kernels_triton.kernels.decode_merging import decode_merge_kernel
     from nsa_kernels_triton.kernels.decode_selected import decode_selected_kernel
@@ -79,22 +80,26 @@ def _launch(
     lengths, cmp_lengths = slc[0].lengths, cmp[0].lengths
     rows = _new_rows(new)
     scale *= LOG2_E
-    decode_compressed_kernel[plan.compressed.grid](
-        *(q_cmp, scratch, lengths, counts, cmp_lengths, k_cmp, v_cmp, cmp_table, v_cmp_table),
+    appended = "" if new is None else "pooled" if isinstance(new.cmp, PooledTokens) else "completed"
+    appending = {"": 0, "pooled": 6, "completed": 4}[appended] * sizes.batch_size * sizes.num_kv_heads
+    decode_compressed_kernel[(plan.compressed.grid[0] + appending,)](
+        *(q_cmp, q, scratch, indices, lengths, counts, cmp_lengths, k_cmp, v_cmp, cmp_table, v_cmp_table),
         *(k_slc, v_slc, slc_table, v_slc_table, k_win, v_win, win_table, v_win_table),
         *rows,
-        *(scale, plan.region, plan.width, cmp_table.shape[1], slc_table.shape[1], win_table.shape[1]),
+        *(sizes.batch_size, scale, window_size),
+        *(plan.region, plan.width, cmp_table.shape[1], slc_table.shape[1], win_table.shape[1]),
         *_new_sizes(new, rows),
-        APPEND="" if new is None else "pooled" if isinstance(new.cmp, PooledTokens) else "completed",
+        APPEND=appended,
         INTERLEAVED=isinstance(new and new.cmp, PooledTokens) and new.cmp.interleaved,
         **plan.compressed.constants,
     )
-    decode_choice_kernel[plan.choice.grid](
-        *(q, scratch, lengths, counts, v_cmp, cmp_table if v_cmp_table is None else v_cmp_table),
-        *(k_win, v_win, win_table, v_win_table, indices, sizes.batch_size, scale, window_size),
-        *(plan.region, plan.width, cmp_table.shape[1], win_table.shape[1]),
-        **plan.choice.constants,
-    )
+    if plan.choice is not None:
+        decode_choice_kernel[plan.choice.grid](
+            *(q, scratch, lengths, counts, v_cmp, cmp_table if v_cmp_table is None else v_cmp_table, slc_table),
+            *(k_win, v_win, win_table, v_win_table, indices, sizes.batch_size, scale, window_size),
+            *(plan.region, plan.width, cmp_table.shape[1], slc_table.shape[1], win_table.shape[1]),
+            **plan.choice.constants,
+        )
     for level in plan.levels:
         decode_levels_kernel[level.grid](scratch, plan.region, **level.constants)
     decode_selected_kernel[plan.selected.grid](

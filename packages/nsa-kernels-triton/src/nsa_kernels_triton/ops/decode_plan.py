@@ -12,7 +12,7 @@ from nsa_kernels_triton.configurations import Launch, choose
 from nsa_kernels_triton.tiles import pieces, power_of_two
 
 MOST_CANDIDATES = 512  # that the last choice goes over; more are thinned out before
-COMPARED = 1 << 13  # pairs of candidates that a program compares at a time: they are in registers
+COMPARED = 1 << 14  # pairs of candidates that a program compares at a time: they are in registers
 ALIGNED = 32  # numbers that parts of the scratch memory begin at multiples of
 
 
@@ -71,7 +71,7 @@ class DecodePlan:
     """
 
     compressed: Step
-    choice: Step
+    choice: Step | None
     levels: tuple[Step, ...]
     selected: Step
     merge: Step | None
@@ -95,8 +95,10 @@ class _Regions:
 def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
     """The plan for some sizes. `overrides` says which numbers are not those of the configuration files.
 
-    Keys are split until there are `programs` programs on each multiprocessor, at most `splits` ways, and where there
-    are enough without, a kernel is spared: values are added with the logits, outputs merged with the selected blocks.
+    Keys are split until there are `programs` programs on each multiprocessor, at most `splits` ways. Where there are
+    enough without, kernels are spared: values are added with the logits, outputs merged with the selected blocks; and
+    if one chunk of blocks is all there is to choose from, the first kernel does that and the window, and there is no
+    second one.
     """
     of = sizes
     rows = of.tokens * of.group_size
@@ -123,20 +125,26 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
     slc_keys = _tile(selected["keys"], of.block_size)
     width = of.cmp_pages * of.cmp_page
     cmp_splits = splits(compressed["programs"], compressed["splits"], width // cmp_keys)
-    value_splits = 0
-    if cmp_splits > 1:
-        value_splits = splits(choice["value_programs"], choice["value_splits"], width // cmp_keys)
     win_splits = splits(choice["window_programs"], choice["window_splits"], 8)
     slc_splits = splits(selected["programs"], selected["splits"], of.topk, of.tokens)
-    out_splits = value_splits or cmp_splits
 
     free = of.topk - of.init_blocks - of.local_blocks
     slots = power_of_two(free)
+    beta = of.block_size // of.kernel_stride
     competing = max(1, of.slc_pages * of.slc_page // of.block_size - of.local_blocks) if free else 1
     chunk = max(choice["chunk"], 2 * slots)
     if competing <= chunk:
         chunk = max(16, power_of_two(competing))
     chunks = ceil(competing / chunk)
+    alone = cmp_splits == 1 and chunks == 1 and row_tiles == 1 and bool(choice["alone"])
+    enough = pairs * chunks >= choice["together"] * of.processors
+    together = cmp_splits > 1 and of.tokens == 1 and enough and chunk * beta % cmp_keys == 0
+    value_splits = 0
+    if together:
+        value_splits = splits(choice["value_programs"], chunks, chunks)
+    elif cmp_splits > 1:
+        value_splits = splits(choice["value_programs"], choice["value_splits"], width // cmp_keys)
+    out_splits = value_splits or cmp_splits
 
     take = _Regions()
     dv = of.v_head_dim
@@ -149,14 +157,15 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
     levels = []
     if chunks > 1:
         count = chunks * slots
-        candidates_at = first_candidates = take.take(2 * of.tokens * count)
+        candidates_at = first_candidates = take.take(3 * of.tokens * count)
         while count > MOST_CANDIDATES:
             fewer = ceil(count / chunk)
-            next_at = take.take(2 * of.tokens * fewer * slots)
+            next_at = take.take(3 * of.tokens * fewer * slots)
             constants = {"N": of.tokens, "FREE": free, "CHUNK": chunk, "SLOTS": slots, "FROM_AT": candidates_at}
             constants |= {"FROM": count, "TO_AT": next_at, "CHUNKS": fewer} | choice.options
             levels.append(Step((pairs * of.tokens * fewer,), constants))
             count, candidates_at = fewer * slots, next_at
+    sums_at = take.take(width) if together else 0
     logits_at = take.take(size * width)
 
     def at(*names: str) -> dict[str, int]:
@@ -170,31 +179,35 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
     chosen = {"BLOCK_SIZE": of.block_size, "TOPK": of.topk, "INIT": of.init_blocks, "LOCAL": of.local_blocks}
     tiles = {"ROWS": tile_rows, "ROW_TILES": row_tiles}
     own, window = ("M_AT", "L_AT", "O_AT"), ("WIN_M_AT", "WIN_L_AT", "WIN_O_AT")
+    listing = {"CHUNK": chunk, "SLOTS": slots, "HEADS_AT_ONCE": min(choice["heads"], power_of_two(of.group_size))}
+    beside = pairs * row_tiles * win_splits
     first = Step(
-        (pairs * row_tiles * cmp_splits,),
+        (pairs * row_tiles * cmp_splits + (beside if alone else 0),),
         heads
         | pooling
         | dims
         | tiles
-        | at(*own)
+        | chosen
+        | listing
+        | at(*own, *window)
+        | {"WIN_KEYS": win_keys, "WINDOW_SPLITS": win_splits if alone else 0, "CHOOSE": alone}
         | {"CMP_PAGE": of.cmp_page, "SLC_PAGE": of.slc_page, "WIN_PAGE": of.win_page}
         | {"KEYS": cmp_keys, "SPLITS": cmp_splits, "VALUES": not value_splits, "LOGITS_AT": logits_at}
         | {"K_WIDTH": max(16, power_of_two(of.head_dim)), "V_WIDTH": max(16, power_of_two(dv))}
         | compressed.options,
     )
     second = Step(
-        (pairs * (of.tokens * chunks + row_tiles * (value_splits + win_splits)),),
+        (beside + pairs * (row_tiles * value_splits + (0 if together else of.tokens * chunks)),),
         heads
         | pooling
         | dims
         | tiles
         | chosen
+        | listing
         | at(*own, *window)
-        | {"ALPHA": of.kernel_size // of.kernel_stride, "BETA": of.block_size // of.kernel_stride}
-        | {"HEADS_AT_ONCE": min(choice["heads"], power_of_two(of.group_size))}
-        | {"CHUNK": chunk, "CHUNKS": chunks, "SLOTS": slots, "CMP_PAGE": of.cmp_page, "WIN_PAGE": of.win_page}
+        | {"CHUNKS": chunks, "CMP_PAGE": of.cmp_page, "SLC_PAGE": of.slc_page, "WIN_PAGE": of.win_page}
         | {"CMP_KEYS": cmp_keys, "WIN_KEYS": win_keys, "SPLITS": cmp_splits, "VALUE_SPLITS": value_splits}
-        | {"WINDOW_SPLITS": win_splits, "LOGITS_AT": logits_at}
+        | {"WINDOW_SPLITS": win_splits, "TOGETHER": together, "SUMS_AT": sums_at, "LOGITS_AT": logits_at}
         | {"CANDIDATES_AT": first_candidates if chunks > 1 else 0}
         | choice.options,
     )
@@ -207,7 +220,8 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
         | at(*own, *window, "SLC_M_AT", "SLC_L_AT", "SLC_O_AT")
         | {"PAGE": of.slc_page, "ROWS": max(16, power_of_two(of.group_size)), "SIZE": size, "KEYS": slc_keys}
         | {"SPLITS": slc_splits, "PART": power_of_two(of.topk) // slc_splits, "COUNT": count}
-        | {"COLUMNS": min(power_of_two(count), COMPARED // max(1, power_of_two(count))), "WIDTH": power_of_two(count), "MERGE": not merging_apart}
+        | {"WIDTH": power_of_two(count), "COMPARED": min(power_of_two(count), COMPARED // power_of_two(count))}
+        | {"MERGE": not merging_apart}
         | {"CMP_SPLITS": out_splits, "WINDOW_SPLITS": win_splits, "ADDED": bool(value_splits)}
         | {"CANDIDATES_AT": candidates_at}
         | selected.options,
@@ -225,7 +239,7 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
         | {"CMP_SPLITS": out_splits, "SLC_SPLITS": slc_splits, "WINDOW_SPLITS": win_splits}
         | merging.options,
     )
-    return DecodePlan(first, second, tuple(levels), third, last if merging_apart else None, take.end, width)
+    return DecodePlan(first, None if alone else second, tuple(levels), third, last if merging_apart else None, take.end, width)
 
 
 def _tile(most: int, whole: int) -> int:
