@@ -66,8 +66,8 @@ class Sequences:
         new = NewTokens(*stored, PooledTokens(k, v, self.k_tail, self.v_tail))
         return (self.q, *pages, self.gates, torch.ones_like(lengths), BLOCKS), {"new": new}
 
-    def widened(self, sequences: Sequence[int]) -> "Sequences":
-        """A copy of some of the sequences in fp64 on the CPU, with their pages alone, in the order of their numbers."""
+    def widened(self, sequences: Sequence[int], device: str = "cpu") -> "Sequences":
+        """A copy of some of the sequences in fp64, with their pages alone, in the order of their numbers."""
         chosen = torch.tensor(sequences, device=self.q.device)
         found = copy(self)
         found.lengths = [self.lengths[b] for b in sequences]
@@ -75,34 +75,34 @@ class Sequences:
         used = used[used >= 0]
         number = used.new_full((len(self.k_pages) + 1,), -1).int()  # the last one is what -1 finds
         number[used] = torch.arange(len(used), device=used.device).int()
-        found.tables = {name: number[table[chosen].long()].cpu() for name, table in self.tables.items()}
+        found.tables = {name: number[table[chosen].long()].to(device) for name, table in self.tables.items()}
         for name in ("k_pages", "v_pages"):
-            setattr(found, name, getattr(self, name)[used].cpu().double())
+            setattr(found, name, getattr(self, name)[used].to(device).double())
         for name in ("k_tail", "v_tail", "q", "gates"):
-            setattr(found, name, getattr(self, name)[chosen].cpu().double())
-        found.rows = self.rows[:, chosen].cpu().double()
+            setattr(found, name, getattr(self, name)[chosen].to(device).double())
+        found.rows = self.rows[:, chosen].to(device).double()
         return found
 
 
-def check(run: Step, made: Sequences, back: int, sequences: Sequence[int]) -> None:
-    """A step of `made` by `run`: raise unless it does to these sequences what the oracle does in fp64.
+def check(run: Step, made: Sequences, back: int, sequences: Sequence[int], device: str = "cpu") -> None:
+    """A step of `made` by `run`: raise unless it does to these sequences what the oracle does in fp64 on `device`.
 
     Block indices are the oracle's wherever the score margin is certified; else the scores of the chosen ones sum up to
     no less than those of the oracle's, within their error. The result is within the dtype's budget, given these blocks.
     """
-    exact = made.widened(sequences)
+    exact = made.widened(sequences, device)
     args, kwargs = made.arguments(back)
-    out, indices = (x[list(sequences)].cpu() for x in run(*args, **kwargs))
+    out, indices = (x[list(sequences)].to(device) for x in run(*args, **kwargs))
     wide, wide_kwargs = exact.arguments(back)
     _, expected = reference.decode_attention(*wide, **wide_kwargs)
     if args[1].lengths[list(sequences)].tolist() != wide[1].lengths.tolist():
         raise AssertionError(f"k_cmp.lengths: expected {wide[1].lengths.tolist()}, got {args[1].lengths.tolist()}")
-    assert_stored(made.widened(sequences), exact, back)
+    assert_stored(made.widened(sequences, device), exact, back)
     for i, length in enumerate(exact.lengths):
         about = f"sequence {sequences[i]} of {length - back} tokens"
         compressed = BLOCKS.num_compressed(length - back)
         kv = [x.span(i, 0, rows) for x, rows in zip(wide[1:7], [compressed] * 2 + [length - back] * 4, strict=True)]
-        layout = VarlenLayout.from_lengths([1], [length - back])
+        layout = VarlenLayout.from_lengths([1], [length - back], device)
         assert_chosen(indices[i], expected[i], exact.q[i], kv[0], layout, about)
         wanted, plain = (
             attended(exact.q[i], kv, exact.gates[i], indices[i], layout, dtype) for dtype in (torch.float64, DTYPE)
@@ -115,7 +115,7 @@ def assert_stored(found: Sequences, exact: Sequences, back: int) -> None:
     (_, k_cmp, *_), _ = exact.arguments(back)
     counts = [(BLOCKS.num_compressed(n - back - 1), BLOCKS.num_compressed(n - back)) for n in exact.lengths]
     new = [(b, after - 1) for b, (before, after) in enumerate(counts) if after > before]
-    slots = k_cmp.slots(*torch.tensor(new, dtype=torch.long).reshape(-1, 2).T)
+    slots = k_cmp.slots(*torch.tensor(new, dtype=torch.long, device=k_cmp.device).reshape(-1, 2).T)
     for side in "kv":
         tails = [getattr(x, f"{side}_tail") for x in (found, exact)]
         if not torch.equal(*tails):

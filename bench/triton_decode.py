@@ -19,8 +19,8 @@ completes a block (`emission` 1), or one less (0). `avg` is what counts: with a 
 16, turn by turn.
 
 What is timed is checked first, against the oracle in fp64: what is stored, what is chosen, and the result, for short
-sequences with their edge cases, and at each point for one sequence of those that are timed; replays equal eager steps
-bit by bit. A wrong step raises, and gets no number.
+sequences with their edge cases, and at each point for one sequence of those that are timed. Replays and routed steps
+equal eager ones bit by bit. A wrong step raises, and gets no number.
 
 `floor_us` is what has to be read at least, over 3.0 TB/s: each row of K and V that a step sees once, of the compressed,
 selected and window branch, q and out; `floor_twice_us` reads k_cmp twice, as a step must that chooses before it weighs.
@@ -52,6 +52,7 @@ CHECKED = [4096, 4000, 3007, 4097, 500, 33]  # and one less each: ends of blocks
 COLD = 3 * 50_000_000  # bytes that a lap reads at least
 STEPS = 16
 EMISSIONS = {0: 1, 1: 0}  # how many tokens are missing from the length at which a block completes
+Case = tuple[str, int | str]  # variant; emission, "" for a dense one
 FIELDS = (
     "shape",
     "tokens",
@@ -68,6 +69,7 @@ FIELDS = (
     "ratio_to_dense",
 )
 
+
 def step_bytes(shape: str, tokens: int, batch: int, k_cmp_reads: int = 1) -> int:
     """What a step has to read, q and out included."""
     heads, kv_heads = SHAPES[shape]
@@ -82,33 +84,32 @@ def dense_bytes(shape: str, tokens: int, batch: int) -> int:
     return batch * DIM * DTYPE.itemsize * (2 * kv_heads * tokens + 2 * heads)
 
 
-def microseconds(size: float) -> float:
-    return 1e6 * size / BANDWIDTH
-
-
 def copies(size: int) -> int:
     """How many sets of caches a lap goes through if a step reads `size` bytes of one."""
     return max(2, -(-COLD // size))
 
 
 class Chain:
-    """Steps one after another, lap after lap: `replay` in a CUDA graph, `eager` from Python."""
+    """Steps one after another, lap after lap: `replay` in a CUDA graph, `eager` from Python.
+
+    Fields:
+        steps: of a call.
+        results: of the steps of the first lap.
+        walls: milliseconds of each call of `eager`.
+    """
 
     def __init__(self, steps: Sequence[Callable[[], Any]]) -> None:
         self.steps = list(steps) * -(-STEPS // len(steps))
-        self.walls: list[float] = []  # milliseconds of each call of `eager`
+        self.walls: list[float] = []
         for _ in range(2):
-            eager = [step() for step in steps]
+            self.results = [step() for step in steps]
             torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             captured = [step() for step in self.steps]
         self.graph.replay()
-        for i, found in enumerate(captured):
-            expected = eager[i % len(eager)]
-            pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
-            if not all(torch.equal(x, y) for x, y in pairs):
-                raise AssertionError(f"step {i} of a replay: expected what the eager step gave, bit by bit")
+        assert_same(captured[: len(steps)], self.results, "a replay")
+        assert_same(captured[-len(steps) :], self.results, "the last lap of a replay")
 
     def replay(self) -> None:
         self.graph.replay()
@@ -120,6 +121,14 @@ class Chain:
             step()
         torch.cuda.synchronize()
         self.walls.append(1e3 * (time.perf_counter() - begin))
+
+
+def assert_same(found: Sequence[Any], expected: Sequence[Any], about: str) -> None:
+    """Results of steps, tensors or pairs of them, bit by bit."""
+    for i, (results, wanted) in enumerate(zip(found, expected, strict=True)):
+        pairs = zip(results, wanted, strict=True) if isinstance(results, tuple) else [(results, wanted)]
+        if not all(torch.equal(*pair) for pair in pairs):
+            raise AssertionError(f"{about}, step {i}: expected what the eager step of the backend gave, bit by bit")
 
 
 def fa2(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
@@ -152,55 +161,53 @@ def dense_chains(shape: str, tokens: int, batch: int) -> dict[str, Chain]:
     found = {}
     for name, run in DENSE.items():
         try:
-            out = run(*made[0])[-1]
+            assert_within_budget(run(*made[0])[-1], plain, exact, name)
+            found[name] = Chain([partial(run, *args) for args in made])
         except (ImportError, RuntimeError) as error:
             print(f"# {name} does not run: {str(error).splitlines()[0]}", flush=True)
-            continue
-        assert_within_budget(out, plain, exact, name)
-        found[name] = Chain([partial(run, *args) for args in made])
     return found
 
 
 def measured(shape: str, tokens: int, batch: int, repeats: int, profiled: bool) -> list[dict[str, object]]:
     """The rows of one point."""
-    size = step_bytes(shape, tokens, batch)
-    made = [Sequences(shape, [tokens] * batch, seed=seed) for seed in range(copies(size))]
-    steps = {"nsa": BACKEND.decode_attention, "routed": partial(ops.decode_attention, backend="triton")}
-    for run in steps.values():
-        check(run, made[0], 0, [batch - 1])
-    dense = dense_chains(shape, tokens, batch)
-    chains: dict[tuple[str, int | str], Chain] = {(name, ""): chain for name, chain in dense.items()}
-    runs: dict[tuple[str, int | str], Run] = {case: chain.replay for case, chain in chains.items()}
-    for name, run in steps.items():
+    made = [Sequences(shape, [tokens] * batch, seed=seed) for seed in range(copies(step_bytes(shape, tokens, batch)))]
+    check(BACKEND.decode_attention, made[0], 0, [batch - 1], "cuda")
+    torch.cuda.empty_cache()
+    chains: dict[Case, Chain] = {(name, ""): chain for name, chain in dense_chains(shape, tokens, batch).items()}
+    runs: dict[Case, Run] = {case: chain.replay for case, chain in chains.items()}
+    of: dict[Case, Chain] = dict(chains)  # whose steps a variant runs
+    for name, run in (("nsa", BACKEND.decode_attention), ("routed", partial(ops.decode_attention, backend="triton"))):
         for emission, back in EMISSIONS.items():
-            calls = []
-            for args, kwargs in (x.arguments(back) for x in made):
-                calls.append(partial(run, *args, **kwargs))
+            calls = [partial(run, *args, **kwargs) for args, kwargs in (x.arguments(back) for x in made)]
             chain = chains[name, emission] = Chain(calls)
+            assert_same(chain.results, chains["nsa", emission].results, name)
             runs |= {(f"{name} graph", emission): chain.replay, (f"{name} eager events", emission): chain.eager}
+            of |= {(f"{name} {how}", emission): chain for how in ("graph", "eager events", "eager")}
     taken = {case: times.gpu for case, times in measure(runs, repeats).items()}
-    taken |= {(f"{name} eager", x): chains[name, x].walls[-repeats:] for name in steps for x in EMISSIONS}
-    # Milliseconds of a chain to microseconds of a step.
-    taken = {
-        (name, x): [1e3 * t / len(chains[name if x == "" else name.split()[0], x].steps) for t in times]
-        for (name, x), times in taken.items()
-    }
-    stride = BLOCKS.kernel_stride
-    for name in [name for name, x in taken if x == 1]:
-        both = zip(taken[name, 0], taken[name, 1], strict=True)
-        taken[name, "avg"] = [((stride - 1) * plain + emitting) / stride for plain, emitting in both]
-    best = min((statistics.median(taken[name, ""]) for name in dense), default=float("nan"))
-    floors = [microseconds(x) for x in (size, step_bytes(shape, tokens, batch, 2), dense_bytes(shape, tokens, batch))]
-    rows = []
-    for (name, emission), times in sorted(taken.items(), key=lambda item: (item[0][0], str(item[0][1]))):
-        once, twice = floors[2:] * 2 if name in dense else floors[:2]
-        numbers = f"{once:.2f}", f"{twice:.2f}", f"{once / statistics.median(times):.3f}"
-        ratio = f"{statistics.median(times) / best:.4f}"
-        about = shape, tokens, batch, name, emission
-        rows.append(told(FIELDS, (*about, *quartiles(times), len(times), *numbers, ratio)))
+    taken |= {case: chain.walls[-repeats:] for case, chain in of.items() if case not in taken}
+    taken = {case: [1e3 * t / len(of[case].steps) for t in times] for case, times in taken.items()}
+    rows = [told(FIELDS, row) for row in table(shape, tokens, batch, taken)]
     if profiled:
         for emission in EMISSIONS:
             tell_kernels(chains["nsa", emission].steps, f"{shape} {tokens}x{batch}, emission {emission}")
+    return rows
+
+
+def table(shape: str, tokens: int, batch: int, taken: dict[Case, list[float]]) -> list[tuple[object, ...]]:
+    """Values of FIELDS from microseconds a step by case, and averages over the steps from one block to the next."""
+    stride, averages = BLOCKS.kernel_stride, {}
+    for name in [name for name, emission in taken if emission == 1]:
+        both = zip(taken[name, 0], taken[name, 1], strict=True)
+        averages[name, "avg"] = [((stride - 1) * plain + emitting) / stride for plain, emitting in both]
+    best = min((statistics.median(times) for (_, kind), times in taken.items() if kind == ""), default=float("nan"))
+    sizes = [step_bytes(shape, tokens, batch), step_bytes(shape, tokens, batch, 2), dense_bytes(shape, tokens, batch)]
+    nsa, nsa_twice, dense = (1e6 * size / BANDWIDTH for size in sizes)
+    rows = []
+    for (name, kind), times in sorted((taken | averages).items(), key=lambda item: (item[0][0], str(item[0][1]))):
+        once, twice = (dense, dense) if kind == "" else (nsa, nsa_twice)
+        median = statistics.median(times)
+        numbers = f"{once:.2f}", f"{twice:.2f}", f"{once / median:.3f}", f"{median / best:.4f}"
+        rows.append((shape, tokens, batch, name, kind, *quartiles(times), len(times), *numbers))
     return rows
 
 
