@@ -178,9 +178,7 @@ class NSAAttention(nn.Module):
             k_cmp = rotated_slc if k_cmp is k_slc else self._rotate(k_cmp, positions)
         return q_cmp, rotated, k_cmp, rotated_slc, rotated_win
 
-    def _compress(
-        self, k: Tensor, v: Tensor, _: Tensor, raw: VarlenLayout, starts: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _compress(self, k: Tensor, v: Tensor, _: Tensor, raw: VarlenLayout, starts: Tensor) -> tuple[Tensor, Tensor]:
         """Compress the branch's rows k and v before compression; block i begins at position starts[i]."""
         blocks = self.config.blocks
         k_cmp = self.compress_k(k, raw, blocks)
