@@ -23,13 +23,24 @@ SMOOTHED = 1024
 FLOPS, BANDWIDTH = 692e12, 3.0e12  # a second: bf16 matrix products, bytes copied, as an H100 reached them
 
 
-def asked(about: str, tokens: list[int]) -> argparse.Namespace:
-    """The command line of a script that runs these shapes, by default at `tokens`; it ends without a CUDA device."""
+def command(about: str) -> argparse.ArgumentParser:
+    """What the command lines of scripts that run these shapes have in common."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--out", type=Path, help="CSV file to write")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
-    parser.add_argument("--tokens", nargs="+", type=int, default=tokens)
     parser.add_argument("--repeats", type=int, default=11)
+    return parser
+
+
+def asked(about: str, tokens: list[int]) -> argparse.Namespace:
+    """The command line of a script that runs these shapes, by default at `tokens`; it ends without a CUDA device."""
+    parser = command(about)
+    parser.add_argument("--tokens", nargs="+", type=int, default=tokens)
+    return on_cuda(parser)
+
+
+def on_cuda(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What the command line says, or the end, without a CUDA device."""
     given = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("needs a CUDA device")

@@ -7,13 +7,14 @@ empties the L2 cache and keeps the GPU busy while the call is being launched, as
 import csv
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 Run = Callable[[], object]
+Name = TypeVar("Name", bound=Hashable)
 
 
 class Times(NamedTuple):
@@ -24,13 +25,13 @@ class Times(NamedTuple):
 
 
 def measure(
-    runs: Mapping[str, Run],
+    runs: Mapping[Name, Run],
     repeats: int,
     *,
-    fewer: Mapping[str, int] | None = None,
+    fewer: Mapping[Name, int] | None = None,
     warm_up: int = 2,
     flush_bytes: int = 2 << 30,
-) -> dict[str, Times]:
+) -> dict[Name, Times]:
     """Each variant `repeats` times, or as often as `fewer` says of it, after `warm_up` calls that do not count."""
     flush = torch.empty(flush_bytes, dtype=torch.uint8, device="cuda")
     counts = dict.fromkeys(runs, repeats) | dict(fewer or {})

@@ -35,6 +35,7 @@ from functools import cached_property
 import pytest
 import torch
 from nsa import NSACache, NSAConfig, nsa_attention, ops
+from nsa.compression import Pool
 from nsa_varlen import BlockGeometry, PagedKV, VarlenLayout
 from torch import Tensor
 
@@ -74,7 +75,8 @@ class Scale:
         return self.tokens // SENTENCE
 
     def config(self) -> NSAConfig:
-        return NSAConfig(hidden_size=8, num_heads=self.heads, num_kv_heads=self.kv_heads, head_dim=self.head_dim)
+        heads = {"num_heads": self.heads, "num_kv_heads": self.kv_heads, "head_dim": self.head_dim}
+        return NSAConfig(hidden_size=8, **heads, rope_theta=None)
 
     def cache(self, batch_size: int = 1) -> NSACache:
         room = self.tokens + ROOM
@@ -98,6 +100,16 @@ SCALES = [
     pytest.param(SMOKE, id="cpu-64k"),
     *(pytest.param(scale, id=name) for name, scale in SHORT.items()),
     *(pytest.param(scale, id=name, marks=gpu) for name, scale in GRID.items()),
+]
+# Decode steps do not know how the text came into the cache.
+DECODED = [
+    pytest.param(scale, backend, id=f"{name}-{backend}", marks=marks)
+    for scales, backends, marks in (
+        ({"cpu-64k": SMOKE} | SHORT, ["sdpa"], []),
+        ({name: scale for name, scale in GRID.items() if scale.chunk < scale.tokens}, ["sdpa", "triton"], gpu),
+    )
+    for name, scale in scales.items()
+    for backend in backends
 ]
 
 
@@ -236,6 +248,27 @@ def read(
     return Found(out, aux.block_indices)
 
 
+def decoded(
+    cache: NSACache,
+    k: Tensor,
+    v: Tensor,
+    q: Tensor,
+    gates: tuple[float, float, float] = SLC,
+    backend: str | None = None,
+) -> Found:
+    """`read` for one more token of each sequence, as a CUDA graph can hold it: one call stores, chooses and attends."""
+    cache.reserve(1)
+    step = cache.decode(1)
+    rows = k[:, None], v[:, None]
+    new = step.new_tokens(rows, rows, rows, Pool(None, None))
+    open_gates = q.new_tensor(gates).expand(len(q), 1, q.shape[1], 3)
+    pages = *step.cmp, *step.slc, *step.win
+    out, listed = ops.decode_attention(q[:, None], *pages, open_gates, step.counts, BLOCKS, new=new, backend=backend)
+    step.commit()
+    cache.advance(1)
+    return Found(out[:, 0], listed[:, 0])
+
+
 def assert_selected(found: Found, sentence: Tensor, rows: Tensor) -> None:
     """Every group of the given rows selected each block that it must, and lists its blocks once, ascending."""
     listed = found.block_indices[rows].long()
@@ -308,6 +341,46 @@ def assert_sums_of_the_group(text: Text, found: Found, scores: Tensor) -> None:
             assert score[chosen].min() * (1 + off) >= score[~chosen].max() * (1 - off)
 
 
+def assert_answered(
+    text: Text,
+    found: Found,
+    position: int,
+    name: str,
+    needle: Tensor,
+    other: Tensor,
+    gates: tuple[float, float, float],
+) -> None:
+    """One query, at `position`, found both sentences that its heads ask for, by the right scores, and read them."""
+    scale = text.scale
+    for sentence in (needle, other):
+        assert_selected(found, sentence, torch.zeros_like(needle))
+    expected, scores = answer_by_hand(text, text.asked(needle, other)[0], position, gates)
+    assert_sums_of_the_group(text, found, scores)
+    # A mean of vectors 1 long whose weights are off by that much, then rounded.
+    rounding = torch.finfo(scale.dtype).eps
+    assert (found.out[0].double() - expected).norm(dim=-1).max() <= 2 * relative_error(scale) + rounding, name
+    if gates == SLC:
+        assert text.cosines(found.out, needle, other).min() >= RETRIEVED, name
+
+
+def steps_to(scale: Scale) -> Iterator[tuple[int, str, Tensor, Tensor, tuple[float, float, float]]]:
+    """(position, its name, needle, the other sentence, gates) of a step for each of `places`, after the prefill."""
+    where = places(scale.sentences)
+    assert len(where) <= ROOM
+    for position, (name, sentence) in enumerate(where.items(), scale.tokens):
+        needle = torch.tensor([sentence], device=scale.device)
+        other = scale.sentences - 1 - needle if scale.group_size > 1 else needle
+        yield position, name, needle, other, ALL if name == "50 %" else SLC
+
+
+def peak_before(device: str) -> int:
+    """Bytes that `peak_memory` is to be compared with."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    return peak_memory(device)
+
+
 def peak_memory(device: str) -> int:
     """Bytes: on a CPU the most that this process ever had, which another test may have set; on a GPU, since reset."""
     if device == "cuda":
@@ -377,10 +450,7 @@ def test_the_scores_can_tell_sentences_apart(scale: Scale) -> None:
 def test_a_sentence_is_found_from_everywhere(scale: Scale) -> None:
     """First every token of the prefill asks for a sentence before it, then one decode step for each place."""
     text, cache = Text(scale), scale.cache()
-    before = peak_memory(scale.device)
-    if scale.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    before = peak_before(scale.device)
     generator = torch.Generator().manual_seed(1)
     for start in range(0, scale.tokens, scale.chunk):
         end = min(start + scale.chunk, scale.tokens)
@@ -400,26 +470,34 @@ def test_a_sentence_is_found_from_everywhere(scale: Scale) -> None:
         for part in rows.split(1024):
             assert text.cosines(found.out[part], first[part], last[part]).min() >= RETRIEVED
 
-    where = places(scale.sentences)
-    assert len(where) <= ROOM
-    for position, (name, sentence) in enumerate(where.items(), scale.tokens):
-        needle = torch.tensor([sentence], device=scale.device)
-        other = scale.sentences - 1 - needle if scale.group_size > 1 else needle
-        q, new = text.asked(needle, other), slice(position, position + 1)
-        gates = ALL if name == "50 %" else SLC
-        found = read(cache, [1], text.keys[new], text.values[new], q, gates)
+    for position, name, needle, other, gates in steps_to(scale):
+        new = slice(position, position + 1)
+        found = read(cache, [1], text.keys[new], text.values[new], text.asked(needle, other), gates)
         assert found is not None
-        assert_selected(found, needle, torch.zeros_like(needle))
-        assert_selected(found, other, torch.zeros_like(needle))
-        expected, scores = answer_by_hand(text, q[0], position, gates)
-        assert_sums_of_the_group(text, found, scores)
-        # A mean of vectors 1 long whose weights are off by that much, then rounded.
-        rounding = torch.finfo(scale.dtype).eps
-        assert (found.out[0].double() - expected).norm(dim=-1).max() <= 2 * relative_error(scale) + rounding, name
-        if gates == SLC:
-            assert text.cosines(found.out, needle, other).min() >= RETRIEVED, name
+        assert_answered(text, found, position, name, needle, other, gates)
 
     assert peak_memory(scale.device) - before <= memory_bound(scale)
+
+
+@pytest.mark.parametrize("scale, backend", DECODED)
+@pytest.mark.usefixtures("one_thread", "perf")
+def test_a_decode_step_finds_a_sentence(scale: Scale, backend: str) -> None:
+    """The last part of the test above by `decode_attention`, which stores the token and makes its blocks itself."""
+    text, cache = Text(scale), scale.cache()
+    before = peak_before(scale.device)
+    fill(cache, 0, text, scale.tokens)
+    for position, name, needle, other, gates in steps_to(scale):
+        new = slice(position, position + 1)
+        found = decoded(cache, text.keys[new], text.values[new], text.asked(needle, other), gates, backend)
+        assert_answered(text, found, position, name, needle, other, gates)
+    assert peak_memory(scale.device) - before <= memory_bound(scale)
+
+
+def fill(cache: NSACache, sequence: int, text: Text, tokens: int) -> None:
+    """Let a sequence be the first tokens of a text."""
+    for part in torch.arange(tokens).split(text.scale.chunk):
+        lengths = [len(part) if b == sequence else 0 for b in range(cache.batch_size)]
+        read(cache, lengths, text.keys[part[0] : part[-1] + 1], text.values[part[0] : part[-1] + 1])
 
 
 def assert_same(found: Found, expected: Found, rows: Tensor) -> None:
@@ -485,6 +563,75 @@ def test_no_later_edit_changes_an_answer(scale: Scale) -> None:
         listed = ops.select_blocks(q, k_cmp, lse, then, BLOCKS)
         out, _ = ops.selected_attention(q, k, v, listed, then, BLOCKS)
     assert_same(Found(out, listed), expected, torch.arange(len(q), device=scale.device))
+
+
+@pytest.mark.parametrize(
+    "scale, backend",
+    [
+        pytest.param(SMOKE, "sdpa", id="cpu-64k-sdpa"),
+        *(
+            pytest.param(GRID["cuda-64k-g16-4096"], backend, id=f"cuda-64k-{backend}", marks=gpu)
+            for backend in ("sdpa", "triton")
+        ),
+    ],
+)
+@pytest.mark.usefixtures("one_thread", "perf")
+def test_no_later_edit_changes_a_decoded_answer(scale: Scale, backend: str) -> None:
+    """Bitwise: a step; the same after lies, taken back, and beside another text; what it read, when more lies follow.
+
+    The lies are those of the test above: keys of a sentence that is asked for, values of another.
+    """
+    text, other = Text(scale), Text(scale, seed=2)
+    first = torch.tensor([scale.sentences // 3, 11], device=scale.device)
+    last = torch.tensor([scale.sentences - 20, 3], device=scale.device)
+    q, end, beside = text.asked(first, last), scale.tokens, 1000
+    within = torch.arange(SENTENCE + 1, device=scale.device)
+    lie_k = text.keys[first[0] * SENTENCE + within]
+    lie_v = text.values[last[0] * SENTENCE + within]
+
+    def answered(cache: NSACache, second: Text) -> Found:
+        """Sequence 0 goes on with its text, sequence 1, of another length, with its own."""
+        rows = [torch.stack((x[end], y[beside])) for x, y in ((text.keys, second.keys), (text.values, second.values))]
+        return decoded(cache, *rows, q, backend=backend)
+
+    def lied_to(cache: NSACache, token: int) -> Found:
+        rows = (x[token].expand(2, -1, -1) for x in (lie_k, lie_v))
+        return decoded(cache, *rows, q, backend=backend)
+
+    found = {}
+    for name, second in (("first", text), ("edited", other)):
+        cache = scale.cache(2)
+        fill(cache, 0, text, end)
+        fill(cache, 1, second, beside)
+        found[name] = answered(cache, second)
+        for token in range(cache.rollback - 1):
+            lied_to(cache, token)
+        for sequence, length in enumerate((end, beside)):
+            cache.truncate(sequence, length)
+        assert_same(answered(cache, second), found[name], torch.arange(2, device=scale.device))
+    assert_same(found["edited"], found["first"], torch.zeros_like(first[:1]))
+    assert not torch.equal(found["edited"].out[1], found["first"].out[1])
+    assert text.cosines(found["first"].out[:1], first[:1], last[:1]).min() >= RETRIEVED
+    for sentence in (first, last):
+        assert_selected(found["first"], sentence, torch.zeros_like(first[:1]))
+
+    lengths = list(cache.lengths)
+
+    def again() -> Found:
+        """The same question to what the pages hold of these lengths."""
+        with cache.extend([0, 0]) as step:
+            compressed = [BLOCKS.num_compressed(length) for length in lengths]
+            streams = (step.cmp, compressed), (step.slc, lengths), (step.win, lengths)
+        pages = [as_of(x, rows) for both, rows in streams for x in both]
+        gates, counts = q.new_tensor(SLC).expand(2, 1, scale.heads, 3), torch.ones_like(pages[2].lengths)
+        out, listed = ops.decode_attention(q[:, None], *pages, gates, counts, BLOCKS, backend=backend)
+        return Found(out[:, 0], listed[:, 0])
+
+    before = again()
+    for token in range(SENTENCE + 1):  # a whole sentence more, then what completes its compressed block
+        lied = lied_to(cache, token)
+    assert not torch.equal(lied.out[0], before.out[0])  # who comes after the lies does see them
+    assert_same(again(), before, torch.arange(2, device=scale.device))
 
 
 def as_of(stream: PagedKV, lengths: list[int]) -> PagedKV:

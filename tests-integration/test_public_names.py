@@ -10,7 +10,7 @@ import nsa_varlen
 import pytest
 from nsa import NSAConfig, ops
 from nsa_routing import OPS, backends
-from nsa_varlen import BlockGeometry, PagedKV, VarlenLayout, reference
+from nsa_varlen import BlockGeometry, CompletedBlocks, NewTokens, PagedKV, PooledTokens, VarlenLayout, reference
 from nsa_varlen.sdpa import BACKEND
 
 
@@ -62,8 +62,11 @@ def test_names_of_nsa_varlen() -> None:
     assert sorted(nsa_varlen.__all__) == [
         "BlockGeometry",
         "Bucket",
+        "CompletedBlocks",
         "CompressedLayout",
+        "NewTokens",
         "PagedKV",
+        "PooledTokens",
         "VarlenLayout",
         "__version__",
         "collate_tokens",
@@ -116,6 +119,12 @@ def test_names_of_nsa_kernels_triton() -> None:
         (BlockGeometry.num_blocks, "(self, length)"),
         (BlockGeometry.reads, "(self, length)"),
         (PagedKV, "(pages, block_table, lengths, k_scale=None, v_scale=None)"),
+        (NewTokens, "(k_slc, v_slc, k_win, v_win, cmp)"),
+        (CompletedBlocks, "(k, v)"),
+        (
+            PooledTokens,
+            "(k, v, k_tail, v_tail, k_weights=None, v_weights=None, rotation=None, interleaved=False)",
+        ),
         (nsa_varlen.collate_tokens, "(examples, *, ignore_index=-100)"),
         (nsa_varlen.pack, "(x, mask, *, max_seqlen=None, total=None)"),
         (nsa_varlen.unpack, "(packed, pad_index)"),

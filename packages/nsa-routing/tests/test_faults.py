@@ -4,7 +4,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -269,6 +269,33 @@ def test_what_no_sequence_owns_may_hold_anything(faulty: Callable, problem: Prob
     made = faulty(spoiled("nan"))
     assert_is(dispatch("window_attention", replace(problem, paged=True))(x, Pages(), Pages()), answer(2, x))
     assert (ran(made), closed()) == (["fast", "sdpa"], {KEY})
+
+
+@dataclass(frozen=True, eq=False)
+class Ring:
+    k: Tensor
+    scale: float = 0.5
+    weights: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    k: Tensor
+    ring: Ring
+
+    def tensors(self) -> list[Tensor]:
+        return [self.k]
+
+
+def test_rows_to_store_are_judged_and_described(faulty: Callable, problem: Problem, x: Tensor, logged: Any) -> None:
+    """Rows that are not finite excuse the result; a ring's spare rows do not."""
+    made, ring = faulty(spoiled("nan")), Ring(torch.full((1, 5), NAN))
+    dispatch("window_attention", problem)(x, new=Rows(torch.full((2,), INF), ring))
+    assert (ran(made), closed()) == (["fast"], frozenset())
+    assert_is(dispatch("window_attention", problem)(x, new=Rows(torch.ones(2), ring)), answer(2, x))
+    assert closed() == {KEY}
+    (warning,) = logged.warnings()
+    assert warning.endswith(", new=Rows(k=float32[2], ring=Ring(k=float32[1, 5], scale=0.5)))")
 
 
 @pytest.mark.parametrize("which", ["nan", "lse inf"])

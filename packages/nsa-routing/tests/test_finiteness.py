@@ -1,5 +1,7 @@
 """Is every NaN and infinity found, wherever it is and whatever surrounds it, and nothing else?"""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from nsa_routing.finiteness import all_finite, each_once, inputs_finite, result_finite
@@ -63,6 +65,24 @@ def test_inputs_are_the_tensors_among_the_arguments() -> None:
     assert inputs_finite((x, Pages(), indices, "layout", None)).item() is True
     assert inputs_finite((x, torch.tensor([NAN]))).item() is False
     assert inputs_finite((Pages(), "layout")) is None
+
+
+@pytest.mark.parametrize("bad", [None, "x", "y", "ring"])
+def test_an_argument_may_say_which_tensors_are_its_own(bad: str | None) -> None:
+    """As rows do that an operation is to store: theirs count, those of a ring do not."""
+
+    class Rows:
+        x, y, ring = (torch.full((2,), NAN if name == bad else 1.0) for name in ("x", "y", "ring"))
+
+        def tensors(self) -> Iterator[torch.Tensor]:
+            yield from (self.x, self.y)
+
+    class Odd:
+        tensors = None
+
+    assert inputs_finite((torch.ones(3), Rows(), Odd(), "layout")).item() is (bad in (None, "ring"))
+    assert inputs_finite((Rows(),)).item() is (bad in (None, "ring"))
+    assert inputs_finite((Odd(),)) is None
 
 
 def test_a_verdict_records_no_gradient() -> None:

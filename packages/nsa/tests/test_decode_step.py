@@ -1,15 +1,20 @@
 """A decode step at lengths that only the device knows: is it what one pass over the whole sequence gives?"""
 
+import gc
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nsa import NSAAttention, NSACache
+from nsa.compression import MeanCompression, Pool
 from nsa.config import COMPRESSIONS
-from nsa_varlen import VarlenLayout
+from nsa_varlen import BlockGeometry, VarlenLayout
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 LENGTHS = (90, 33, 65)
 PREFILLED = (50, 0, 64)
@@ -215,15 +220,104 @@ def test_arguments_that_do_not_fit(
         make_cache(make_config(), 2).decode(rows, counts)
 
 
-def test_rows_that_do_not_fit(make_config: Callable, make_cache: Callable) -> None:
-    cache = make_cache(make_config(), 2)
+def test_raw_rows_that_do_not_fit(make_config: Callable, make_cache: Callable) -> None:
+    """They are kept before the operation could look at them; everything else is the operation's to check."""
+    cache = make_cache(make_config(compression="linear"), 2)
     cache.reserve(1)
-    step = cache.decode(1)
+    step, before = cache.decode(1), cache.tail.k.clone()
     k, v = torch.zeros(2, 1, 2, 8, dtype=torch.float64), torch.zeros(2, 1, 2, 6, dtype=torch.float64)
-    for write, branch in ((step.write_slc, "slc"), (step.write_win, "win")):
-        with pytest.raises(ValueError, match=rf"^v_{branch}: expected shape \[2, 1, 2, 6\], got \[2, 1, 2, 8\]$"):
-            write(k, k)
-        with pytest.raises(
-            TypeError, match=rf"^k_{branch}: expected dtype torch.float64 of the cache, got torch.float32$"
-        ):
-            write(k.float(), v)
+    for cmp, error, message in (
+        ((k, k), ValueError, r"^v_cmp: expected shape \[2, 1, 2, 6\], got \[2, 1, 2, 8\]$"),
+        ((k.float(), v), TypeError, r"^k_cmp: expected dtype torch.float64 of the cache, got torch.float32$"),
+    ):
+        with pytest.raises(error, match=message):
+            step.new_tokens((k, v), (k, v), cmp, lambda k, v, *_: (k, v))
+    assert torch.equal(cache.tail.k, before)
+
+
+class Launches(TorchDispatchMode):
+    """Counts what is computed: no views, no memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and not func.name().startswith(("aten::empty", "aten::detach")):
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("variant", [{}, {"compression": "weighted_pool"}, {"rope_cmp": "before"}, {"shared_kv": True}])
+def test_a_pooled_step_launches_next_to_nothing_of_its_own(
+    variant: dict, make_config: Callable, make_cache: Callable
+) -> None:
+    """Lengths, positions and the commit; all else is the operation's, where a kernel can do it at once."""
+    config = make_config(**variant)
+    cache, counts = make_cache(config, 2), torch.ones(2, dtype=torch.int32)
+    k, v = torch.zeros(2, 1, 2, 8, dtype=torch.float64), torch.zeros(2, 1, 2, 6, dtype=torch.float64)
+    cache.reserve(1)
+    with Launches() as launches:
+        step = cache.decode(1, counts)
+        new = step.new_tokens((k, v), (k, v), (k, v), Pool(None, None))
+        assert (step.cmp, step.slc, step.win, new) is not None
+        step.commit()
+    assert sorted(launches.names) == ["aten::add.Tensor", "aten::add.Tensor", "aten::copy_"]
+
+
+def test_layers_share_the_table_that_rotates_their_blocks(make_config: Callable, make_cache: Callable) -> None:
+    config = make_config()
+    first, second = make_cache(config, 2), make_cache(config, 3)
+    assert first.rotation is second.rotation
+    assert first.rotation.shape == (2, 32, 4)  # two pages of 16, for the 31 blocks of 128 tokens
+    for changes in ({"rope_theta": 500.0}, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}):
+        assert not torch.equal(make_cache(make_config(**changes)).rotation, first.rotation)
+    for changes in ({"rope_theta": None}, {"rope_cmp": "none"}, {"rope_cmp": "before"}, {"compression": "mlp"}):
+        assert make_cache(make_config(**changes)).rotation is None
+    assert make_cache(config, dtype=torch.bfloat16).rotation.dtype == torch.float32
+
+
+def test_a_table_is_there_while_a_cache_has_it(make_config: Callable, make_cache: Callable) -> None:
+    cache = make_cache(make_config(rope_theta=123.0))
+    held = weakref.ref(cache.rotation)
+    gc.collect()
+    assert held() is not None
+    del cache
+    gc.collect()
+    assert held() is None
+
+
+def test_other_modules_in_the_place_of_compressions_are_called(make_layer: Callable, make_cache: Callable) -> None:
+    """Only what is known to be a weighted sum is left to the operation."""
+
+    class Negated(MeanCompression):
+        def forward(self, x: Tensor, layout: VarlenLayout, blocks: BlockGeometry) -> Tensor:
+            return -super().forward(x, layout, blocks)
+
+    layer = make_layer(rope_cmp="none")
+    layer.compress_k = Negated()
+    cache, generator = make_cache(layer.config, 1), torch.Generator().manual_seed(0)
+    x = torch.randn(1, 12, 24, dtype=torch.float64, generator=generator)
+    with torch.no_grad():
+        layer(x[:, :7], cache=cache)
+        cache.reserve(5)
+        out = layer.decode(x[:, 7:], cache)
+        torch.testing.assert_close(out, layer(x)[:, 7:], rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("kind", COMPRESSIONS)
+@pytest.mark.parametrize("how", ["converted", "autocast"])
+def test_bfloat16(how: str, kind: str, make_layer: Callable, make_cache: Callable) -> None:
+    """As in test_layer_decode.py: all blocks are selected, the bound is test_layer.py's."""
+    layer, x = make_layer(compression=kind), sequences()[0][None, :50]
+    exact = layer(x).detach()
+    layer, x = (layer.bfloat16(), x.bfloat16()) if how == "converted" else (layer.float(), x.float())
+    cache = make_cache(layer.config, dtype=torch.bfloat16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        parts = [layer(x[:, :10], cache=cache)]
+        for part in x[:, 10:].split(4, 1):
+            cache.reserve(4)
+            parts.append(layer.decode(part, cache))
+            cache.advance(4)
+    error = (torch.cat(parts, 1).double() - exact).square().mean().sqrt()
+    assert error < 30 * torch.finfo(torch.bfloat16).eps * exact.square().mean().sqrt()

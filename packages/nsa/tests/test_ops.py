@@ -8,7 +8,7 @@ import pytest
 import torch
 from nsa import NSAConfig, ops
 from nsa_routing import Problem, backends, reset
-from nsa_varlen import BlockGeometry, PagedKV, VarlenLayout, layout, reference
+from nsa_varlen import BlockGeometry, CompletedBlocks, NewTokens, PagedKV, VarlenLayout, layout, reference
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 
@@ -123,13 +123,20 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return recorder
 
 
+def new_tokens(arguments: tuple) -> NewTokens:
+    """Rows for `decode_attention` to store: all of them 1."""
+    (batch, rows, _, _), k, v = arguments[0].shape, arguments[3], arguments[4]
+    k, v = (x.pages.new_ones(batch, rows, x.num_heads, x.head_dim) for x in (k, v))
+    return NewTokens(k, v, k, v, CompletedBlocks(k[:, :1], v[:, :1]))
+
+
 @pytest.mark.parametrize("op", ALL)
 def test_runs_what_the_route_gives(op: str, recorder: Recorder, arguments: dict) -> None:
     options: dict[str, Any] = {}
     if op not in ("compress_mean", "combine"):
         options["scale"] = 0.5
     if op == "decode_attention":
-        options["q_cmp"] = arguments[op][0] * 2
+        options |= {"q_cmp": arguments[op][0] * 2, "new": new_tokens(arguments[op])}
     elif op.endswith("attention"):
         options["deterministic"] = True
     assert getattr(ops, op)(*arguments[op], **options, backend="some") == "answer"
@@ -410,6 +417,18 @@ def test_a_decode_needs_grad_for_its_pages_and_q_cmp_too(name: str, recorder: Re
     ops.decode_attention(**given)
     with torch.no_grad():
         ops.decode_attention(**given)
+    assert [call[1].needs_grad for call in recorder.calls] == [True, False]
+
+
+@pytest.mark.parametrize("row", range(6))
+def test_a_decode_needs_grad_for_its_new_rows_too(row: int, recorder: Recorder, arguments: dict) -> None:
+    new = new_tokens(arguments["decode_attention"])
+    rows = [new.k_slc, new.v_slc, new.k_win, new.v_win, new.cmp.k, new.cmp.v]
+    rows[row] = rows[row].clone().requires_grad_()
+    new = NewTokens(*rows[:4], CompletedBlocks(*rows[4:]))
+    ops.decode_attention(*arguments["decode_attention"], new=new)
+    with torch.no_grad():
+        ops.decode_attention(*arguments["decode_attention"], new=new)
     assert [call[1].needs_grad for call in recorder.calls] == [True, False]
 
 

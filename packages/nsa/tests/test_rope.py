@@ -47,6 +47,16 @@ def test_far_positions_are_as_exact_as_near_ones_in_fp32(interleaved: bool) -> N
     assert (got.double() - expected).abs().max() < 4 * x.abs().max() * 2**-24
 
 
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 3.0}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_table_has_the_very_turns_of_its_positions(dtype: torch.dtype, scaling: dict | None) -> None:
+    rope, x = RotaryEmbedding(8, THETA, scaling=scaling), torch.randn(50, 1, 8).to(dtype)
+    cos, sin = rope.table(50, 16, x.device, dtype)[:, :, None]
+    first, second = x.chunk(2, -1)
+    by_table = torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(dtype)
+    assert torch.equal(by_table, rope(x, torch.arange(0, 800, 16)))
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_dot_products_depend_on_the_distance_only(interleaved: bool) -> None:
     rope = RotaryEmbedding(8, THETA, interleaved)

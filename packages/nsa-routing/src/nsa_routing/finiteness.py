@@ -72,5 +72,15 @@ def result_finite(result: Any) -> Tensor | None:
 
 
 def inputs_finite(args: Iterable[Any]) -> Tensor | None:
-    """`all_finite` of the tensors among the arguments. Pages are left out: what no sequence owns may hold anything."""
-    return all_finite(x for x in args if isinstance(x, Tensor))
+    """`all_finite` of the tensors among the arguments, and of those that an argument's `tensors()` gives.
+
+    Pages are left out: what no sequence owns may hold anything.
+    """
+    return all_finite(x for arg in args for x in _tensors(arg))
+
+
+def _tensors(arg: Any) -> Iterable[Tensor]:
+    if isinstance(arg, Tensor):
+        return (arg,)
+    given: Iterable[Tensor] = arg.tensors() if callable(getattr(arg, "tensors", None)) else ()
+    return given

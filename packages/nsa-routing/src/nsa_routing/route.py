@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -136,4 +137,7 @@ def _describe(x: Any) -> str:
         return f"VarlenLayout.from_lengths({q}, {k})"
     if isinstance(getattr(x, "pages", None), Tensor):
         return f"PagedKV({_describe(x.pages)})"
+    if is_dataclass(x) and not isinstance(x, type):
+        named = ((field.name, getattr(x, field.name)) for field in fields(x))
+        return f"{type(x).__name__}({', '.join(f'{name}={_describe(y)}' for name, y in named if y is not None)})"
     return repr(x)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nsa_varlen.geometry import BlockGeometry
 from nsa_varlen.layout import VarlenLayout
+from nsa_varlen.new_tokens import CompletedBlocks, NewTokens, PooledTokens
 from nsa_varlen.paged import PagedKV
 
 KV = Tensor | PagedKV
@@ -137,10 +138,12 @@ def check_decode(
     gates: Tensor,
     counts: Tensor,
     blocks: BlockGeometry,
+    new: NewTokens | None = None,
 ) -> None:
     """Raise unless q [B, N, Hq, Dk], the pages of three branches, gates [B, N, Hq, 3] and counts int32 [B] fit.
 
-    On a CPU, where reading them is free, counts must lie within 0..N and the lengths, and those must be of one batch.
+    On a CPU, where reading them is free, counts must lie within 0..N and the lengths, and those must be of one batch;
+    but for the lengths of cmp if there are `new` tokens, which fit too: `check_new`.
     """
     if not isinstance(blocks, BlockGeometry):
         raise TypeError(f"blocks: expected a BlockGeometry, got {type(blocks).__name__}")
@@ -175,8 +178,82 @@ def check_decode(
             raise ValueError(f"k_{name}: expected head_dim {q.shape[3]} of q, got {k.head_dim}")
         if v.head_dim != slc[1].head_dim:
             raise ValueError(f"v_{name}: expected head_dim {slc[1].head_dim} of v_slc, got {v.head_dim}")
+    if new is not None:
+        check_new(new, q.shape[1], cmp[0], slc, blocks)
     if q.device.type == "cpu":
-        _check_lengths(q.shape[1], cmp[0], slc[0], win[0], counts, blocks)
+        _check_lengths(q.shape[1], cmp[0], slc[0], win[0], counts, blocks, stored=new is None)
+
+
+def check_new(new: NewTokens, rows: int, k_cmp: PagedKV, slc: tuple[PagedKV, PagedKV], blocks: BlockGeometry) -> None:
+    """Raise unless `new` are `rows` tokens for each sequence of pages that `check_decode` found to fit one another."""
+    if not isinstance(new, NewTokens):
+        raise TypeError(f"new: expected NewTokens or None, got {type(new).__name__}")
+    cmp, batch, heads, size = new.cmp, slc[0].block_table.shape[0], slc[0].num_heads, blocks.kernel_size
+    shapes = [(batch, rows, heads, kv.head_dim) for kv in slc]
+    for i, side in enumerate("kv"):
+        _check_new_rows(f"new.{side}_slc", (new.k_slc, new.v_slc)[i], shapes[i], slc[0])
+        _check_new_rows(f"new.{side}_win", (new.k_win, new.v_win)[i], shapes[i], slc[0])
+    if isinstance(cmp, CompletedBlocks):
+        most = (rows - 1) // blocks.kernel_stride + 1
+        for i, side in enumerate("kv"):
+            _check_new_rows(f"new.cmp.{side}", (cmp.k, cmp.v)[i], (batch, most, *shapes[i][2:]), slc[0])
+        return
+    if not isinstance(cmp, PooledTokens):
+        raise TypeError(f"new.cmp: expected PooledTokens or CompletedBlocks, got {type(cmp).__name__}")
+    for i, side in enumerate("kv"):
+        _check_new_rows(f"new.cmp.{side}", (cmp.k, cmp.v)[i], shapes[i], slc[0])
+        _check_ring(f"new.cmp.{side}_tail", (cmp.k_tail, cmp.v_tail)[i], shapes[i], size - 1 + rows, slc[0])
+        _check_weights(f"new.cmp.{side}_weights", (cmp.k_weights, cmp.v_weights)[i], (heads, size), slc[0])
+    if cmp.k_tail.shape[1] != cmp.v_tail.shape[1]:
+        raise ValueError(f"new.cmp.v_tail: expected {cmp.k_tail.shape[1]} rows of k_tail, got {cmp.v_tail.shape[1]}")
+    if cmp.rotation is not None:
+        _check_rotation(cmp.rotation, k_cmp)
+
+
+def _check_new_rows(name: str, x: Tensor, shape: tuple[int, ...], pages: PagedKV) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(x.shape)}")
+    if x.dtype != pages.dtype:
+        raise TypeError(f"{name}: expected dtype {pages.dtype} of the pages, got {x.dtype}")
+    if x.device != pages.device:
+        raise ValueError(f"{name}: expected device {pages.device} of the pages, got {x.device}")
+
+
+def _check_ring(name: str, x: Tensor, rows: tuple[int, ...], least: int, pages: PagedKV) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.ndim != 4 or x.shape[1] < least:
+        raise ValueError(f"{name}: expected a ring of at least {least} rows, kernel_size - 1 + N, got {list(x.shape)}")
+    _check_new_rows(name, x, (rows[0], x.shape[1], *rows[2:]), pages)
+
+
+def _check_weights(name: str, x: Tensor | None, shape: tuple[int, ...], pages: PagedKV) -> None:
+    if x is None:
+        return
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor or None, got {type(x).__name__}")
+    if x.shape != shape or not x.is_floating_point() or x.device != pages.device:
+        raise ValueError(
+            f"{name}: expected floating {list(shape)} on {pages.device}, got {x.dtype} {list(x.shape)} on {x.device}"
+        )
+
+
+def _check_rotation(x: Tensor, k_cmp: PagedKV) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"new.cmp.rotation: expected a tensor or None, got {type(x).__name__}")
+    if k_cmp.head_dim % 2:
+        raise ValueError(f"new.cmp.rotation: expected None for keys of odd head_dim {k_cmp.head_dim}, got a tensor")
+    wide = torch.float64 if k_cmp.dtype == torch.float64 else torch.float32
+    if x.dtype != wide or x.device != k_cmp.device:
+        raise ValueError(f"new.cmp.rotation: expected {wide} on {k_cmp.device}, got {x.dtype} on {x.device}")
+    room, half = k_cmp.block_table.shape[1] * k_cmp.page_size, k_cmp.head_dim // 2
+    if x.ndim != 3 or x.shape[0] != 2 or x.shape[1] < room or x.shape[2] != half:
+        raise ValueError(
+            f"new.cmp.rotation: expected shape [2, blocks, {half}] of at least the {room} blocks that k_cmp's "
+            f"block_table has room for, got {list(x.shape)}"
+        )
 
 
 def _check_pages(name: str, x: PagedKV, q: Tensor, k_slc: PagedKV) -> None:
@@ -195,7 +272,13 @@ def _check_pages(name: str, x: PagedKV, q: Tensor, k_slc: PagedKV) -> None:
 
 
 def _check_lengths(
-    rows: int, k_cmp: PagedKV, k_slc: PagedKV, k_win: PagedKV, counts: Tensor, blocks: BlockGeometry
+    rows: int,
+    k_cmp: PagedKV,
+    k_slc: PagedKV,
+    k_win: PagedKV,
+    counts: Tensor,
+    blocks: BlockGeometry,
+    stored: bool,
 ) -> None:
     if bool(((counts < 0) | (counts > rows) | (counts > k_slc.lengths)).any()):
         raise ValueError(
@@ -203,7 +286,7 @@ def _check_lengths(
         )
     lengths, compressed = k_slc.lengths.tolist(), blocks.num_compressed(k_slc.lengths).tolist()
     for name, x, expected in (("k_win", k_win, lengths), ("k_cmp", k_cmp, compressed), ("k_slc", k_slc, lengths)):
-        if x.lengths.tolist() != expected:
+        if (stored or x is not k_cmp) and x.lengths.tolist() != expected:
             raise ValueError(f"{name}: expected lengths {expected} as k_slc has them, got {x.lengths.tolist()}")
         room = x.block_table.shape[1] * x.page_size
         if max(expected, default=0) > room:

@@ -23,6 +23,7 @@ from nsa_varlen.arguments import (
 )
 from nsa_varlen.geometry import BlockGeometry
 from nsa_varlen.layout import VarlenLayout
+from nsa_varlen.new_tokens import CompletedBlocks, NewTokens, PooledTokens
 from nsa_varlen.paged import PagedKV
 
 __all__ = [
@@ -221,38 +222,100 @@ def decode_attention(
     *,
     q_cmp: Tensor | None = None,
     scale: float | None = None,
+    new: NewTokens | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Eq. 5 to 12 for the newest tokens of paged sequences: what the operations make of the same rows, packed.
 
     Args:
         q: [B, N, Hq, Dk]. Of sequence b the first counts[b] rows are its last tokens, in order; others are padding.
-        k_cmp, v_cmp, k_slc, v_slc, k_win, v_win: pages, in which the new tokens are already.
+        k_cmp, v_cmp, k_slc, v_slc, k_win, v_win: pages, in which the new tokens are already, unless they are `new`.
         gates: [B, N, Hq, 3] in the order cmp, slc, win.
         counts: int32 [B].
         q_cmp: queries of the compressed branch and of the scores; None is q.
         scale: of the logits; None is 1/sqrt(Dk).
+        new: the new tokens' rows, to be stored first; the lengths of k_cmp and v_cmp are written then, not read.
 
     Returns:
         (out [B, N, Hq, Dv], block_indices int32 [B, N, Hk, topk]): 0 and -1 for padding.
     """
     q_cmp = q if q_cmp is None else q_cmp
-    check_decode(q, q_cmp, (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win), gates, counts, blocks)
+    check_decode(q, q_cmp, (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win), gates, counts, blocks, new)
     _check_precision(q)
+    if new is not None:
+        _store(new, (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win), counts, blocks)
     layout = VarlenLayout.from_lengths(counts.tolist(), k_slc.lengths.tolist(), q.device)
     cmp = VarlenLayout.from_lengths(k_cmp.lengths.tolist(), device=q.device)
-    new = torch.arange(q.shape[1], device=q.device) < counts[:, None]
+    there = torch.arange(q.shape[1], device=q.device) < counts[:, None]
     rows = {"k_cmp": (k_cmp, cmp), "v_cmp": (v_cmp, cmp)}
     rows |= {name: (x, layout) for name, x in zip(("k", "v", "kw", "vw"), (k_slc, v_slc, k_win, v_win), strict=True)}
     kv = {name: x.rows(y.sequence_of_keys(), y.key_positions()) for name, (x, y) in rows.items()}
-    o_cmp, lse = compressed_attention(q_cmp[new], kv["k_cmp"], kv["v_cmp"], layout, blocks, scale=scale)
-    indices = select_blocks(q_cmp[new], kv["k_cmp"], lse, layout, blocks, scale=scale)
-    o_slc, _ = selected_attention(q[new], kv["k"], kv["v"], indices, layout, blocks, scale=scale)
-    o_win, _ = window_attention(q[new], kv["kw"], kv["vw"], layout, blocks, scale=scale)
+    o_cmp, lse = compressed_attention(q_cmp[there], kv["k_cmp"], kv["v_cmp"], layout, blocks, scale=scale)
+    indices = select_blocks(q_cmp[there], kv["k_cmp"], lse, layout, blocks, scale=scale)
+    o_slc, _ = selected_attention(q[there], kv["k"], kv["v"], indices, layout, blocks, scale=scale)
+    o_win, _ = window_attention(q[there], kv["kw"], kv["vw"], layout, blocks, scale=scale)
     out = q.new_zeros(*q.shape[:3], v_slc.head_dim)
-    out[new] = combine(gates[new], o_cmp, o_slc, o_win)
+    out[there] = combine(gates[there], o_cmp, o_slc, o_win)
     block_indices = torch.full((*q.shape[:2], k_slc.num_heads, blocks.topk), -1, dtype=torch.int32, device=q.device)
-    block_indices[new] = indices
+    block_indices[there] = indices
     return out, block_indices
+
+
+@torch.no_grad()
+def _store(
+    new: NewTokens,
+    cmp: tuple[PagedKV, PagedKV],
+    slc: tuple[PagedKV, PagedKV],
+    win: tuple[PagedKV, PagedKV],
+    counts: Tensor,
+    blocks: BlockGeometry,
+) -> None:
+    """What `NewTokens` says, sequence by sequence and row by row."""
+    streams = ((slc[0], new.k_slc), (slc[1], new.v_slc), (win[0], new.k_win), (win[1], new.v_win))
+    for sequence, (length, count) in enumerate(zip(slc[0].lengths.tolist(), counts.tolist(), strict=True)):
+        before = length - count
+        for row in range(count):
+            for kv, x in streams:
+                _put(kv, sequence, before + row, x[sequence, row])
+            if isinstance(new.cmp, PooledTokens):
+                for tail, x in ((new.cmp.k_tail, new.cmp.k), (new.cmp.v_tail, new.cmp.v)):
+                    tail[sequence, (before + row) % tail.shape[1]] = x[sequence, row]
+        first = blocks.num_compressed(before)
+        for block in range(first, blocks.num_compressed(length)):
+            if isinstance(new.cmp, CompletedBlocks):
+                k, v = new.cmp.k[sequence, block - first], new.cmp.v[sequence, block - first]
+            else:
+                k = _pooled(new.cmp.k_tail[sequence], new.cmp.k_weights, block, blocks)
+                v = _pooled(new.cmp.v_tail[sequence], new.cmp.v_weights, block, blocks)
+                if new.cmp.rotation is not None:
+                    k = _rotated(k, new.cmp.rotation[:, block], new.cmp.interleaved)
+            _put(cmp[0], sequence, block, k)
+            _put(cmp[1], sequence, block, v)
+    for kv in cmp:
+        kv.lengths.copy_(blocks.num_compressed(slc[0].lengths))
+
+
+def _put(kv: PagedKV, sequence: int, position: int, row: Tensor) -> None:
+    """Store a row [H, D], or drop it where the sequence has no page."""
+    pages = kv.block_table[sequence].tolist()
+    place = position // kv.page_size
+    if place < len(pages) and pages[place] >= 0:
+        kv.pages[pages[place], position % kv.page_size] = row
+
+
+def _pooled(tail: Tensor, weights: Tensor | None, block: int, blocks: BlockGeometry) -> Tensor:
+    """sum over j < l of weight[h, j] * x[i*d + j] (None: the mean) of the ring of a sequence [R, H, D]: [H, D]."""
+    start, size = block * blocks.kernel_stride, blocks.kernel_size
+    rows = torch.stack([tail[position % len(tail)] for position in range(start, start + size)])
+    if weights is None:
+        return rows.sum(0) / size
+    return torch.einsum("hl,lhd->hd", weights.to(rows.dtype), rows)
+
+
+def _rotated(k: Tensor, rotation: Tensor, interleaved: bool) -> Tensor:
+    """Pairs (2i, 2i + 1), or (i, i + D/2), of each head's row k [H, D] as complex numbers, times cos + i sin."""
+    pairs = k.unflatten(-1, (-1, 2)) if interleaved else k.unflatten(-1, (2, -1)).mT
+    turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.complex(*rotation))
+    return (turned if interleaved else turned.mT).flatten(-2)
 
 
 def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:

@@ -11,11 +11,13 @@ from nsa_varlen.transfer import to_device
 from torch import Tensor
 
 from nsa.cache_step import CacheStep
+from nsa.compression import POOLED
 from nsa.config import NSAConfig
 from nsa.decode_step import DecodeStep
 from nsa.pages import Change, PagedStream, PagePool
 from nsa.raw_tail import RawTail
 from nsa.reads import ReadCounters
+from nsa.rope import make_rope
 from nsa.sizes import check_size
 
 
@@ -110,6 +112,9 @@ class NSACache:
         self._ahead = False  # the device's lengths are ahead of the host's
         self.counters: ReadCounters | None = None
         self._layouts: dict[int, VarlenLayout] = {}
+        # Made here, so that no graph's capture has to.
+        self.places = outside_inference(torch.arange)(self.most_decoded, device=self.device)
+        self.rotation = self._rotation()
 
     @property
     def device(self) -> torch.device:
@@ -383,6 +388,14 @@ class NSACache:
         for sequence in range(self.batch_size):
             self.free(sequence)
 
+    def _rotation(self) -> Tensor | None:
+        """[2, blocks, Dk / 2]: what rotates the keys of pooled blocks, as many as there is room for."""
+        rope, config = make_rope(self.config), self.config
+        if rope is None or config.rope_cmp != "after" or config.compression not in POOLED:
+            return None
+        room = self.cmp.block_table.shape[1] * self.cmp.page_size
+        return rope.table(room, config.kernel_stride, self.device, self.dtype)
+
     def _streams(self) -> list[PagedStream]:
         return [self.cmp, self.slc] if self.win is self.slc else [self.cmp, self.slc, self.win]
 
@@ -534,7 +547,8 @@ class SharedPrefix:
         length: how many tokens.
         pages: of cmp, slc and win; none once dropped.
         start: the first position whose row of the window is there.
-        k_raw, v_raw: the raw tokens before `length` of which the next compressed blocks are made.
+        k_raw, v_raw: the raw tokens before `length` of which the next compressed blocks are made; keys are rotated
+            already if `rope_cmp` is "before".
     """
 
     config: NSAConfig
@@ -562,7 +576,8 @@ class SequenceState:
         length: how many tokens.
         streams: (k [rows, Hk, Dk], v [rows, Hk, Dv]) of cmp, slc and win; without win if slc serves the window too.
         start: position of the window's first row; those far behind are gone. 0 if slc serves the window too.
-        k_raw, v_raw: the raw tokens before `length` of which the next compressed blocks are made.
+        k_raw, v_raw: the raw tokens before `length` of which the next compressed blocks are made; keys are rotated
+            already if `rope_cmp` is "before".
     """
 
     length: int

@@ -1,5 +1,7 @@
 """How the l tokens of a block become one compressed key or value: the phi of Eq. 7."""
 
+from typing import NamedTuple
+
 import torch
 from nsa_varlen import BlockGeometry, VarlenLayout, unfold_blocks
 from torch import Tensor, nn
@@ -7,6 +9,8 @@ from torch.nn import functional as F
 
 from nsa import ops
 from nsa.config import NSAConfig
+
+POOLED = ("mean", "weighted_pool")  # compressions that are weighted sums of the block's tokens
 
 
 def make_compression(config: NSAConfig, dim: int) -> nn.Module:
@@ -27,6 +31,20 @@ def make_compression(config: NSAConfig, dim: int) -> nn.Module:
         return LinearCompression(heads, size, dim)
     hidden = 4 * config.head_dim if config.compression_hidden_size is None else config.compression_hidden_size
     return MLPCompression(heads, size, dim, hidden)
+
+
+class Pool(NamedTuple):
+    """Weights [Hk, kernel_size] by which keys and values of a block are summed; None is the mean."""
+
+    k: Tensor | None
+    v: Tensor | None
+
+
+def pool_of(compress_k: nn.Module, compress_v: nn.Module) -> Pool | None:
+    """What two modules of `make_compression` do, where it is no more than a weighted sum; else None."""
+    weights = [x.weight if type(x) is WeightedPoolCompression else None for x in (compress_k, compress_v)]
+    pooled = all(type(x) in (MeanCompression, WeightedPoolCompression) for x in (compress_k, compress_v))
+    return Pool(*weights) if pooled else None
 
 
 class MeanCompression(nn.Module):

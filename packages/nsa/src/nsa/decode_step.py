@@ -3,8 +3,10 @@
 from typing import TYPE_CHECKING
 
 import torch
-from nsa_varlen import PagedKV
+from nsa_varlen import CompletedBlocks, NewTokens, PagedKV, PooledTokens
 from torch import Tensor
+
+from nsa.compression import Pool
 
 if TYPE_CHECKING:
     from nsa.cache import NSACache
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class DecodeStep:
-    """What `NSACache.decode` begins: write all three branches, attend to `cmp`, `slc` and `win`, then `commit`.
+    """What `NSACache.decode` begins: `ops.decode_attention` stores `new_tokens` and attends to all; then `commit`.
 
     Unlike a `CacheStep` it asks the host for nothing that changes from step to step: every tensor keeps its shape, and
     a CUDA graph that holds it goes on from wherever the sequences are when it is replayed. It is no transaction.
@@ -23,36 +25,31 @@ class DecodeStep:
 
     Example:
         >>> from nsa import NSACache, NSAConfig, ops
-        >>> config = NSAConfig(hidden_size=8, num_heads=1, num_kv_heads=1, head_dim=8)
+        >>> from nsa.compression import Pool
+        >>> config = NSAConfig(hidden_size=8, num_heads=1, num_kv_heads=1, head_dim=8, rope_theta=None)
         >>> cache, x = NSACache(config, batch_size=2, max_tokens=64), torch.randn(2, 1, 1, 8)
-        >>> def mean(k, v, positions, layout, starts):
-        ...     return tuple(ops.compress_mean(x, layout, config.blocks) for x in (k, v))
         >>> for _ in range(32):
         ...     cache.reserve(1)
         ...     step = cache.decode(1)
-        ...     step.write_slc(x, x)
-        ...     step.write_win(x, x)
-        ...     step.write_cmp(x, x, mean)
-        ...     k_cmp, v_cmp = step.cmp
+        ...     new = step.new_tokens((x, x), (x, x), (x, x), Pool(None, None))
+        ...     pages, gates = (*step.cmp, *step.slc, *step.win), torch.ones(2, 1, 1, 3)
+        ...     out, block_indices = ops.decode_attention(x, *pages, gates, step.counts, config.blocks, new=new)
         ...     step.commit()
         ...     cache.advance(1)
-        >>> cache.lengths, k_cmp.lengths.tolist()
+        >>> cache.lengths, step.cmp[0].lengths.tolist()
         ((32, 32), [1, 1])
     """
 
     def __init__(self, cache: "NSACache", rows: int, counts: Tensor) -> None:
         self._cache, self._rows, self.counts = cache, rows, counts
-        place = torch.arange(rows, device=cache.device)
-        self._there = place < counts[:, None]
-        self._old = cache.device_lengths.long()
-        self.positions = self._old[:, None] + place
-        self._sequence = torch.arange(cache.batch_size, device=cache.device)[:, None]
+        self.positions = cache.device_lengths[:, None] + cache.places[:rows]
         self._lengths = cache.device_lengths + counts
+        self._compressed = torch.empty_like(self._lengths)
 
     @property
     def cmp(self) -> tuple[PagedKV, PagedKV]:
-        """Compressed keys and values, with the blocks that this step completes."""
-        return self._cache.cmp.views(self._cache.config.blocks.num_compressed(self._lengths))
+        """Compressed keys and values. Their lengths are those that the operation finds when it stores the new ones."""
+        return self._cache.cmp.views(self._compressed)
 
     @property
     def slc(self) -> tuple[PagedKV, PagedKV]:
@@ -64,49 +61,61 @@ class DecodeStep:
         """Keys and values of the window, the new tokens included."""
         return self._cache.win.views(self._lengths)
 
-    def write_slc(self, k: Tensor, v: Tensor) -> None:
-        """Store keys [B, N, Hk, Dk] and values [B, N, Hk, Dv] of the selected branch."""
-        self._check("slc", k, v)
-        self._cache.slc.write_there(k, v, self._sequence, self.positions, self._there)
+    def new_tokens(
+        self,
+        slc: tuple[Tensor, Tensor],
+        win: tuple[Tensor, Tensor],
+        cmp: tuple[Tensor, Tensor],
+        compress: "Pool | Compress",
+    ) -> NewTokens:
+        """What `ops.decode_attention` is to store.
 
-    def write_win(self, k: Tensor, v: Tensor) -> None:
-        """The same for the window; with `config.shared_kv` the streams are one and there is nothing to store."""
-        self._check("win", k, v)
-        if self._cache.win is not self._cache.slc:
-            self._cache.win.write_there(k, v, self._sequence, self.positions, self._there)
+        Args:
+            slc, win, cmp: keys [B, N, Hk, Dk] and values [B, N, Hk, Dv] of each branch, those of cmp before
+                compression; slc and win must be the same with `config.shared_kv`.
+            compress: a `Pool`, by which the operation makes the blocks that the tokens complete, or what
+                `CacheStep.write_cmp` takes. That is called in every step, for as many blocks as N tokens could
+                complete; which of them did, the device decides. Raw tokens are in the cache's tail then.
 
-    def write_cmp(self, k: Tensor, v: Tensor, compress: "Compress") -> None:
-        """Keep raw rows k [B, N, Hk, Dk], v [B, N, Hk, Dv], and store the blocks that they complete.
-
-        `compress` is that of `CacheStep.write_cmp`. It is called in every step, for as many blocks as N tokens could
-        complete; which of them did, the device decides.
+        Raises:
+            TypeError, ValueError: raw rows of cmp that do not fit, if they are compressed here. All else the operation
+                checks.
         """
-        self._check("cmp", k, v)
+        made = self._pooled(*cmp, compress) if isinstance(compress, Pool) else self._completed(*cmp, compress)
+        return NewTokens(*slc, *win, made)
+
+    def _pooled(self, k: Tensor, v: Tensor, pool: Pool) -> PooledTokens:
+        tail, config = self._cache.tail, self._cache.config
+        return PooledTokens(k, v, tail.k, tail.v, *pool, self._cache.rotation, config.rope_interleaved)
+
+    def _completed(self, k: Tensor, v: Tensor, compress: "Compress") -> CompletedBlocks:
         cache, blocks = self._cache, self._cache.config.blocks
-        cache.tail.write_there(k, v, self._sequence, self.positions, self._there)
+        for name, x, which in (("k_cmp", k, 0), ("v_cmp", v, 1)):
+            cache.check_rows(name, x, (cache.batch_size, self._rows), which)
+        sequence = torch.arange(cache.batch_size, device=cache.device)[:, None]
+        cache.tail.write_there(k, v, sequence, self.positions, self._there())
         most = (self._rows - 1) // blocks.kernel_stride + 1
-        number = blocks.num_compressed(self._old)[:, None] + torch.arange(most, device=cache.device)
-        complete = number < blocks.num_compressed(self._lengths)[:, None]
+        number = blocks.num_compressed(cache.device_lengths.long())[:, None] + torch.arange(most, device=cache.device)
         starts = number * blocks.kernel_stride
         positions = starts[..., None] + torch.arange(blocks.kernel_size, device=cache.device)
-        k_raw, v_raw = cache.tail.read(self._sequence[..., None], positions)
+        k_raw, v_raw = (x.flatten(0, 2) for x in cache.tail.read(sequence[..., None], positions))
         layout = cache.layout_of_blocks(most)
-        k_cmp, v_cmp = compress(k_raw.flatten(0, 2), v_raw.flatten(0, 2), positions.flatten(), layout, starts.flatten())
-        k_cmp, v_cmp = (x.unflatten(0, number.shape) for x in (k_cmp, v_cmp))
-        cache.cmp.write_there(k_cmp, v_cmp, self._sequence, number, complete)
+        k_cmp, v_cmp = compress(k_raw, v_raw, positions.flatten(), layout, starts.flatten())
+        return CompletedBlocks(k_cmp.unflatten(0, number.shape), v_cmp.unflatten(0, number.shape))
+
+    def _there(self) -> Tensor:
+        """Which rows are tokens: bool [B, N]."""
+        return self._cache.places[: self._rows] < self.counts[:, None]
 
     def count(self, block_indices: Tensor) -> None:
         """Tell the cache's counters, if it has some, what was chosen: int32 [B, N, Hk, topk]."""
         if self._cache.counters is not None:
-            sequence = self._sequence.expand(-1, self._rows).flatten()
-            position = self.positions.where(self._there, -1).flatten()
+            sequence = torch.arange(self._cache.batch_size, device=self._cache.device)
+            sequence = sequence[:, None].expand(-1, self._rows).flatten()
+            position = self.positions.where(self._there(), -1).flatten()
             self._cache.counters.add(block_indices.flatten(0, 1), position, sequence, self._cache.config.blocks)
 
     def commit(self) -> None:
         """The new tokens count from now on, on the device; `NSACache.advance` tells the host."""
         self._cache.device_lengths.copy_(self._lengths)
         self._cache.expect_advance()
-
-    def _check(self, branch: str, k: Tensor, v: Tensor) -> None:
-        for which, x in enumerate((k, v)):
-            self._cache.check_rows(f"{'kv'[which]}_{branch}", x, (self._cache.batch_size, self._rows), which)

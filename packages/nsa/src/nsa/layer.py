@@ -9,10 +9,10 @@ from nsa import ops
 from nsa.attention import nsa_attention
 from nsa.autocasting import autocast_dtype
 from nsa.cache import NSACache
-from nsa.compression import make_compression
+from nsa.compression import make_compression, pool_of
 from nsa.config import NSAConfig
 from nsa.gates import GateMLP
-from nsa.rope import RotaryEmbedding
+from nsa.rope import make_rope
 
 
 class NSAAttention(nn.Module):
@@ -48,11 +48,7 @@ class NSAAttention(nn.Module):
         self.compress_k = make_compression(config, config.head_dim)
         self.compress_v = make_compression(config, config.value_dim)
         self.gates = GateMLP(config)
-        self.rope = (
-            None
-            if config.rope_theta is None
-            else RotaryEmbedding(config.head_dim, config.rope_theta, config.rope_interleaved, config.rope_scaling)
-        )
+        self.rope = make_rope(config)
 
     def forward(
         self,
@@ -119,15 +115,14 @@ class NSAAttention(nn.Module):
         step, batch = cache.decode(x.shape[1], counts), x.shape[:2]
 
         q, k_cmp, k_slc, k_win, v_cmp, v_slc, v_win, gates = self._project(x.flatten(0, 1))
-        q_cmp, q, k_slc, k_win = self._rotate_new(q, k_slc, k_win, step.positions.flatten())
+        q_cmp, q, k_cmp, k_slc, k_win = self._rotate_new(q, k_cmp, k_slc, k_win, step.positions.flatten())
         q, q_cmp, k_cmp, k_slc, k_win, v_cmp, v_slc, v_win, gates = (
             y.unflatten(0, batch) for y in (q, q_cmp, k_cmp, k_slc, k_win, v_cmp, v_slc, v_win, gates)
         )
-        step.write_slc(k_slc, v_slc)
-        step.write_win(k_win, v_win)
-        step.write_cmp(k_cmp, v_cmp, self._compress)
+        compress = pool_of(self.compress_k, self.compress_v) or self._compress
+        new = step.new_tokens((k_slc, v_slc), (k_win, v_win), (k_cmp, v_cmp), compress)
         out, block_indices = ops.decode_attention(
-            q, *step.cmp, *step.slc, *step.win, gates, step.counts, self.config.blocks, q_cmp=q_cmp
+            q, *step.cmp, *step.slc, *step.win, gates, step.counts, self.config.blocks, q_cmp=q_cmp, new=new
         )
         step.count(block_indices)
         step.commit()
@@ -138,12 +133,13 @@ class NSAAttention(nn.Module):
         q, k_cmp, k_slc, k_win, v_cmp, v_slc, v_win, gates = self._project(x)
         if cache is None:
             positions = layout.positions()
-            q_cmp, q, k_slc, k_win = self._rotate_new(q, k_slc, k_win, positions)
+            q_cmp, q, k_cmp, k_slc, k_win = self._rotate_new(q, k_cmp, k_slc, k_win, positions)
             k_cmp, v_cmp = self._compress(k_cmp, v_cmp, positions, layout, layout.compressed_starts(blocks))
             out = nsa_attention(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, layout, blocks, q_cmp=q_cmp)
         else:
             with cache.extend(layout.host.cu_seqlens_q.diff().tolist()) as step:
-                q_cmp, q, k_slc, k_win = self._rotate_new(q, k_slc, k_win, step.layout.positions())
+                positions = step.layout.positions()
+                q_cmp, q, k_cmp, k_slc, k_win = self._rotate_new(q, k_cmp, k_slc, k_win, positions)
                 step.write_slc(k_slc, v_slc)
                 step.write_win(k_win, v_win)
                 step.write_cmp(k_cmp, v_cmp, self._compress)
@@ -169,21 +165,22 @@ class NSAAttention(nn.Module):
         return x if self.rope is None else self.rope(x, positions)
 
     def _rotate_new(
-        self, q: Tensor, k_slc: Tensor, k_win: Tensor, positions: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(q_cmp, q, k_slc, k_win) at the new tokens' positions; q_cmp stays unrotated with rope_cmp="none"."""
-        rotated = self._rotate(q, positions)
-        q_cmp = q if self.config.rope_cmp == "none" else rotated
-        rotated_slc = self._rotate(k_slc, positions)
-        return q_cmp, rotated, rotated_slc, rotated_slc if k_win is k_slc else self._rotate(k_win, positions)
+        self, q: Tensor, k_cmp: Tensor, k_slc: Tensor, k_win: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(q_cmp, q, k_cmp, k_slc, k_win) at the new tokens' positions.
 
-    def _compress(
-        self, k: Tensor, v: Tensor, positions: Tensor, raw: VarlenLayout, starts: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Compress raw keys at `positions` and values; block i begins at position starts[i]."""
-        blocks = self.config.blocks
+        q_cmp stays unrotated with rope_cmp="none"; k_cmp is rotated with "before" alone.
+        """
+        rotated, rotated_slc = self._rotate(q, positions), self._rotate(k_slc, positions)
+        rotated_win = rotated_slc if k_win is k_slc else self._rotate(k_win, positions)
+        q_cmp = q if self.config.rope_cmp == "none" else rotated
         if self.config.rope_cmp == "before":
-            k = self._rotate(k, positions)
+            k_cmp = rotated_slc if k_cmp is k_slc else self._rotate(k_cmp, positions)
+        return q_cmp, rotated, k_cmp, rotated_slc, rotated_win
+
+    def _compress(self, k: Tensor, v: Tensor, _: Tensor, raw: VarlenLayout, starts: Tensor) -> tuple[Tensor, Tensor]:
+        """Compress the branch's rows k and v before compression; block i begins at position starts[i]."""
+        blocks = self.config.blocks
         k_cmp = self.compress_k(k, raw, blocks)
         if self.config.rope_cmp == "after":
             k_cmp = self._rotate(k_cmp, starts)

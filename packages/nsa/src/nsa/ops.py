@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from nsa_routing import Problem, dispatch
-from nsa_varlen import BlockGeometry, PagedKV, VarlenLayout
+from nsa_varlen import BlockGeometry, NewTokens, PagedKV, VarlenLayout
 from nsa_varlen.arguments import (
     KV,
     check_attention,
@@ -228,6 +228,7 @@ def decode_attention(
     *,
     q_cmp: Tensor | None = None,
     scale: float | None = None,
+    new: NewTokens | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """All of Eq. 5 to 12 for the newest tokens of paged sequences, at lengths that only the device knows.
@@ -240,12 +241,14 @@ def decode_attention(
 
     Args:
         q: [B, N, Hq, Dk]. Of sequence b the first counts[b] rows are its last tokens, in order; others are padding.
-        k_cmp, v_cmp, k_slc, v_slc, k_win, v_win: pages, in which the new tokens are already, with as many rows as
-            the sequences have tokens (blocks completed: cmp).
+        k_cmp, v_cmp, k_slc, v_slc, k_win, v_win: pages, with as many rows as the sequences have tokens (blocks
+            completed: cmp). The new tokens are in them already, unless they are `new`.
         gates: [B, N, Hq, 3] in the order cmp, slc, win.
         counts: int32 [B], 0 to N.
         q_cmp: queries of the compressed branch and of the scores where they differ from q; None is q.
         scale: of the logits; None is 1/sqrt(Dk).
+        new: rows of the new tokens, in the pages' dtype, which are stored first with the blocks that they complete. The
+            lengths of k_cmp and v_cmp are written then, not read.
 
     Returns:
         (out [B, N, Hq, Dv], block_indices int32 [B, N, Hk, topk]): 0 and -1 for padding.
@@ -260,8 +263,8 @@ def decode_attention(
     """
     q, q_cmp = autocast(q, q_cmp)
     pages = (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)
-    check_decode(q, q if q_cmp is None else q_cmp, pages[:2], pages[2:4], pages[4:], gates, counts, blocks)
-    given = [x for x in (q, q_cmp, gates) if x is not None]
+    check_decode(q, q if q_cmp is None else q_cmp, pages[:2], pages[2:4], pages[4:], gates, counts, blocks, new)
+    given = [x for x in (q, q_cmp, gates, *(() if new is None else new.tensors())) if x is not None]
     problem = Problem(
         "decode_attention",
         q.device.type,
@@ -278,7 +281,7 @@ def decode_attention(
         max_seqlen_k=k_slc.block_table.shape[1] * k_slc.page_size,
     )
     run = dispatch("decode_attention", problem, backend=backend)
-    return run(q, *pages, gates, counts, blocks, q_cmp=q_cmp, scale=scale)
+    return run(q, *pages, gates, counts, blocks, q_cmp=q_cmp, scale=scale, new=new)
 
 
 def _problem(

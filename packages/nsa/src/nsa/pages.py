@@ -62,11 +62,9 @@ class PagePool:
             raise TypeError(f"dtype: expected None or one of {[str(x) for x in FLOATS]}, got {dtype}")
         self.page_size = page_size
         make = outside_inference(torch.empty)
-        # One page more, which nobody gets: rows of padding are written there, where a graph cannot leave them out.
-        self._storage = tuple(
-            make(num_pages + 1, page_size, num_heads, dim, device=device, dtype=dtype) for dim in dims
+        self.k_pages, self.v_pages = (
+            make(num_pages, page_size, num_heads, dim, device=device, dtype=dtype) for dim in dims
         )
-        self.k_pages, self.v_pages = (x[:num_pages] for x in self._storage)
         self._holders = [0] * num_pages
         self._free = list(range(num_pages - 1, -1, -1))
 
@@ -126,11 +124,9 @@ class PagePool:
         return self._holders[page]
 
     def write(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
-        """Store rows k [T, H, Dk], v [T, H, Dv] as rows `slots` int64 [T] of all pages; nobody finds negative ones."""
-        beyond = self.num_pages * self.page_size
-        slots = slots.where(slots >= 0, beyond)
-        for stored, x in zip(self._storage, (k, v), strict=True):
-            stored.flatten(0, 1)[slots] = x
+        """Store rows k [T, H, Dk], v [T, H, Dv] as rows `slots` int64 [T] of all pages."""
+        for pages, x in ((self.k_pages, k), (self.v_pages, v)):
+            pages.flatten(0, 1)[slots] = x
 
     def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
         """Copy whole pages, keys and values."""
@@ -267,11 +263,6 @@ class PagedStream:
     def write(self, k: Tensor, v: Tensor, sequence: Tensor, position: Tensor) -> None:
         """Store packed rows k [T, H, Dk], v [T, H, Dv] at (sequence, position), int64 [T] each."""
         self.pool.write(k, v, page_slots(self.block_table, self.page_size, sequence, position))
-
-    def write_there(self, k: Tensor, v: Tensor, sequence: Tensor, position: Tensor, there: Tensor) -> None:
-        """`write` of k [B, N, H, Dk], v [B, N, H, Dv] where `there` [B, N] is True: no shape depends on how often."""
-        slots = page_slots(self.block_table, self.page_size, sequence, position.where(there, 0))
-        self.pool.write(k.flatten(0, 1), v.flatten(0, 1), slots.where(there, -1).flatten())
 
     def views(self, lengths: Tensor) -> tuple[PagedKV, PagedKV]:
         """Keys and values as the operations take them; `lengths` int32 [B] rows per sequence."""

@@ -2,12 +2,18 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
+from nsa_varlen.keeping import outside_inference
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from nsa.config import NSAConfig
+
 SCALINGS = ("default", "linear", "llama3", "yarn")
+_tables: WeakValueDictionary[tuple[Any, ...], Tensor] = WeakValueDictionary()  # kept alive by those who use them
 
 
 class RotaryEmbedding(nn.Module):
@@ -53,19 +59,47 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate x [T, H, D] by integer `positions` [T]: the same shape and dtype."""
-        angle = positions.double()[:, None, None] * self.frequency.double()
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        cos, sin = ((f * self.attention_factor).to(wide) for f in (angle.cos(), angle.sin()))
+        cos, sin = self.turns(positions[:, None], x.dtype)
         first, second = (x[..., 0::2], x[..., 1::2]) if self.interleaved else x.chunk(2, dim=-1)
         rotated = (first * cos - second * sin, second * cos + first * sin)
         out = torch.stack(rotated, -1).flatten(-2) if self.interleaved else torch.cat(rotated, -1)
         return out.to(x.dtype)
+
+    def turns(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(cosines, sines) at integer `positions` [...] by which rows of `dtype` are rotated: [..., D / 2].
+
+        fp64 for fp64, fp32 for all others.
+        """
+        angle = positions.double()[..., None] * self.frequency.to(positions.device, torch.float64)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        cos, sin = ((f * self.attention_factor).to(wide) for f in (angle.cos(), angle.sin()))
+        return cos, sin
+
+    @outside_inference
+    def table(self, count: int, stride: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """`turns` at positions 0, stride, ..., (count - 1) * stride: [2, count, D / 2].
+
+        Made once, as long as somebody holds it: the caches of all layers have the same.
+        """
+        key = self._exact, self.attention_factor, count, stride, device, dtype
+        known = _tables.get(key)
+        if known is None:
+            positions = torch.arange(count, device=device) * stride
+            _tables[key] = known = torch.stack(self.turns(positions, dtype))
+        return known
 
     def _apply(self, fn: Any, recurse: bool = True) -> "RotaryEmbedding":
         # `.half()` converts and `.to_empty()` drops what it finds; frequencies stay exact and only follow the device.
         super()._apply(fn, recurse)
         self.frequency = torch.tensor(self._exact, dtype=torch.float64, device=self.frequency.device)
         return self
+
+
+def make_rope(config: "NSAConfig") -> RotaryEmbedding | None:
+    """The rotation that a configuration asks for."""
+    if config.rope_theta is None:
+        return None
+    return RotaryEmbedding(config.head_dim, config.rope_theta, config.rope_interleaved, config.rope_scaling)
 
 
 def scale_frequency(frequency: Tensor, theta: float, mapping: Mapping[str, Any]) -> tuple[Tensor, float]:

@@ -18,7 +18,9 @@ from nsa_varlen.arguments import (
 )
 from nsa_varlen.geometry import BlockGeometry
 from nsa_varlen.layout import VarlenLayout
+from nsa_varlen.new_tokens import NewTokens
 from nsa_varlen.paged import PagedKV
+from nsa_varlen.sdpa._append import append
 from nsa_varlen.sdpa._decode import decode
 from nsa_varlen.sdpa._interval import Interval, interval_attention
 from nsa_varlen.sdpa._selected import selected
@@ -167,13 +169,17 @@ class SdpaBackend:
         *,
         q_cmp: Tensor | None = None,
         scale: float | None = None,
+        new: NewTokens | None = None,
     ) -> tuple[Tensor, Tensor]:
         """All branches for the newest tokens of paged sequences: (out, block_indices). Reads nothing from a GPU."""
         q_cmp = q if q_cmp is None else q_cmp
-        check_decode(q, q_cmp, (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win), gates, counts, blocks)
+        cmp, slc, win = (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win)
+        check_decode(q, q_cmp, cmp, slc, win, gates, counts, blocks, new)
         scale = scale_or_default(scale, q.shape[-1])
         with torch.no_grad():
-            return decode(q, q_cmp, (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win), gates, counts, blocks, scale)
+            if new is not None:
+                append(new, cmp, slc, win, counts, blocks)
+            return decode(q, q_cmp, cmp, slc, win, gates, counts, blocks, scale)
 
 
 BACKEND = SdpaBackend()
