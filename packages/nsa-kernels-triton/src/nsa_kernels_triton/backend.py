@@ -199,7 +199,7 @@ class TritonBackend:
         """
         q_cmp = q if q_cmp is None else q_cmp
         streams = (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win)
-        check_decode(q, q_cmp, *streams, gates, counts, blocks)
+        check_decode(q, q_cmp, *streams, gates, counts, blocks, new)
         _check_decode_contract(q, streams, blocks)
         return decode.decode_attention(q, q_cmp, *streams, gates, counts, blocks, _scale(scale, q), new)
 
