@@ -15,7 +15,7 @@ from nsa_kernels_triton.kernels.decode_choosing import (
     store_forced,
     summed_scores,
 )
-from nsa_kernels_triton.kernels.decode_rows import row_of
+from nsa_kernels_triton.kernels.decode_rows import ONCE, row_of
 from nsa_kernels_triton.kernels.decode_window import attend_to_window
 from nsa_kernels_triton.kernels.interval import num_compressed
 from nsa_kernels_triton.kernels.pieces import load_piece, store_piece
@@ -66,8 +66,8 @@ def add_values_and_choose(
             loaded = (block < total) & (page >= 0) & mine
             page = tl.load(TABLE + tl.minimum(tile + 1, most_tiles - 1) * KEYS // PAGE)
             v_rows = V_CMP + (slot * HEADS + head) * DV
-            v0 = load_piece(v_rows, loaded, 0, V0, DV)
-            v1 = load_piece(v_rows, loaded, V0, V1, DV)
+            v0 = load_piece(v_rows, loaded, 0, V0, DV, ONCE)
+            v1 = load_piece(v_rows, loaded, V0, V1, DV, ONCE)
             seen = there[:, None] & (block < total)[None, :]
             s = tl.load(line[:, None] + block[None, :], mask=seen, other=float("-inf"))
             p = tl.exp2(s - lse[:, None])
@@ -114,8 +114,8 @@ def add_values(
         loaded = (block < total) & (page >= 0)
         page = tl.load(TABLE + tl.minimum(tile + VALUE_SPLITS, most_tiles - 1) * KEYS // PAGE)
         v_rows = V_CMP + (slot * HEADS + head) * DV
-        v0 = load_piece(v_rows, loaded, 0, V0, DV)
-        v1 = load_piece(v_rows, loaded, V0, V1, DV)
+        v0 = load_piece(v_rows, loaded, 0, V0, DV, ONCE)
+        v1 = load_piece(v_rows, loaded, V0, V1, DV, ONCE)
         seen = there[:, None] & (block < total)[None, :]
         s = tl.load(line[:, None] + block[None, :], mask=seen, other=float("-inf"))
         p = tl.exp2(s - lse[:, None]).to(v0.dtype)
@@ -237,7 +237,7 @@ def decode_choice_kernel(
                 *(total, width, N, HEADS, GROUP, CMP_PAGE, DV, V0, V1, ROWS, CMP_KEYS, SPLITS, VALUE_SPLITS),
                 *(SIZE, M_AT, L_AT, O_AT, LOGITS_AT),
             )
-    else:
+    elif WINDOW_SPLITS > 0:
         pid = pid - (choosing + adding)
         sequence = pid // (ROW_TILES * WINDOW_SPLITS)
         here = SCRATCH + (sequence * HEADS + head).to(tl.int64) * region

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from nsa_kernels_triton.kernels.decode_choosing import current_block, store_forced
-from nsa_kernels_triton.kernels.decode_rows import query_rows
+from nsa_kernels_triton.kernels.decode_rows import ONCE, query_rows
 from nsa_kernels_triton.kernels.decode_merging import gated, merged, store_out
 from nsa_kernels_triton.kernels.pieces import load_piece, logits, store_piece
 from nsa_kernels_triton.kernels.softmax import empty, update
@@ -152,12 +152,12 @@ def decode_selected_kernel(
             v_row = v_page.to(tl.int64) * PAGE + (block % PER_PAGE) * BLOCK_SIZE + within
         k_rows = K_SLC + (row * HEADS + head) * DK
         loaded = seen & (page >= 0)
-        s = logits(q0, q1, load_piece(k_rows, loaded, 0, K0, DK), load_piece(k_rows, loaded, K0, K1, DK))
+        s = logits(q0, q1, load_piece(k_rows, loaded, 0, K0, DK, ONCE), load_piece(k_rows, loaded, K0, K1, DK, ONCE))
         s = tl.where(seen[None, :], s, float("-inf"))
         v_rows = V_SLC + (v_row * HEADS + head) * DV
         v_loaded = seen & (v_page >= 0)
-        v0 = load_piece(v_rows, v_loaded, 0, V0, DV)
-        v1 = load_piece(v_rows, v_loaded, V0, V1, DV)
+        v0 = load_piece(v_rows, v_loaded, 0, V0, DV, ONCE)
+        v1 = load_piece(v_rows, v_loaded, V0, V1, DV, ONCE)
         m, norm, acc0, acc1 = update(s, scale, m, norm, acc0, acc1, v0, v1)
 
     if COUNT > 0:

@@ -136,13 +136,15 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
     if competing <= chunk:
         chunk = max(16, power_of_two(competing))
     chunks = ceil(competing / chunk)
-    alone = cmp_splits == 1 and chunks == 1 and row_tiles == 1 and bool(choice["alone"])
+    values_first = cmp_splits == 1 and bool(compressed["values"])
+    alone = values_first and chunks == 1 and row_tiles == 1 and bool(choice["alone"])
+    window_first = alone or bool(compressed["window"])
     enough = pairs * chunks >= choice["together"] * of.processors
-    together = cmp_splits > 1 and of.tokens == 1 and enough and chunk * beta % cmp_keys == 0
+    together = not values_first and of.tokens == 1 and enough and chunk * beta % cmp_keys == 0
     value_splits = 0
     if together:
         value_splits = splits(choice["value_programs"], chunks, chunks)
-    elif cmp_splits > 1:
+    elif not values_first:
         value_splits = splits(choice["value_programs"], choice["value_splits"], width // cmp_keys)
     out_splits = value_splits or cmp_splits
 
@@ -182,7 +184,7 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
     listing = {"CHUNK": chunk, "SLOTS": slots, "HEADS_AT_ONCE": min(choice["heads"], power_of_two(of.group_size))}
     beside = pairs * row_tiles * win_splits
     first = Step(
-        (pairs * row_tiles * cmp_splits + (beside if alone else 0),),
+        (pairs * row_tiles * cmp_splits + (beside if window_first else 0),),
         heads
         | pooling
         | dims
@@ -190,14 +192,14 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
         | chosen
         | listing
         | at(*own, *window)
-        | {"WIN_KEYS": win_keys, "WINDOW_SPLITS": win_splits if alone else 0, "CHOOSE": alone}
+        | {"WIN_KEYS": win_keys, "WINDOW_SPLITS": win_splits if window_first else 0, "CHOOSE": alone}
         | {"CMP_PAGE": of.cmp_page, "SLC_PAGE": of.slc_page, "WIN_PAGE": of.win_page}
         | {"KEYS": cmp_keys, "SPLITS": cmp_splits, "VALUES": not value_splits, "LOGITS_AT": logits_at}
         | {"K_WIDTH": max(16, power_of_two(of.head_dim)), "V_WIDTH": max(16, power_of_two(dv))}
         | compressed.options,
     )
     second = Step(
-        (beside + pairs * (row_tiles * value_splits + (0 if together else of.tokens * chunks)),),
+        ((0 if window_first else beside) + pairs * (row_tiles * value_splits + (0 if together else of.tokens * chunks)),),
         heads
         | pooling
         | dims
@@ -207,7 +209,7 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
         | at(*own, *window)
         | {"CHUNKS": chunks, "CMP_PAGE": of.cmp_page, "SLC_PAGE": of.slc_page, "WIN_PAGE": of.win_page}
         | {"CMP_KEYS": cmp_keys, "WIN_KEYS": win_keys, "SPLITS": cmp_splits, "VALUE_SPLITS": value_splits}
-        | {"WINDOW_SPLITS": win_splits, "TOGETHER": together, "SUMS_AT": sums_at, "LOGITS_AT": logits_at}
+        | {"WINDOW_SPLITS": 0 if window_first else win_splits, "TOGETHER": together, "SUMS_AT": sums_at, "LOGITS_AT": logits_at}
         | {"CANDIDATES_AT": first_candidates if chunks > 1 else 0}
         | choice.options,
     )
