@@ -5,6 +5,7 @@ Kinds of programs share a grid, so that those that wait (the choice) run beside 
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nsa_kernels_triton.kernels.decode_choosing import (
     choose,
@@ -15,7 +16,7 @@ from nsa_kernels_triton.kernels.decode_choosing import (
     store_forced,
     summed_scores,
 )
-from nsa_kernels_triton.kernels.decode_rows import ONCE, row_of
+from nsa_kernels_triton.kernels.decode_rows import row_of
 from nsa_kernels_triton.kernels.decode_window import attend_to_window
 from nsa_kernels_triton.kernels.interval import num_compressed
 from nsa_kernels_triton.kernels.pieces import load_piece, store_piece
@@ -66,8 +67,8 @@ def add_values_and_choose(
             loaded = (block < total) & (page >= 0) & mine
             page = tl.load(TABLE + tl.minimum(tile + 1, most_tiles - 1) * KEYS // PAGE)
             v_rows = V_CMP + (slot * HEADS + head) * DV
-            v0 = load_piece(v_rows, loaded, 0, V0, DV, ONCE)
-            v1 = load_piece(v_rows, loaded, V0, V1, DV, ONCE)
+            v0 = load_piece(v_rows, loaded, 0, V0, DV)
+            v1 = load_piece(v_rows, loaded, V0, V1, DV)
             seen = there[:, None] & (block < total)[None, :]
             s = tl.load(line[:, None] + block[None, :], mask=seen, other=float("-inf"))
             p = tl.exp2(s - lse[:, None])
@@ -114,8 +115,8 @@ def add_values(
         loaded = (block < total) & (page >= 0)
         page = tl.load(TABLE + tl.minimum(tile + VALUE_SPLITS, most_tiles - 1) * KEYS // PAGE)
         v_rows = V_CMP + (slot * HEADS + head) * DV
-        v0 = load_piece(v_rows, loaded, 0, V0, DV, ONCE)
-        v1 = load_piece(v_rows, loaded, V0, V1, DV, ONCE)
+        v0 = load_piece(v_rows, loaded, 0, V0, DV)
+        v1 = load_piece(v_rows, loaded, V0, V1, DV)
         seen = there[:, None] & (block < total)[None, :]
         s = tl.load(line[:, None] + block[None, :], mask=seen, other=float("-inf"))
         p = tl.exp2(s - lse[:, None]).to(v0.dtype)
@@ -190,6 +191,7 @@ def decode_choice_kernel(
     SUMS_AT: tl.constexpr,
     CANDIDATES_AT: tl.constexpr,
     LOGITS_AT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Grid (B * HEADS * (ROW_TILES * (VALUE_SPLITS + WINDOW_SPLITS) + choosing)).
 
@@ -198,6 +200,9 @@ def decode_choice_kernel(
 
     Limited by the bytes of v_cmp and the window where many programs run, by the choice's latency where few do.
     """
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     pid = tl.program_id(0)
     head = pid % HEADS
     pid = pid // HEADS

@@ -5,10 +5,11 @@ Where nothing is split, its programs choose the blocks too, and others attend to
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from nsa_kernels_triton.kernels.appending import emit_completed, emit_pooled, load_heads, load_slot, store_heads
 from nsa_kernels_triton.kernels.decode_choosing import choose
-from nsa_kernels_triton.kernels.decode_rows import ONCE, query_rows, row_of, store_part
+from nsa_kernels_triton.kernels.decode_rows import query_rows, row_of, store_part
 from nsa_kernels_triton.kernels.decode_window import attend_to_window
 from nsa_kernels_triton.kernels.interval import num_compressed
 from nsa_kernels_triton.kernels.pieces import load_piece, logits
@@ -103,6 +104,7 @@ def decode_compressed_kernel(
     WIN_L_AT: tl.constexpr,
     WIN_O_AT: tl.constexpr,
     LOGITS_AT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Grid (B * HEADS * ROW_TILES * (SPLITS + WINDOW_SPLITS) + B * N if there are new rows to append).
 
@@ -114,6 +116,8 @@ def decode_compressed_kernel(
     so the first page's number is loaded beside the length, later ones a tile ahead, and new rows are stored by programs
     of their own.
     """
+    if EARLY:
+        gdc_launch_dependents()
     pid = tl.program_id(0)
     head = pid % HEADS
     pid = pid // HEADS
@@ -192,13 +196,13 @@ def decode_compressed_kernel(
                 v_loaded = loaded
             page = tl.load(table + tl.minimum(tile + SPLITS, most_tiles - 1) * KEYS // CMP_PAGE)
             k_rows = K_CMP + (slot * HEADS + head) * DK
-            s = logits(q0, q1, load_piece(k_rows, loaded, 0, K0, DK, ONCE), load_piece(k_rows, loaded, K0, K1, DK, ONCE)) * scale
+            s = logits(q0, q1, load_piece(k_rows, loaded, 0, K0, DK), load_piece(k_rows, loaded, K0, K1, DK)) * scale
             s = tl.where(block[None, :] < visible[:, None], s, float("-inf"))
             tl.store(line[:, None] + block[None, :], s, mask=there[:, None])
             if VALUES:
                 v_rows = V_CMP + (v_slot * HEADS + head) * DV
-                v0 = load_piece(v_rows, v_loaded, 0, V0, DV, ONCE)
-                v1 = load_piece(v_rows, v_loaded, V0, V1, DV, ONCE)
+                v0 = load_piece(v_rows, v_loaded, 0, V0, DV)
+                v1 = load_piece(v_rows, v_loaded, V0, V1, DV)
                 m, norm, acc0, acc1 = update(s, 1.0, m, norm, acc0, acc1, v0, v1)
             else:
                 top = tl.maximum(m, tl.max(s, 1))

@@ -18,8 +18,6 @@ import triton
 import triton.language as tl
 
 from nsa_kernels_triton.kernels.pieces import store_piece
-import os
-ONCE = tl.constexpr(os.environ.get("XEVICT", ""))
 
 
 @triton.jit

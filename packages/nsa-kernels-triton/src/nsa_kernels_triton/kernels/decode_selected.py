@@ -5,9 +5,10 @@ Where no branch is split there is nothing to merge: this kernel also writes the 
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nsa_kernels_triton.kernels.decode_choosing import current_block, store_forced
-from nsa_kernels_triton.kernels.decode_rows import ONCE, query_rows
+from nsa_kernels_triton.kernels.decode_rows import query_rows
 from nsa_kernels_triton.kernels.decode_merging import gated, merged, store_out
 from nsa_kernels_triton.kernels.pieces import load_piece, logits, store_piece
 from nsa_kernels_triton.kernels.softmax import empty, update
@@ -80,6 +81,7 @@ def decode_selected_kernel(
     SLC_L_AT: tl.constexpr,
     SLC_O_AT: tl.constexpr,
     CANDIDATES_AT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One token's heads of one kv head, PART of its TOPK blocks. Grid (B * N * SPLITS * HEADS).
 
@@ -87,6 +89,9 @@ def decode_selected_kernel(
 
     Limited by the bytes of the blocks, or the latency from candidates to numbers of blocks, pages and rows.
     """
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     pid = tl.program_id(0)
     head = pid % HEADS
     split = pid // HEADS % SPLITS
@@ -152,12 +157,12 @@ def decode_selected_kernel(
             v_row = v_page.to(tl.int64) * PAGE + (block % PER_PAGE) * BLOCK_SIZE + within
         k_rows = K_SLC + (row * HEADS + head) * DK
         loaded = seen & (page >= 0)
-        s = logits(q0, q1, load_piece(k_rows, loaded, 0, K0, DK, ONCE), load_piece(k_rows, loaded, K0, K1, DK, ONCE))
+        s = logits(q0, q1, load_piece(k_rows, loaded, 0, K0, DK), load_piece(k_rows, loaded, K0, K1, DK))
         s = tl.where(seen[None, :], s, float("-inf"))
         v_rows = V_SLC + (v_row * HEADS + head) * DV
         v_loaded = seen & (v_page >= 0)
-        v0 = load_piece(v_rows, v_loaded, 0, V0, DV, ONCE)
-        v1 = load_piece(v_rows, v_loaded, V0, V1, DV, ONCE)
+        v0 = load_piece(v_rows, v_loaded, 0, V0, DV)
+        v1 = load_piece(v_rows, v_loaded, V0, V1, DV)
         m, norm, acc0, acc1 = update(s, scale, m, norm, acc0, acc1, v0, v1)
 
     if COUNT > 0:

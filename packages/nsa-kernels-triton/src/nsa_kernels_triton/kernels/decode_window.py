@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from nsa_kernels_triton.kernels.decode_rows import ONCE, query_rows, row_of, store_part
+from nsa_kernels_triton.kernels.decode_rows import query_rows, row_of, store_part
 from nsa_kernels_triton.kernels.pieces import load_piece, logits
 from nsa_kernels_triton.kernels.softmax import empty, update
 
@@ -55,14 +55,14 @@ def attend_to_window(
             v_loaded = (at >= earliest) & (at < stored) & (v_page >= 0)
         page = tl.load(TABLE + tl.minimum((tile + 1) * KEYS // PAGE, last))
         k_rows = K_WIN + (slot * HEADS + head) * DK
-        s = logits(q0, q1, load_piece(k_rows, loaded, 0, K0, DK, ONCE), load_piece(k_rows, loaded, K0, K1, DK, ONCE))
+        s = logits(q0, q1, load_piece(k_rows, loaded, 0, K0, DK), load_piece(k_rows, loaded, K0, K1, DK))
         seen = (at[None, :] <= position[:, None]) & (at[None, :] > position[:, None] - window_size)
         if FRESH:
             seen &= at[None, :] < stored
         s = tl.where(seen, s, float("-inf"))
         v_rows = V_WIN + (v_slot * HEADS + head) * DV
-        v0 = load_piece(v_rows, v_loaded, 0, V0, DV, ONCE)
-        v1 = load_piece(v_rows, v_loaded, V0, V1, DV, ONCE)
+        v0 = load_piece(v_rows, v_loaded, 0, V0, DV)
+        v1 = load_piece(v_rows, v_loaded, V0, V1, DV)
         m, norm, acc0, acc1 = update(s, scale, m, norm, acc0, acc1, v0, v1)
     if FRESH:
         if split == WINDOW_SPLITS - 1:
@@ -70,13 +70,13 @@ def attend_to_window(
             number = tl.arange(0, FEW)
             loaded = number < count
             k_rows = NEW_K + number * k_new_row
-            s = logits(q0, q1, load_piece(k_rows, loaded, 0, K0, DK, ONCE), load_piece(k_rows, loaded, K0, K1, DK, ONCE))
+            s = logits(q0, q1, load_piece(k_rows, loaded, 0, K0, DK), load_piece(k_rows, loaded, K0, K1, DK))
             at = before + number
             seen = (at[None, :] <= position[:, None]) & (at[None, :] > position[:, None] - window_size)
             s = tl.where(seen & loaded[None, :], s, float("-inf"))
             v_rows = NEW_V + number * v_new_row
-            v0 = load_piece(v_rows, loaded, 0, V0, DV, ONCE)
-            v1 = load_piece(v_rows, loaded, V0, V1, DV, ONCE)
+            v0 = load_piece(v_rows, loaded, 0, V0, DV)
+            v1 = load_piece(v_rows, loaded, V0, V1, DV)
             m, norm, acc0, acc1 = update(s, scale, m, norm, acc0, acc1, v0, v1)
     store_part(HERE + M_AT + split * SIZE, HERE + L_AT + split * SIZE, HERE + O_AT + split * SIZE * DV,
                row, m, norm, acc0, acc1, DV, V0, V1)  # fmt: skip

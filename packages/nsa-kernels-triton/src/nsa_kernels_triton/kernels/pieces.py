@@ -7,9 +7,7 @@ PLAIN = tl.constexpr("")
 
 
 @triton.jit
-def load_piece(
-    ROWS, there, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, EVICT: tl.constexpr = PLAIN
-):
+def load_piece(ROWS, there, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
     """Columns [START, START + WIDTH) of rows at the pointers ROWS [n]: zeros beyond DIM and where not `there` [n].
 
     `there` None says that every row is there. A WIDTH of 0 gives None.
@@ -20,13 +18,13 @@ def load_piece(
         pointers = ROWS[:, None] + column[None, :]
         if START + WIDTH > DIM:
             if there is None:
-                values = tl.load(pointers, mask=(column < DIM)[None, :], other=0.0, eviction_policy=EVICT)
+                values = tl.load(pointers, mask=(column < DIM)[None, :], other=0.0)
             else:
-                values = tl.load(pointers, mask=there[:, None] & (column < DIM)[None, :], other=0.0, eviction_policy=EVICT)
+                values = tl.load(pointers, mask=there[:, None] & (column < DIM)[None, :], other=0.0)
         elif there is None:
-            values = tl.load(pointers, eviction_policy=EVICT)
+            values = tl.load(pointers)
         else:
-            values = tl.load(pointers, mask=there[:, None], other=0.0, eviction_policy=EVICT)
+            values = tl.load(pointers, mask=there[:, None], other=0.0)
     return values
 
 
