@@ -219,13 +219,13 @@ def decode_compressed_kernel(
     elif APPEND != "":
         pid = tl.program_id(0) - HEADS * attending
         sequence = pid // N
-        token = pid % N
+        place = pid % N
         length = tl.load(LENGTHS + sequence)
         count = tl.load(COUNTS + sequence)
-        if token == 0:
+        if place == 0:
             tl.store(CMP_LENGTHS + sequence, num_compressed(length - 1, KERNEL_SIZE, KERNEL_STRIDE))
-        if token < count:
-            position = length - count + token
+        if place < count:
+            position = length - count + place
             number = pid.to(tl.int64)
             # All loads before all stores, which nobody knows not to be to the same memory.
             k_slc = load_heads(NEW_K_SLC + number * k_slc_row, HEADS, DK, K_WIDTH)

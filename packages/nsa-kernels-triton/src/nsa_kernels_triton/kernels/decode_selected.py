@@ -8,8 +8,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nsa_kernels_triton.kernels.decode_choosing import store_forced
-from nsa_kernels_triton.kernels.decode_rows import query_rows, store_some
 from nsa_kernels_triton.kernels.decode_merging import gated, merged, store_out
+from nsa_kernels_triton.kernels.decode_rows import query_rows, store_some
 from nsa_kernels_triton.kernels.decode_window import attend_to_window
 from nsa_kernels_triton.kernels.pieces import load_piece, logits
 from nsa_kernels_triton.kernels.softmax import empty, mean, update
@@ -133,14 +133,18 @@ def decode_selected_kernel(
     last = tl.maximum(position, 0) // WIN_PAGE
     m, norm, acc0, acc1 = empty(ROWS, V0, V1)
     m, norm, acc0, acc1 = attend_to_window(
-        *(q0, q1, K_WIN, V_WIN, win_pages, v_win_pages, begin, early_stop, earliest, position, last, head, scale),
+        q0,
+        q1,  # None within a tuple is more than Triton 3.6 takes
+        *(K_WIN, V_WIN, win_pages, v_win_pages, begin, early_stop, earliest, position, last, head, scale),
         *(m, norm, acc0, acc1, HEADS, WIN_PAGE, DK, K0, K1, DV, V0, V1, WIN_KEYS, WIN_SAME),
     )
     if EARLY:
         gdc_wait()
         if early_stop < stop:
             m, norm, acc0, acc1 = attend_to_window(
-                *(q0, q1, K_WIN, V_WIN, win_pages, v_win_pages, early_stop, stop, earliest, position, last, head, scale),
+                q0,
+        q1,  # None within a tuple is more than Triton 3.6 takes
+        *(K_WIN, V_WIN, win_pages, v_win_pages, early_stop, stop, earliest, position, last, head, scale),
                 *(m, norm, acc0, acc1, HEADS, WIN_PAGE, DK, K0, K1, DV, V0, V1, WIN_KEYS, WIN_SAME),
             )
     member_row = token * GROUP + tl.where(there, member, 0)

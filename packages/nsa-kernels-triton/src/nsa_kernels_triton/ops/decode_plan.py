@@ -1,12 +1,9 @@
 """How a decode step is cut into programs, and where its scratch memory holds what: from sizes alone."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 from typing import Any
-
-import torch
 
 from nsa_kernels_triton.configurations import Launch, choose
 from nsa_kernels_triton.tiles import pieces, power_of_two
