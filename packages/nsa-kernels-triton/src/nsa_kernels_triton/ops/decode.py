@@ -79,6 +79,7 @@ def _launch(
     (cmp_table, v_cmp_table), (slc_table, v_slc_table), (win_table, v_win_table) = tables
     lengths, cmp_lengths = slc[0].lengths, cmp[0].lengths
     rows = _new_rows(new)
+    spaces = _new_sizes(new, rows)
     scale *= LOG2_E
     appended = "" if new is None else "pooled" if isinstance(new.cmp, PooledTokens) else "completed"
     appending = sizes.batch_size * sizes.tokens if new is not None else 0
@@ -88,7 +89,7 @@ def _launch(
         *rows,
         *(sizes.batch_size, scale),
         *(plan.region, plan.width, cmp_table.shape[1], slc_table.shape[1], win_table.shape[1]),
-        *_new_sizes(new, rows),
+        *spaces,
         APPEND=appended,
         INTERLEAVED=isinstance(new and new.cmp, PooledTokens) and new.cmp.interleaved,
         **plan.compressed.constants,
@@ -103,8 +104,9 @@ def _launch(
         decode_levels_kernel[level.grid](scratch, plan.region, **level.constants)
     decode_selected_kernel[plan.selected.grid](
         *(q, scratch, lengths, counts, k_slc, v_slc, slc_table, v_slc_table),
-        *(k_win, v_win, win_table, v_win_table, indices, gates, out),
-        *(scale, window_size, plan.region, slc_table.shape[1], win_table.shape[1]),
+        *(k_win, v_win, win_table, v_win_table, *rows[4:6], indices, gates, out),
+        *(scale, window_size, plan.region, slc_table.shape[1], win_table.shape[1], *spaces[6:8]),
+        FRESH=new is not None and plan.early,
         **plan.selected.constants,
     )
     if plan.merge is not None:

@@ -65,6 +65,7 @@ class DecodePlan:
         merge: None where selected merges.
         region: numbers of scratch memory for each sequence and kv head.
         width: of them, logits of one query row.
+        early: whether kernels begin while those before them end.
     """
 
     compressed: Step
@@ -74,6 +75,7 @@ class DecodePlan:
     merge: Step | None
     region: int
     width: int
+    early: bool
 
 
 class _Regions:
@@ -234,7 +236,7 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
         | early
         | merging.options,
     )
-    return DecodePlan(first, None if alone else second, tuple(levels), third, last if merging_apart else None, take.end, width)
+    return DecodePlan(first, None if alone else second, tuple(levels), third, last if merging_apart else None, take.end, width, bool(compressed["early"]))
 
 
 def _tile(most: int, whole: int) -> int:
