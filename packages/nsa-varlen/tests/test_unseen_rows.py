@@ -35,8 +35,7 @@ PIECES: dict[str, list[tuple[Any, str, int]]] = {
 
 
 @pytest.fixture(
-    params=[("sdpa", pieces) for pieces in PIECES]
-    + [(name, "as-it-comes") for name in BACKENDS if name != "sdpa"],
+    params=[("sdpa", pieces) for pieces in PIECES] + [(name, "as-it-comes") for name in BACKENDS if name != "sdpa"],
     ids="-".join,
 )
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
