@@ -275,7 +275,7 @@ def decode_step(case: Case, batch_size: int, tokens: int, room: int, kind: str) 
     elif kind:
         tails = [zeros(batch_size, blocks.kernel_size - 1 + 8, heads, dim) for dim in (case.head_dim, dv)]
         weights = [zeros(heads, blocks.kernel_size)] * 2 if kind == "weights" else [None, None]
-        rotation = torch.zeros(2, blocks.num_compressed(room), case.head_dim // 2)
+        rotation = torch.zeros(2, streams[0].block_table.shape[1] * size, case.head_dim // 2)
         new = NewTokens(k, v, k, v, PooledTokens(k, v, *tails, *weights, rotation))
     run = backend.BACKEND.decode_attention
     return lambda: run(q, *streams, gates, counts, blocks, new=new)

@@ -5,28 +5,48 @@ import triton.language as tl
 
 
 @triton.jit
-def load_rows(NEW, new_row, count, N: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """The first `count` of N rows at NEW, `new_row` apart."""
-    row = tl.arange(0, triton.next_power_of_2(N))
+def load_heads(NEW, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """One token's heads [HEADS, DIM], side by side at NEW."""
+    head = tl.arange(0, triton.next_power_of_2(HEADS))
     column = tl.arange(0, WIDTH)
-    inside = (row < count)[:, None] & (column < DIM)[None, :]
-    return tl.load(NEW + (row * new_row)[:, None] + column[None, :], mask=inside, other=0.0)
+    inside = (head < HEADS)[:, None] & (column < DIM)[None, :]
+    return tl.load(NEW + (head * DIM)[:, None] + column[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def load_slots(TABLE, first, count, N: tl.constexpr, PAGE: tl.constexpr):
-    """Numbers, among the rows of all pages, of rows `first` and following of a sequence, int64; negative without page."""
-    row = tl.arange(0, triton.next_power_of_2(N))
-    page = tl.load(TABLE + (first + row) // PAGE, mask=row < count, other=-1)
-    return page.to(tl.int64) * PAGE + tl.where(page >= 0, (first + row) % PAGE, 0)
+def load_slot(TABLE, position, PAGE: tl.constexpr):
+    """Number, among the rows of all pages, of a sequence's row, int64; negative where there is no page."""
+    page = tl.load(TABLE + position // PAGE)
+    return page.to(tl.int64) * PAGE + tl.where(page >= 0, position % PAGE, 0)
 
 
 @triton.jit
-def store_rows(PAGES, slot, values, head, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Store `values` of one head as rows `slot` of PAGES [rows, HEADS, DIM]; negative ones nowhere."""
+def store_heads(PAGES, slot, values, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Store one token's heads as row `slot` of PAGES [rows, HEADS, DIM]; a negative one nowhere."""
+    head = tl.arange(0, triton.next_power_of_2(HEADS))
     column = tl.arange(0, WIDTH)
-    inside = (slot >= 0)[:, None] & (column < DIM)[None, :]
-    tl.store(PAGES + (slot * HEADS + head)[:, None] * DIM + column[None, :], values, mask=inside)
+    inside = (head < HEADS)[:, None] & (column < DIM)[None, :] & (slot >= 0)
+    tl.store(PAGES + slot * (HEADS * DIM) + (head * DIM)[:, None] + column[None, :], values, mask=inside)
+
+
+@triton.jit
+def store_block(
+    PAGES, TABLE, number, head, column, values, HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr
+):  # fmt: skip
+    """Store columns of a compressed block of one head, if it has a page."""
+    slot = load_slot(TABLE, number, PAGE)
+    pointers = PAGES + (slot * HEADS + head) * DIM + column
+    tl.store(pointers, values.to(PAGES.dtype.element_ty), mask=(column < DIM) & (slot >= 0))
+
+
+@triton.jit
+def emit_completed(
+    PAGES, TABLE, NEW, number, head, HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Store block `number` of a sequence, which somebody else made."""
+    column = tl.arange(0, WIDTH)
+    x = tl.load(NEW + column, mask=column < DIM, other=0.0)
+    store_block(PAGES, TABLE, number, head, column, x, HEADS, PAGE, DIM)
 
 
 @triton.jit
@@ -105,14 +125,8 @@ def emit_pooled(
         y = pooled(
             *(TAIL, WEIGHTS, NEW, new_row, tail_size, before, first, partner, head, HEADS, KERNEL_SIZE, DIM),
         )
-        turn = ROTATION + number.to(tl.int64) * HALF + pair
+        turn = ROTATION + tl.cast(number, tl.int64) * HALF + pair
         cos = tl.load(turn, mask=column < DIM, other=0.0)
-        sin = tl.load(turn + rotated_blocks.to(tl.int64) * HALF, mask=column < DIM, other=0.0)
+        sin = tl.load(turn + tl.cast(rotated_blocks, tl.int64) * HALF, mask=column < DIM, other=0.0)
         x = x * cos + tl.where(is_first, -y, y) * sin
-    page = tl.load(TABLE + number // PAGE)
-    slot = page.to(tl.int64) * PAGE + number % PAGE
-    tl.store(
-        PAGES + (slot * HEADS + head) * DIM + column,
-        x.to(PAGES.dtype.element_ty),
-        mask=(column < DIM) & (page >= 0),
-    )
+    store_block(PAGES, TABLE, number, head, column, x, HEADS, PAGE, DIM)

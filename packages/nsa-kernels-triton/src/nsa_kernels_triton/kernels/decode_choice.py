@@ -5,6 +5,7 @@ Kinds of programs share a grid, so that those that wait (the choice) run beside 
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nsa_kernels_triton.kernels.decode_choosing import (
     choose,
@@ -190,6 +191,7 @@ def decode_choice_kernel(
     SUMS_AT: tl.constexpr,
     CANDIDATES_AT: tl.constexpr,
     LOGITS_AT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Grid (B * HEADS * (ROW_TILES * (VALUE_SPLITS + WINDOW_SPLITS) + choosing)).
 
@@ -198,6 +200,9 @@ def decode_choice_kernel(
 
     Limited by the bytes of v_cmp and the window where many programs run, by the choice's latency where few do.
     """
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     pid = tl.program_id(0)
     head = pid % HEADS
     pid = pid // HEADS
@@ -237,7 +242,7 @@ def decode_choice_kernel(
                 *(total, width, N, HEADS, GROUP, CMP_PAGE, DV, V0, V1, ROWS, CMP_KEYS, SPLITS, VALUE_SPLITS),
                 *(SIZE, M_AT, L_AT, O_AT, LOGITS_AT),
             )
-    else:
+    elif WINDOW_SPLITS > 0:
         pid = pid - (choosing + adding)
         sequence = pid // (ROW_TILES * WINDOW_SPLITS)
         here = SCRATCH + (sequence * HEADS + head).to(tl.int64) * region

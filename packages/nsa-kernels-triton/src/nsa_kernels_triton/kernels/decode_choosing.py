@@ -8,6 +8,7 @@ scores' bits, which order as non-negative floats do; -1 is no candidate.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nsa_kernels_triton.kernels.interval import num_compressed
 
@@ -194,8 +195,12 @@ def decode_levels_kernel(
     FROM: tl.constexpr,
     TO_AT: tl.constexpr,
     CHUNKS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Of FROM candidates of each token, the FREE best of every CHUNK: CHUNKS * SLOTS. Grid (B * HEADS * N * CHUNKS)."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     pid = tl.program_id(0)
     chunk = pid % CHUNKS
     token = pid // CHUNKS % N

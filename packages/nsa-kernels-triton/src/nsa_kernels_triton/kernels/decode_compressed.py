@@ -5,31 +5,15 @@ Where nothing is split, its programs choose the blocks too, and others attend to
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
-from nsa_kernels_triton.kernels.appending import emit_pooled, load_rows, load_slots, store_rows
+from nsa_kernels_triton.kernels.appending import emit_completed, emit_pooled, load_heads, load_slot, store_heads
 from nsa_kernels_triton.kernels.decode_choosing import choose
 from nsa_kernels_triton.kernels.decode_rows import query_rows, row_of, store_part
 from nsa_kernels_triton.kernels.decode_window import attend_to_window
 from nsa_kernels_triton.kernels.interval import num_compressed
 from nsa_kernels_triton.kernels.pieces import load_piece, logits
 from nsa_kernels_triton.kernels.softmax import empty, update
-
-
-@triton.jit
-def append(
-    LENGTHS, COUNTS, PAGES, TABLE, NEW, new_row, sequence, head, N: tl.constexpr, HEADS: tl.constexpr,
-    PAGE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Store a sequence's new rows of one head: in pages, or for PAGE 0 in its ring of TABLE rows."""
-    length = tl.load(LENGTHS + sequence)
-    count = tl.load(COUNTS + sequence)
-    values = load_rows(NEW, new_row, count, N, DIM, WIDTH)
-    if PAGE > 0:
-        slot = load_slots(TABLE, length - count, count, N, PAGE)
-    else:
-        row = tl.arange(0, triton.next_power_of_2(N))
-        slot = tl.where(row < count, (length - count + row) % TABLE, -1).to(tl.int64)
-    store_rows(PAGES, slot, values, head, HEADS, DIM, WIDTH)
 
 
 @triton.jit(do_not_specialize=["scale", "window_size"])
@@ -120,8 +104,9 @@ def decode_compressed_kernel(
     WIN_L_AT: tl.constexpr,
     WIN_O_AT: tl.constexpr,
     LOGITS_AT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """Grid (B * HEADS * (ROW_TILES * (SPLITS + WINDOW_SPLITS) + appending)), appending: 6 if pooled, 4 if completed.
+    """Grid (B * HEADS * ROW_TILES * (SPLITS + WINDOW_SPLITS) + B * N if there are new rows to append).
 
     Split s takes tiles s, s + SPLITS, ... of KEYS compressed blocks; who has the last one makes the new blocks. APPEND:
     "" (no new rows), "pooled" (`PooledTokens`) or "completed" (`CompletedBlocks`). VALUES: also sum the values; else
@@ -131,6 +116,8 @@ def decode_compressed_kernel(
     so the first page's number is loaded beside the length, later ones a tile ahead, and new rows are stored by programs
     of their own.
     """
+    if EARLY:
+        gdc_launch_dependents()
     pid = tl.program_id(0)
     head = pid % HEADS
     pid = pid // HEADS
@@ -184,12 +171,11 @@ def decode_compressed_kernel(
                             *(HEADS, CMP_PAGE, KERNEL_SIZE, KERNEL_STRIDE, DV, V_WIDTH),
                         )
                 else:
-                    slot = load_slots(table, made, total - made, FEW, CMP_PAGE)
-                    v_slot = load_slots(v_table, made, total - made, FEW, CMP_PAGE)
-                    k_new = load_rows(new_k_cmp, k_cmp_row, total - made, FEW, DK, K_WIDTH)
-                    v_new = load_rows(new_v_cmp, v_cmp_row, total - made, FEW, DV, V_WIDTH)
-                    store_rows(K_CMP, slot, k_new, head, HEADS, DK, K_WIDTH)
-                    store_rows(V_CMP, v_slot, v_new, head, HEADS, DV, V_WIDTH)
+                    for number in range(made, total):
+                        k_new = new_k_cmp + (number - made) * k_cmp_row
+                        v_new = new_v_cmp + (number - made) * v_cmp_row
+                        emit_completed(K_CMP, table, k_new, number, head, HEADS, CMP_PAGE, DK, K_WIDTH)
+                        emit_completed(V_CMP, v_table, v_new, number, head, HEADS, CMP_PAGE, DV, V_WIDTH)
                 tl.debug_barrier()  # before this program reads them
 
         key = tl.arange(0, KEYS)
@@ -260,54 +246,36 @@ def decode_compressed_kernel(
                 *(WIN_M_AT, WIN_L_AT, WIN_O_AT, V_WIN_TABLE is None, APPEND != ""),
             )
     elif APPEND != "":
-        pid = pid - (attending + window)
-        sequence = pid % batch_size
-        what = pid // batch_size
-        new_row = sequence.to(tl.int64) * N
-        slc = sequence.to(tl.int64) * slc_table
-        win = sequence.to(tl.int64) * win_table
-        if what == 0:
-            new = NEW_K_SLC + new_row * k_slc_row + head * DK
-            append(
-                *(LENGTHS, COUNTS, K_SLC, K_SLC_TABLE + slc, new, k_slc_row, sequence, head),
-                *(N, HEADS, SLC_PAGE, DK, K_WIDTH),
-            )
-            if head == 0:
-                total = num_compressed(tl.load(LENGTHS + sequence) - 1, KERNEL_SIZE, KERNEL_STRIDE)
-                tl.store(CMP_LENGTHS + sequence, total)
-        elif what == 1:
-            table = K_SLC_TABLE + slc
+        pid = tl.program_id(0) - HEADS * (attending + window)
+        sequence = pid // N
+        token = pid % N
+        length = tl.load(LENGTHS + sequence)
+        count = tl.load(COUNTS + sequence)
+        if token == 0:
+            tl.store(CMP_LENGTHS + sequence, num_compressed(length - 1, KERNEL_SIZE, KERNEL_STRIDE))
+        if token < count:
+            position = length - count + token
+            number = pid.to(tl.int64)
+            # All loads before all stores, which nobody knows not to be to the same memory.
+            k_slc = load_heads(NEW_K_SLC + number * k_slc_row, HEADS, DK, K_WIDTH)
+            v_slc = load_heads(NEW_V_SLC + number * v_slc_row, HEADS, DV, V_WIDTH)
+            k_win = load_heads(NEW_K_WIN + number * k_win_row, HEADS, DK, K_WIDTH)
+            v_win = load_heads(NEW_V_WIN + number * v_win_row, HEADS, DV, V_WIDTH)
+            slc = load_slot(K_SLC_TABLE + sequence.to(tl.int64) * slc_table, position, SLC_PAGE)
+            win = load_slot(K_WIN_TABLE + sequence.to(tl.int64) * win_table, position, WIN_PAGE)
+            v_slc_slot = slc
+            v_win_slot = win
             if V_SLC_TABLE is not None:
-                table = V_SLC_TABLE + slc
-            new = NEW_V_SLC + new_row * v_slc_row + head * DV
-            append(
-                *(LENGTHS, COUNTS, V_SLC, table, new, v_slc_row, sequence, head, N, HEADS, SLC_PAGE, DV, V_WIDTH)
-            )
-        elif what == 2:
-            new = NEW_K_WIN + new_row * k_win_row + head * DK
-            append(
-                *(LENGTHS, COUNTS, K_WIN, K_WIN_TABLE + win, new, k_win_row, sequence, head),
-                *(N, HEADS, WIN_PAGE, DK, K_WIDTH),
-            )
-        elif what == 3:
-            table = K_WIN_TABLE + win
+                v_slc_slot = load_slot(V_SLC_TABLE + sequence.to(tl.int64) * slc_table, position, SLC_PAGE)
             if V_WIN_TABLE is not None:
-                table = V_WIN_TABLE + win
-            new = NEW_V_WIN + new_row * v_win_row + head * DV
-            append(
-                *(LENGTHS, COUNTS, V_WIN, table, new, v_win_row, sequence, head, N, HEADS, WIN_PAGE, DV, V_WIDTH)
-            )
-        elif APPEND == "pooled":
-            ring = sequence.to(tl.int64) * tail_size * HEADS
-            if what == 4:
-                new = NEW_K_CMP + new_row * k_cmp_row + head * DK
-                append(
-                    *(LENGTHS, COUNTS, K_TAIL + ring * DK, tail_size, new, k_cmp_row, sequence, head),
-                    *(N, HEADS, 0, DK, K_WIDTH),
-                )
-            else:
-                new = NEW_V_CMP + new_row * v_cmp_row + head * DV
-                append(
-                    *(LENGTHS, COUNTS, V_TAIL + ring * DV, tail_size, new, v_cmp_row, sequence, head),
-                    *(N, HEADS, 0, DV, V_WIDTH),
-                )
+                v_win_slot = load_slot(V_WIN_TABLE + sequence.to(tl.int64) * win_table, position, WIN_PAGE)
+            if APPEND == "pooled":
+                k_cmp = load_heads(NEW_K_CMP + number * k_cmp_row, HEADS, DK, K_WIDTH)
+                v_cmp = load_heads(NEW_V_CMP + number * v_cmp_row, HEADS, DV, V_WIDTH)
+                ring = sequence.to(tl.int64) * tail_size + position % tail_size
+                store_heads(K_TAIL, ring, k_cmp, HEADS, DK, K_WIDTH)
+                store_heads(V_TAIL, ring, v_cmp, HEADS, DV, V_WIDTH)
+            store_heads(K_SLC, slc, k_slc, HEADS, DK, K_WIDTH)
+            store_heads(V_SLC, v_slc_slot, v_slc, HEADS, DV, V_WIDTH)
+            store_heads(K_WIN, win, k_win, HEADS, DK, K_WIDTH)
+            store_heads(V_WIN, v_win_slot, v_win, HEADS, DV, V_WIDTH)

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from nsa_kernels_triton.kernels.pieces import load_piece, store_piece
 
@@ -76,6 +77,7 @@ def decode_merge_kernel(
     SLC_M_AT: tl.constexpr,
     SLC_L_AT: tl.constexpr,
     SLC_O_AT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """ROWS query rows of one kv head, COLUMNS of their outputs. Grid (B * HEADS * ROW_TILES * COLUMN_TILES).
 
@@ -83,6 +85,8 @@ def decode_merge_kernel(
 
     Limited by latency: all loads of a program are independent and go out at once.
     """
+    if EARLY:
+        gdc_wait()
     pid = tl.program_id(0)
     column_tile = pid % COLUMN_TILES
     row_tile = pid // COLUMN_TILES % ROW_TILES

@@ -5,6 +5,7 @@ Where no branch is split there is nothing to merge: this kernel also writes the 
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nsa_kernels_triton.kernels.decode_choosing import current_block, store_forced
 from nsa_kernels_triton.kernels.decode_rows import query_rows
@@ -80,6 +81,7 @@ def decode_selected_kernel(
     SLC_L_AT: tl.constexpr,
     SLC_O_AT: tl.constexpr,
     CANDIDATES_AT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One token's heads of one kv head, PART of its TOPK blocks. Grid (B * N * SPLITS * HEADS).
 
@@ -87,6 +89,9 @@ def decode_selected_kernel(
 
     Limited by the bytes of the blocks, or the latency from candidates to numbers of blocks, pages and rows.
     """
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     pid = tl.program_id(0)
     head = pid % HEADS
     split = pid // HEADS % SPLITS

@@ -81,7 +81,7 @@ def _launch(
     rows = _new_rows(new)
     scale *= LOG2_E
     appended = "" if new is None else "pooled" if isinstance(new.cmp, PooledTokens) else "completed"
-    appending = {"": 0, "pooled": 6, "completed": 4}[appended] * sizes.batch_size * sizes.num_kv_heads
+    appending = sizes.batch_size * sizes.tokens if new is not None else 0
     decode_compressed_kernel[(plan.compressed.grid[0] + appending,)](
         *(q_cmp, q, scratch, indices, lengths, counts, cmp_lengths, k_cmp, v_cmp, cmp_table, v_cmp_table),
         *(k_slc, v_slc, slc_table, v_slc_table, k_win, v_win, win_table, v_win_table),

@@ -120,6 +120,7 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
     compressed, choice, selected, merging = map(
         config, ("decode_compressed", "decode_choice", "decode_selected", "decode_merge")
     )
+    early = {"EARLY": True, "launch_pdl": True} if compressed["early"] else {"EARLY": False}
     cmp_keys = _tile(compressed["keys"], of.cmp_page)
     win_keys = _tile(choice["keys"], of.win_page)
     slc_keys = _tile(selected["keys"], of.block_size)
@@ -136,13 +137,15 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
     if competing <= chunk:
         chunk = max(16, power_of_two(competing))
     chunks = ceil(competing / chunk)
-    alone = cmp_splits == 1 and chunks == 1 and row_tiles == 1 and bool(choice["alone"])
+    values_first = compressed["values"] > (cmp_splits > 1)
+    alone = values_first and cmp_splits == 1 and chunks == 1 and row_tiles == 1 and bool(choice["alone"])
+    window_first = alone or bool(compressed["window"])
     enough = pairs * chunks >= choice["together"] * of.processors
-    together = cmp_splits > 1 and of.tokens == 1 and enough and chunk * beta % cmp_keys == 0
+    together = not values_first and of.tokens == 1 and enough and chunk * beta % cmp_keys == 0
     value_splits = 0
     if together:
         value_splits = splits(choice["value_programs"], chunks, chunks)
-    elif cmp_splits > 1:
+    elif not values_first:
         value_splits = splits(choice["value_programs"], choice["value_splits"], width // cmp_keys)
     out_splits = value_splits or cmp_splits
 
@@ -162,7 +165,7 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
             fewer = ceil(count / chunk)
             next_at = take.take(3 * of.tokens * fewer * slots)
             constants = {"N": of.tokens, "FREE": free, "CHUNK": chunk, "SLOTS": slots, "FROM_AT": candidates_at}
-            constants |= {"FROM": count, "TO_AT": next_at, "CHUNKS": fewer} | choice.options
+            constants |= {"FROM": count, "TO_AT": next_at, "CHUNKS": fewer} | early | choice.options
             levels.append(Step((pairs * of.tokens * fewer,), constants))
             count, candidates_at = fewer * slots, next_at
     sums_at = take.take(width) if together else 0
@@ -182,7 +185,7 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
     listing = {"CHUNK": chunk, "SLOTS": slots, "HEADS_AT_ONCE": min(choice["heads"], power_of_two(of.group_size))}
     beside = pairs * row_tiles * win_splits
     first = Step(
-        (pairs * row_tiles * cmp_splits + (beside if alone else 0),),
+        (pairs * row_tiles * cmp_splits + (beside if window_first else 0),),
         heads
         | pooling
         | dims
@@ -190,14 +193,15 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
         | chosen
         | listing
         | at(*own, *window)
-        | {"WIN_KEYS": win_keys, "WINDOW_SPLITS": win_splits if alone else 0, "CHOOSE": alone}
+        | {"WIN_KEYS": win_keys, "WINDOW_SPLITS": win_splits if window_first else 0, "CHOOSE": alone}
         | {"CMP_PAGE": of.cmp_page, "SLC_PAGE": of.slc_page, "WIN_PAGE": of.win_page}
         | {"KEYS": cmp_keys, "SPLITS": cmp_splits, "VALUES": not value_splits, "LOGITS_AT": logits_at}
         | {"K_WIDTH": max(16, power_of_two(of.head_dim)), "V_WIDTH": max(16, power_of_two(dv))}
+        | {"EARLY": bool(compressed["early"])}
         | compressed.options,
     )
     second = Step(
-        (beside + pairs * (row_tiles * value_splits + (0 if together else of.tokens * chunks)),),
+        ((0 if window_first else beside) + pairs * (row_tiles * value_splits + (0 if together else of.tokens * chunks)),),
         heads
         | pooling
         | dims
@@ -207,8 +211,9 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
         | at(*own, *window)
         | {"CHUNKS": chunks, "CMP_PAGE": of.cmp_page, "SLC_PAGE": of.slc_page, "WIN_PAGE": of.win_page}
         | {"CMP_KEYS": cmp_keys, "WIN_KEYS": win_keys, "SPLITS": cmp_splits, "VALUE_SPLITS": value_splits}
-        | {"WINDOW_SPLITS": win_splits, "TOGETHER": together, "SUMS_AT": sums_at, "LOGITS_AT": logits_at}
+        | {"WINDOW_SPLITS": 0 if window_first else win_splits, "TOGETHER": together, "SUMS_AT": sums_at, "LOGITS_AT": logits_at}
         | {"CANDIDATES_AT": first_candidates if chunks > 1 else 0}
+        | early
         | choice.options,
     )
     merging_apart = slc_splits > 1
@@ -224,6 +229,7 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
         | {"MERGE": not merging_apart}
         | {"CMP_SPLITS": out_splits, "WINDOW_SPLITS": win_splits, "ADDED": bool(value_splits)}
         | {"CANDIDATES_AT": candidates_at}
+        | early
         | selected.options,
     )
     merge_rows = min(merging["rows"], power_of_two(rows))
@@ -237,6 +243,7 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
         | merge_tiles
         | at(*own, *window, "SLC_M_AT", "SLC_L_AT", "SLC_O_AT")
         | {"CMP_SPLITS": out_splits, "SLC_SPLITS": slc_splits, "WINDOW_SPLITS": win_splits}
+        | early
         | merging.options,
     )
     return DecodePlan(first, None if alone else second, tuple(levels), third, last if merging_apart else None, take.end, width)
