@@ -74,7 +74,9 @@ def test_perf_runs_selection_on_sdpa_on_ada(
         assert plan_for(ask(op)).accepted == ("sdpa",)
 
 
-@pytest.mark.parametrize("preset, force, backend", [("perf", "0", "sdpa"), ("safe", "1", "sdpa"), ("perf", "1", "triton")])
+@pytest.mark.parametrize(
+    "preset, force, backend", [("perf", "0", "sdpa"), ("safe", "1", "sdpa"), ("perf", "1", "triton")]
+)
 def test_a_decode_step_selects_too(
     preset: str, force: str, backend: str, install: Callable, machine: Callable, flags: Callable
 ) -> None:
@@ -286,5 +288,6 @@ def test_the_denials_of_ada_are_its_only_ones() -> None:
         ("selected_attention", "triton"),
         ("selected_attention", "fa2"),
         ("selected_attention", "fa2-torch"),
+        ("decode_attention", "triton"),
     }
     assert not any(denied.values())

@@ -76,7 +76,10 @@ class DecodeCase:
 
     def certified(self) -> Tensor:
         """Whose choice no rounding can change, bool [Tq, Hk]: see `selection_margin`. Everything is stored already."""
-        queries, scale = self.packed("q" if self.arguments.get("q_cmp") is None else "q_cmp"), self.arguments.get("scale")
+        queries, scale = (
+            self.packed("q" if self.arguments.get("q_cmp") is None else "q_cmp"),
+            self.arguments.get("scale"),
+        )
         margin, error = selection_margin(queries, self.packed("k_cmp"), self.layout(), self["blocks"], scale=scale)
         return margin > 2 * error
 
@@ -296,7 +299,10 @@ def _made(
     cmp: PooledTokens | CompletedBlocks
     if new == "blocks":
         few = (rows - 1) // blocks.kernel_stride + 1
-        made = {side: torch.full((batch, few, kv_heads, dim), torch.nan, dtype=dtype) for side, dim in zip("kv", dims, strict=True)}
+        made = {
+            side: torch.full((batch, few, kv_heads, dim), torch.nan, dtype=dtype)
+            for side, dim in zip("kv", dims, strict=True)
+        }
         for side, into in made.items():
             for sequence, x in enumerate(found[f"{side}_cmp"].split(last)):
                 into[sequence, : last[sequence] - first[sequence]] = x[first[sequence] :]
