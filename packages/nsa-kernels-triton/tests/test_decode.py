@@ -369,9 +369,7 @@ def test_each_sequence_is_as_alone(name: str) -> None:
 
 @pytest.mark.parametrize("new", [None, "weights", "blocks"])
 @pytest.mark.parametrize("together", [1, 2])
-def test_more_sequences_than_scratch_memory_holds(
-    together: int, new: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_sequences_than_scratch_holds(together: int, new: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = seen(monkeypatch)
     rotated = "halves" if new == "weights" else None
     case = decode_case([70, 33, 0, 9, 75], [2, 1, 0, 1, 1], SMALL, kv_heads=2, apart=True, new=new, rotated=rotated)
@@ -413,7 +411,7 @@ def test_new_tokens(new: str, rotated: str | None, name: str, dtype: torch.dtype
 @pytest.mark.parametrize("name", ["apart", "together", "together-of-chunks"])
 @pytest.mark.parametrize("new, rotated", [("mean", None), ("weights", "halves"), ("blocks", None)])
 def test_one_new_token(new: str, rotated: str | None, name: str) -> None:
-    """Over the emission of a block, at the end and at the beginning of a page of them, of a tile, of a selected block."""
+    """Over the emission of a block, at the end and at the beginning of a page of them, of a tile, of a block."""
     lengths = [7, 8, 32, 132, 133, 136, 256, 260, 264]
     with organised(name):
         case = decode_case(
@@ -554,7 +552,7 @@ def test_precisions_and_heads_that_the_kernels_do_not_do() -> None:
 def test_gradients_are_refused_and_no_grad_is_not(name: str) -> None:
     case = decode_case([40], [1], SMALL, heads=2, kv_heads=1)
     leaf = case.changed(**{name: case[name].clone().requires_grad_()})
-    with pytest.raises(ValueError, match="records no gradients through paged keys and values$"):
+    with pytest.raises(ValueError, match=r"records no gradients through paged keys and values$"):
         leaf.run(BACKEND)
     with torch.no_grad():
         assert_equal("out", leaf.run(BACKEND)[0], case.run(BACKEND)[0])

@@ -229,7 +229,9 @@ def _made(
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     raw = {name: rand(sum(lengths), kv_heads, dims[name[0] == "v"]) for name in STREAMS}
-    weights = {side: rand(kv_heads, blocks.kernel_size) if new == "weights" else None for side in "kv"}
+    weights: dict[str, Tensor | None] = {"k": None, "v": None}
+    if new == "weights":  # sums of unit scale
+        weights = {side: rand(kv_heads, blocks.kernel_size) * blocks.kernel_size**-0.5 for side in "kv"}
     blocks_room = -(-most["cmp"] // sizes["cmp"]) * sizes["cmp"]
     rotation = None
     if rotated is not None:
