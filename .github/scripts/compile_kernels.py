@@ -36,9 +36,9 @@ os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported; an int
 import torch
 import triton
 from nsa_kernels_triton import backend, configurations, contracts, kernels
+from nsa_kernels_triton.ops import decode
 from nsa_varlen import BlockGeometry, PagedKV, VarlenLayout
 from nsa_varlen.new_tokens import CompletedBlocks, NewTokens, PooledTokens
-from nsa_kernels_triton.ops import decode
 from nsa_varlen.testing import gradients
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction

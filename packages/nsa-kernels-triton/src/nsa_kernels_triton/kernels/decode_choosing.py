@@ -60,24 +60,6 @@ def block_scores(
 
 
 @triton.jit
-def summed_scores(
-    SUMS, chunk, total, CHUNK: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr
-):  # fmt: skip
-    """`block_scores` from probabilities that are summed over the group already."""
-    block = chunk * CHUNK + tl.arange(0, CHUNK)
-    inside = chunk * (CHUNK * BETA) + tl.arange(0, CHUNK * BETA)
-    own = tl.load(SUMS + inside, mask=inside < total, other=0.0)
-    score = tl.zeros([CHUNK], tl.float32)
-    for before in tl.static_range(1, ALPHA):
-        earlier = block * BETA - before
-        p = tl.load(SUMS + earlier, mask=(earlier >= 0) & (earlier < total), other=0.0)
-        score += (ALPHA - before if ALPHA - before < BETA else BETA) * p
-    place = tl.arange(0, CHUNK * BETA) % BETA
-    own *= tl.minimum(place + ALPHA, BETA) - place
-    return score + tl.sum(tl.reshape(own, [CHUNK, BETA]), 1)
-
-
-@triton.jit
 def best(keys, FREE: tl.constexpr, CHUNK: tl.constexpr):
     """Which of `keys` [CHUNK] are the FREE greatest that are not -1; of equal ones the first."""
     place = tl.arange(0, CHUNK)

@@ -1,6 +1,6 @@
 """A decode step, first kernel: compressed attention, split over the keys; beside it new rows are stored.
 
-Where nothing is split, its programs choose the blocks too, and others attend to the window.
+Where nothing is split, its programs choose the blocks too.
 """
 
 import triton
@@ -9,17 +9,15 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from nsa_kernels_triton.kernels.appending import emit_completed, emit_pooled, load_heads, load_slot, store_heads
 from nsa_kernels_triton.kernels.decode_choosing import choose
-from nsa_kernels_triton.kernels.decode_rows import query_rows, row_of, store_part
-from nsa_kernels_triton.kernels.decode_window import attend_to_window
+from nsa_kernels_triton.kernels.decode_rows import query_rows, row_of, store_some
 from nsa_kernels_triton.kernels.interval import num_compressed
 from nsa_kernels_triton.kernels.pieces import load_piece, logits
 from nsa_kernels_triton.kernels.softmax import empty, update
 
 
-@triton.jit(do_not_specialize=["scale", "window_size"])
+@triton.jit(do_not_specialize=["scale"])
 def decode_compressed_kernel(
     Q_CMP,
-    Q,
     SCRATCH,
     BLOCK_INDICES,
     LENGTHS,
@@ -50,7 +48,6 @@ def decode_compressed_kernel(
     ROTATION,
     batch_size,
     scale,
-    window_size,
     region,
     width,
     cmp_table,
@@ -88,9 +85,7 @@ def decode_compressed_kernel(
     ROWS: tl.constexpr,
     ROW_TILES: tl.constexpr,
     KEYS: tl.constexpr,
-    WIN_KEYS: tl.constexpr,
     SPLITS: tl.constexpr,
-    WINDOW_SPLITS: tl.constexpr,
     CHOOSE: tl.constexpr,
     APPEND: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -100,13 +95,10 @@ def decode_compressed_kernel(
     M_AT: tl.constexpr,
     L_AT: tl.constexpr,
     O_AT: tl.constexpr,
-    WIN_M_AT: tl.constexpr,
-    WIN_L_AT: tl.constexpr,
-    WIN_O_AT: tl.constexpr,
     LOGITS_AT: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Grid (B * HEADS * ROW_TILES * (SPLITS + WINDOW_SPLITS) + B * N if there are new rows to append).
+    """Grid (B * HEADS * ROW_TILES * SPLITS + B * N if there are new rows to append).
 
     Split s takes tiles s, s + SPLITS, ... of KEYS compressed blocks; who has the last one makes the new blocks. APPEND:
     "" (no new rows), "pooled" (`PooledTokens`) or "completed" (`CompletedBlocks`). VALUES: also sum the values; else
@@ -123,7 +115,6 @@ def decode_compressed_kernel(
     pid = pid // HEADS
     SIZE: tl.constexpr = ROWS * ROW_TILES
     attending = batch_size * (ROW_TILES * SPLITS)
-    window = batch_size * (ROW_TILES * WINDOW_SPLITS)
     if pid < attending:
         split = pid % SPLITS
         row_tile = pid // SPLITS % ROW_TILES
@@ -211,8 +202,8 @@ def decode_compressed_kernel(
                 m = top
 
         if VALUES:
-            store_part(here + M_AT + split * SIZE, here + L_AT + split * SIZE, here + O_AT + split * SIZE * DV,
-                       row, m, norm, acc0, acc1, DV, V0, V1)  # fmt: skip
+            store_some(here + M_AT + split * SIZE, here + L_AT + split * SIZE, here + O_AT + split * SIZE * DV,
+                       row, there, m, norm, acc0, acc1, DV, V0, V1)  # fmt: skip
         else:
             tl.store(here + M_AT + split * SIZE + row, m)
             tl.store(here + L_AT + split * SIZE + row, norm)
@@ -225,36 +216,16 @@ def decode_compressed_kernel(
                     *(HEADS_AT_ONCE, SLC_PAGE // BLOCK_SIZE, KERNEL_SIZE, KERNEL_STRIDE, BLOCK_SIZE, TOPK, INIT, LOCAL),
                     *(CHUNK, 1, SLOTS, SIZE, SPLITS, M_AT, L_AT, 0, LOGITS_AT),
                 )
-    elif pid < attending + window:
-        if WINDOW_SPLITS > 0:
-            pid = pid - attending
-            sequence = pid // (ROW_TILES * WINDOW_SPLITS)
-            here = SCRATCH + (sequence * HEADS + head).to(tl.int64) * region
-            table = K_WIN_TABLE + sequence.to(tl.int64) * win_table
-            v_table = table
-            if V_WIN_TABLE is not None:
-                v_table = V_WIN_TABLE + sequence.to(tl.int64) * win_table
-            new_k = Q
-            new_v = Q
-            if APPEND != "":
-                new_k = NEW_K_WIN + sequence.to(tl.int64) * N * k_win_row + head * DK
-                new_v = NEW_V_WIN + sequence.to(tl.int64) * N * v_win_row + head * DV
-            attend_to_window(
-                *(here, Q, LENGTHS, COUNTS, K_WIN, V_WIN, table, v_table, new_k, new_v, k_win_row, v_win_row),
-                *(sequence, head, pid // WINDOW_SPLITS % ROW_TILES, pid % WINDOW_SPLITS, scale, window_size),
-                *(N, HEADS, GROUP, WIN_PAGE, DK, K0, K1, DV, V0, V1, ROWS, WIN_KEYS, WINDOW_SPLITS, SIZE),
-                *(WIN_M_AT, WIN_L_AT, WIN_O_AT, V_WIN_TABLE is None, APPEND != ""),
-            )
     elif APPEND != "":
-        pid = tl.program_id(0) - HEADS * (attending + window)
+        pid = tl.program_id(0) - HEADS * attending
         sequence = pid // N
-        token = pid % N
+        place = pid % N
         length = tl.load(LENGTHS + sequence)
         count = tl.load(COUNTS + sequence)
-        if token == 0:
+        if place == 0:
             tl.store(CMP_LENGTHS + sequence, num_compressed(length - 1, KERNEL_SIZE, KERNEL_STRIDE))
-        if token < count:
-            position = length - count + token
+        if place < count:
+            position = length - count + place
             number = pid.to(tl.int64)
             # All loads before all stores, which nobody knows not to be to the same memory.
             k_slc = load_heads(NEW_K_SLC + number * k_slc_row, HEADS, DK, K_WIDTH)

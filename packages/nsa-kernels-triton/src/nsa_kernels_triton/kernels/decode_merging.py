@@ -4,8 +4,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from nsa_kernels_triton.kernels.pieces import load_piece, store_piece
-
 
 @triton.jit
 def merged(

@@ -9,7 +9,6 @@ outputs of the compressed branch         [splits, rows, DV]     not yet divided;
 maxima, sums, outputs of the window      [splits, rows], [splits, rows, DV]
 maxima, sums, outputs of selected blocks [splits, rows], [splits, rows, DV]
 candidates                               3 x [N, count]         int32: keys of scores, block numbers, their pages
-sums over the group                      [width]                probabilities of compressed blocks
 logits of the compressed branch          [rows, width]          scaled, base 2, -inf where a block is not visible
 ```
 """
@@ -37,12 +36,11 @@ def query_rows(
 
 
 @triton.jit
-def store_part(M, L, O, row, m, norm, acc0, acc1, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr):
-    """Leave what one split of the keys gave its query rows."""
-    everywhere = row >= 0
-    tl.store(M + row, m)
-    tl.store(L + row, norm)
+def store_some(M, L, O, row, there, m, norm, acc0, acc1, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr):
+    """Leave what one split of the keys gave those of its query rows that are `there`."""
+    tl.store(M + row, m, mask=there)
+    tl.store(L + row, norm, mask=there)
     rows = O + row.to(tl.int64) * DV
-    store_piece(rows, acc0, everywhere, 0, V0, DV)
+    store_piece(rows, acc0, there, 0, V0, DV)
     if V1 > 0:
-        store_piece(rows, acc1, everywhere, V0, V1, DV)
+        store_piece(rows, acc1, there, V0, V1, DV)

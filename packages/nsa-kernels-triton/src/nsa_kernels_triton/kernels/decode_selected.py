@@ -1,17 +1,18 @@
-"""A decode step, third kernel: the last choice among candidates, and attention to the chosen blocks, split over them.
+"""A decode step, third kernel: the window, the last choice among candidates, and the chosen blocks.
 
-Where no branch is split there is nothing to merge: this kernel also writes the gated sum.
+The window and the blocks are split in the same way. Where they are not, this kernel also writes the gated sum.
 """
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nsa_kernels_triton.kernels.decode_choosing import current_block, store_forced
-from nsa_kernels_triton.kernels.decode_rows import query_rows
+from nsa_kernels_triton.kernels.decode_choosing import store_forced
 from nsa_kernels_triton.kernels.decode_merging import gated, merged, store_out
-from nsa_kernels_triton.kernels.pieces import load_piece, logits, store_piece
-from nsa_kernels_triton.kernels.softmax import empty, update
+from nsa_kernels_triton.kernels.decode_rows import query_rows, store_some
+from nsa_kernels_triton.kernels.decode_window import attend_to_window
+from nsa_kernels_triton.kernels.pieces import load_piece, logits
+from nsa_kernels_triton.kernels.softmax import empty, mean, update
 
 
 @triton.jit
@@ -29,7 +30,7 @@ def ranked(KEYS, COUNT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     return rank
 
 
-@triton.jit(do_not_specialize=["scale"])
+@triton.jit(do_not_specialize=["scale", "window_size"])
 def decode_selected_kernel(
     Q,
     SCRATCH,
@@ -39,12 +40,18 @@ def decode_selected_kernel(
     V_SLC,
     K_SLC_TABLE,
     V_SLC_TABLE,
+    K_WIN,
+    V_WIN,
+    K_WIN_TABLE,
+    V_WIN_TABLE,
     BLOCK_INDICES,
     GATES,
     OUT,
     scale,
+    window_size,
     region,
     slc_table,
+    win_table,
     N: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -53,6 +60,7 @@ def decode_selected_kernel(
     INIT: tl.constexpr,
     LOCAL: tl.constexpr,
     PAGE: tl.constexpr,
+    WIN_PAGE: tl.constexpr,
     DK: tl.constexpr,
     K0: tl.constexpr,
     K1: tl.constexpr,
@@ -62,6 +70,7 @@ def decode_selected_kernel(
     ROWS: tl.constexpr,
     SIZE: tl.constexpr,
     KEYS: tl.constexpr,
+    WIN_KEYS: tl.constexpr,
     SPLITS: tl.constexpr,
     PART: tl.constexpr,
     COUNT: tl.constexpr,
@@ -69,7 +78,6 @@ def decode_selected_kernel(
     WIDTH: tl.constexpr,
     MERGE: tl.constexpr,
     CMP_SPLITS: tl.constexpr,
-    WINDOW_SPLITS: tl.constexpr,
     ADDED: tl.constexpr,
     M_AT: tl.constexpr,
     L_AT: tl.constexpr,
@@ -91,7 +99,6 @@ def decode_selected_kernel(
     """
     if EARLY:
         gdc_launch_dependents()
-        gdc_wait()
     pid = tl.program_id(0)
     head = pid % HEADS
     split = pid // HEADS % SPLITS
@@ -103,8 +110,55 @@ def decode_selected_kernel(
     q0 = load_piece(q_rows, there, 0, K0, DK)
     q1 = load_piece(q_rows, there, K0, K1, DK)
     here = SCRATCH + (sequence * HEADS + head).to(tl.int64) * region
-    current = current_block(LENGTHS, COUNTS, sequence, token, BLOCK_SIZE)
-    position = tl.load(LENGTHS + sequence) - tl.load(COUNTS + sequence) + token
+    length = tl.load(LENGTHS + sequence)
+    count = tl.load(COUNTS + sequence)
+    before = length - count
+    position = tl.where(token < count, before + token, -1)
+
+    # Of the window first what was there before this step: it needs nothing of the kernels before, which may still run.
+    WIN_SAME: tl.constexpr = V_WIN_TABLE is None
+    win_pages = K_WIN_TABLE + sequence.to(tl.int64) * win_table
+    v_win_pages = win_pages
+    if not WIN_SAME:
+        v_win_pages = V_WIN_TABLE + sequence.to(tl.int64) * win_table
+    earliest = tl.maximum(position + 1 - window_size, 0)
+    first = earliest // WIN_KEYS
+    tiles = tl.cdiv(position + 1, WIN_KEYS) - first
+    part = tl.cdiv(tiles, SPLITS)
+    begin = first + split * part
+    stop = tl.minimum(begin + part, first + tiles)
+    early_stop = stop
+    if EARLY:
+        early_stop = tl.maximum(tl.minimum(stop, before // WIN_KEYS), begin)
+    last = tl.maximum(position, 0) // WIN_PAGE
+    m, norm, acc0, acc1 = empty(ROWS, V0, V1)
+    m, norm, acc0, acc1 = attend_to_window(
+        q0,
+        q1,  # None within a tuple is more than Triton 3.6 takes
+        *(K_WIN, V_WIN, win_pages, v_win_pages, begin, early_stop, earliest, position, last, head, scale),
+        *(m, norm, acc0, acc1, HEADS, WIN_PAGE, DK, K0, K1, DV, V0, V1, WIN_KEYS, WIN_SAME),
+    )
+    if EARLY:
+        gdc_wait()
+        if early_stop < stop:
+            m, norm, acc0, acc1 = attend_to_window(
+                q0,
+        q1,  # None within a tuple is more than Triton 3.6 takes
+        *(K_WIN, V_WIN, win_pages, v_win_pages, early_stop, stop, earliest, position, last, head, scale),
+                *(m, norm, acc0, acc1, HEADS, WIN_PAGE, DK, K0, K1, DV, V0, V1, WIN_KEYS, WIN_SAME),
+            )
+    member_row = token * GROUP + tl.where(there, member, 0)
+    if MERGE:
+        _, inverse = mean(m, norm)
+        win0 = acc0 * inverse
+        win1 = acc1
+        if V1 > 0:
+            win1 = acc1 * inverse
+    else:
+        store_some(here + WIN_M_AT + split * SIZE, here + WIN_L_AT + split * SIZE, here + WIN_O_AT + split * SIZE * DV,
+                   member_row, there, m, norm, acc0, acc1, DV, V0, V1)  # fmt: skip
+
+    current = tl.where(position >= 0, position // BLOCK_SIZE, -1)
     out = BLOCK_INDICES + ((sequence * N + token) * HEADS + head).to(tl.int64) * TOPK
     candidates = (here + CANDIDATES_AT).to(tl.pointer_type(tl.int32))
     SAME: tl.constexpr = V_SLC_TABLE is None
@@ -171,32 +225,21 @@ def decode_selected_kernel(
             won = rank < FREE
             tl.store(out + INIT + tl.cumsum(won.to(tl.int32), 0) - 1, numbers, mask=won)
 
-    first = token * GROUP
     if MERGE:
-        inverse = tl.where(norm > 0, 1.0 / tl.where(norm > 0, norm, 1.0), 0.0)[:, None]
-        row = first + member
+        live = there & (current >= 0)
+        _, inverse = mean(m, norm)
         number = ((sequence * N + token) * HEADS + head).to(tl.int64) * GROUP + member
         column = tl.arange(0, V0)
-        o_cmp = merged(here + M_AT, here + L_AT, here + O_AT, row, there, column, CMP_SPLITS, ADDED, SIZE, DV)
-        o_win = merged(
-            *(here + WIN_M_AT, here + WIN_L_AT, here + WIN_O_AT, row, there, column, WINDOW_SPLITS, False, SIZE, DV)
-        )
-        out = gated(GATES + number * 3, there, o_cmp, acc0 * inverse, o_win)
-        store_out(OUT + number * DV, out, there, current >= 0, column, DV)
+        o_cmp = merged(here + M_AT, here + L_AT, here + O_AT, member_row, live, column, CMP_SPLITS, ADDED, SIZE, DV)
+        result = gated(GATES + number * 3, there, o_cmp, acc0 * inverse, win0)
+        store_out(OUT + number * DV, result, there, current >= 0, column, DV)
         if V1 > 0:
             column = V0 + tl.arange(0, V1)
-            o_cmp = merged(here + M_AT, here + L_AT, here + O_AT, row, there, column, CMP_SPLITS, ADDED, SIZE, DV)
-            o_win = merged(
-                *(here + WIN_M_AT, here + WIN_L_AT, here + WIN_O_AT, row, there, column, WINDOW_SPLITS, False, SIZE, DV)
+            o_cmp = merged(
+                *(here + M_AT, here + L_AT, here + O_AT, member_row, live, column, CMP_SPLITS, ADDED, SIZE, DV)
             )
-            out = gated(GATES + number * 3, there, o_cmp, acc1 * inverse, o_win)
-            store_out(OUT + number * DV, out, there, current >= 0, column, DV)
+            result = gated(GATES + number * 3, there, o_cmp, acc1 * inverse, win1)
+            store_out(OUT + number * DV, result, there, current >= 0, column, DV)
     else:
-        # Rows beyond the group are other tokens': they are left alone.
-        at = tl.where(there, first + member, 0)
-        tl.store(here + SLC_M_AT + split * SIZE + at, m, mask=there)
-        tl.store(here + SLC_L_AT + split * SIZE + at, norm, mask=there)
-        rows = here + SLC_O_AT + (split * SIZE + at).to(tl.int64) * DV
-        store_piece(rows, acc0, there, 0, V0, DV)
-        if V1 > 0:
-            store_piece(rows, acc1, there, V0, V1, DV)
+        store_some(here + SLC_M_AT + split * SIZE, here + SLC_L_AT + split * SIZE, here + SLC_O_AT + split * SIZE * DV,
+                   member_row, there, m, norm, acc0, acc1, DV, V0, V1)  # fmt: skip

@@ -83,10 +83,10 @@ def _launch(
     appended = "" if new is None else "pooled" if isinstance(new.cmp, PooledTokens) else "completed"
     appending = sizes.batch_size * sizes.tokens if new is not None else 0
     decode_compressed_kernel[(plan.compressed.grid[0] + appending,)](
-        *(q_cmp, q, scratch, indices, lengths, counts, cmp_lengths, k_cmp, v_cmp, cmp_table, v_cmp_table),
+        *(q_cmp, scratch, indices, lengths, counts, cmp_lengths, k_cmp, v_cmp, cmp_table, v_cmp_table),
         *(k_slc, v_slc, slc_table, v_slc_table, k_win, v_win, win_table, v_win_table),
         *rows,
-        *(sizes.batch_size, scale, window_size),
+        *(sizes.batch_size, scale),
         *(plan.region, plan.width, cmp_table.shape[1], slc_table.shape[1], win_table.shape[1]),
         *_new_sizes(new, rows),
         APPEND=appended,
@@ -95,16 +95,16 @@ def _launch(
     )
     if plan.choice is not None:
         decode_choice_kernel[plan.choice.grid](
-            *(q, scratch, lengths, counts, v_cmp, cmp_table if v_cmp_table is None else v_cmp_table, slc_table),
-            *(k_win, v_win, win_table, v_win_table, indices, sizes.batch_size, scale, window_size),
-            *(plan.region, plan.width, cmp_table.shape[1], slc_table.shape[1], win_table.shape[1]),
+            *(scratch, lengths, counts, v_cmp, cmp_table if v_cmp_table is None else v_cmp_table, slc_table),
+            *(indices, sizes.batch_size, plan.region, plan.width, cmp_table.shape[1], slc_table.shape[1]),
             **plan.choice.constants,
         )
     for level in plan.levels:
         decode_levels_kernel[level.grid](scratch, plan.region, **level.constants)
     decode_selected_kernel[plan.selected.grid](
-        *(q, scratch, lengths, counts, k_slc, v_slc, slc_table, v_slc_table, indices, gates, out),
-        *(scale, plan.region, slc_table.shape[1]),
+        *(q, scratch, lengths, counts, k_slc, v_slc, slc_table, v_slc_table),
+        *(k_win, v_win, win_table, v_win_table, indices, gates, out),
+        *(scale, window_size, plan.region, slc_table.shape[1], win_table.shape[1]),
         **plan.selected.constants,
     )
     if plan.merge is not None:

@@ -1,12 +1,9 @@
 """How a decode step is cut into programs, and where its scratch memory holds what: from sizes alone."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 from typing import Any
-
-import torch
 
 from nsa_kernels_triton.configurations import Launch, choose
 from nsa_kernels_triton.tiles import pieces, power_of_two
@@ -97,8 +94,7 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
 
     Keys are split until there are `programs` programs on each multiprocessor, at most `splits` ways. Where there are
     enough without, kernels are spared: values are added with the logits, outputs merged with the selected blocks; and
-    if one chunk of blocks is all there is to choose from, the first kernel does that and the window, and there is no
-    second one.
+    if one chunk of blocks is all there is to choose from, the first kernel does that, and there is no second one.
     """
     of = sizes
     rows = of.tokens * of.group_size
@@ -122,11 +118,10 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
     )
     early = {"EARLY": True, "launch_pdl": True} if compressed["early"] else {"EARLY": False}
     cmp_keys = _tile(compressed["keys"], of.cmp_page)
-    win_keys = _tile(choice["keys"], of.win_page)
+    win_keys = _tile(selected["keys"], of.win_page)
     slc_keys = _tile(selected["keys"], of.block_size)
     width = of.cmp_pages * of.cmp_page
     cmp_splits = splits(compressed["programs"], compressed["splits"], width // cmp_keys)
-    win_splits = splits(choice["window_programs"], choice["window_splits"], 8)
     slc_splits = splits(selected["programs"], selected["splits"], of.topk, of.tokens)
 
     free = of.topk - of.init_blocks - of.local_blocks
@@ -139,13 +134,8 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
     chunks = ceil(competing / chunk)
     values_first = compressed["values"] > (cmp_splits > 1)
     alone = values_first and cmp_splits == 1 and chunks == 1 and row_tiles == 1 and bool(choice["alone"])
-    window_first = alone or bool(compressed["window"])
-    enough = pairs * chunks >= choice["together"] * of.processors
-    together = not values_first and of.tokens == 1 and enough and chunk * beta % cmp_keys == 0
     value_splits = 0
-    if together:
-        value_splits = splits(choice["value_programs"], chunks, chunks)
-    elif not values_first:
+    if not values_first:
         value_splits = splits(choice["value_programs"], choice["value_splits"], width // cmp_keys)
     out_splits = value_splits or cmp_splits
 
@@ -153,7 +143,7 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
     dv = of.v_head_dim
     places = {"M_AT": take.take(cmp_splits * size), "L_AT": take.take(cmp_splits * size)}
     places["O_AT"] = take.take(out_splits * size * dv)
-    for name, count in (("WIN", win_splits), ("SLC", slc_splits)):
+    for name, count in (("WIN", slc_splits), ("SLC", slc_splits)):
         places |= {f"{name}_M_AT": take.take(count * size), f"{name}_L_AT": take.take(count * size)}
         places[f"{name}_O_AT"] = take.take(count * size * dv)
     count, candidates_at = 0, 0
@@ -168,7 +158,6 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
             constants |= {"FROM": count, "TO_AT": next_at, "CHUNKS": fewer} | early | choice.options
             levels.append(Step((pairs * of.tokens * fewer,), constants))
             count, candidates_at = fewer * slots, next_at
-    sums_at = take.take(width) if together else 0
     logits_at = take.take(size * width)
 
     def at(*names: str) -> dict[str, int]:
@@ -183,17 +172,16 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
     tiles = {"ROWS": tile_rows, "ROW_TILES": row_tiles}
     own, window = ("M_AT", "L_AT", "O_AT"), ("WIN_M_AT", "WIN_L_AT", "WIN_O_AT")
     listing = {"CHUNK": chunk, "SLOTS": slots, "HEADS_AT_ONCE": min(choice["heads"], power_of_two(of.group_size))}
-    beside = pairs * row_tiles * win_splits
     first = Step(
-        (pairs * row_tiles * cmp_splits + (beside if window_first else 0),),
+        (pairs * row_tiles * cmp_splits,),
         heads
         | pooling
         | dims
         | tiles
         | chosen
         | listing
-        | at(*own, *window)
-        | {"WIN_KEYS": win_keys, "WINDOW_SPLITS": win_splits if window_first else 0, "CHOOSE": alone}
+        | at(*own)
+        | {"CHOOSE": alone}
         | {"CMP_PAGE": of.cmp_page, "SLC_PAGE": of.slc_page, "WIN_PAGE": of.win_page}
         | {"KEYS": cmp_keys, "SPLITS": cmp_splits, "VALUES": not value_splits, "LOGITS_AT": logits_at}
         | {"K_WIDTH": max(16, power_of_two(of.head_dim)), "V_WIDTH": max(16, power_of_two(dv))}
@@ -201,17 +189,16 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
         | compressed.options,
     )
     second = Step(
-        ((0 if window_first else beside) + pairs * (row_tiles * value_splits + (0 if together else of.tokens * chunks)),),
+        (pairs * (of.tokens * chunks + row_tiles * value_splits),),
         heads
         | pooling
-        | dims
+        | {"DV": dv, **v_pieces}
         | tiles
         | chosen
         | listing
-        | at(*own, *window)
-        | {"CHUNKS": chunks, "CMP_PAGE": of.cmp_page, "SLC_PAGE": of.slc_page, "WIN_PAGE": of.win_page}
-        | {"CMP_KEYS": cmp_keys, "WIN_KEYS": win_keys, "SPLITS": cmp_splits, "VALUE_SPLITS": value_splits}
-        | {"WINDOW_SPLITS": 0 if window_first else win_splits, "TOGETHER": together, "SUMS_AT": sums_at, "LOGITS_AT": logits_at}
+        | at(*own)
+        | {"CHUNKS": chunks, "CMP_PAGE": of.cmp_page, "SLC_PAGE": of.slc_page, "KEYS": cmp_keys}
+        | {"SPLITS": cmp_splits, "VALUE_SPLITS": value_splits, "LOGITS_AT": logits_at}
         | {"CANDIDATES_AT": first_candidates if chunks > 1 else 0}
         | early
         | choice.options,
@@ -224,10 +211,11 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
         | chosen
         | at(*own, *window, "SLC_M_AT", "SLC_L_AT", "SLC_O_AT")
         | {"PAGE": of.slc_page, "ROWS": max(16, power_of_two(of.group_size)), "SIZE": size, "KEYS": slc_keys}
+        | {"WIN_PAGE": of.win_page, "WIN_KEYS": win_keys}
         | {"SPLITS": slc_splits, "PART": power_of_two(of.topk) // slc_splits, "COUNT": count}
         | {"WIDTH": power_of_two(count), "COMPARED": min(power_of_two(count), COMPARED // power_of_two(count))}
         | {"MERGE": not merging_apart}
-        | {"CMP_SPLITS": out_splits, "WINDOW_SPLITS": win_splits, "ADDED": bool(value_splits)}
+        | {"CMP_SPLITS": out_splits, "ADDED": bool(value_splits)}
         | {"CANDIDATES_AT": candidates_at}
         | early
         | selected.options,
@@ -242,7 +230,7 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
         | {"DV": dv, "SIZE": size, "ADDED": bool(value_splits)}
         | merge_tiles
         | at(*own, *window, "SLC_M_AT", "SLC_L_AT", "SLC_O_AT")
-        | {"CMP_SPLITS": out_splits, "SLC_SPLITS": slc_splits, "WINDOW_SPLITS": win_splits}
+        | {"CMP_SPLITS": out_splits, "SLC_SPLITS": slc_splits, "WINDOW_SPLITS": slc_splits}
         | early
         | merging.options,
     )
