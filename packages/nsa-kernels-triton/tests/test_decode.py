@@ -28,10 +28,14 @@ SMALL = BlockGeometry(kernel_size=8, kernel_stride=4, block_size=32, topk=5, win
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 
 # Numbers by which a plan takes an organisation, whatever a file says; two multiprocessors are interpreted.
-WHOLE = {"compressed": {"splits": 1}, "choice": {"window_splits": 1, "chunk": 128}, "selected": {"splits": 1}}
+WHOLE = {
+    "compressed": {"splits": 1, "values": 1, "early": 0},
+    "choice": {"chunk": 128, "alone": 1},
+    "selected": {"splits": 1},
+}
 SPLIT = {
-    "compressed": {"splits": 4, "programs": 256},
-    "choice": {"window_splits": 2, "window_programs": 256, "value_splits": 2, "value_programs": 256, "chunk": 128},
+    "compressed": {"splits": 4, "programs": 256, "values": 1, "early": 0},
+    "choice": {"chunk": 128, "value_splits": 2, "value_programs": 256},
     "selected": {"splits": 4, "programs": 256},
 }
 
@@ -41,35 +45,35 @@ def numbers(base: dict[str, dict[str, int]], **changes: dict[str, int]) -> dict[
     return {kernel: base[kernel] | changes.get(kernel, {}) for kernel in base}
 
 
-TOGETHER, APART = {"together": 0}, {"together": 1 << 20}
+CHUNKED, ONE, ADDED_FIRST = {"chunk": 16}, {"splits": 1}, {"values": 2}
 ORGANISATIONS = {
-    "alone": numbers(WHOLE, choice={"alone": 1}),
-    "alone-merged-apart": numbers(SPLIT, compressed={"splits": 1}, choice={"alone": 1}),
+    "alone": WHOLE,
+    "alone-merged-apart": numbers(SPLIT, compressed=ONE, choice={"alone": 1}),
     "choice-beside": numbers(WHOLE, choice={"alone": 0}),
-    "choice-of-chunks": numbers(WHOLE, choice={"chunk": 16}),
-    "apart": numbers(SPLIT, choice=APART),
-    "apart-of-chunks": numbers(SPLIT, choice=APART | {"chunk": 16}, selected={"splits": 1}),
-    "apart-of-chunks-merged-apart": numbers(SPLIT, choice=APART | {"chunk": 16}),
-    "apart-values-whole": numbers(SPLIT, choice=APART | {"value_splits": 1}, selected={"splits": 2}),
-    "together": numbers(SPLIT, choice=TOGETHER, selected={"splits": 1}),
-    "together-of-chunks": numbers(SPLIT, choice=TOGETHER | {"chunk": 16}),
-    "together-of-chunks-in-turns": numbers(SPLIT, choice=TOGETHER | {"chunk": 16, "value_programs": 1}),
-    "together-of-chunks-of-tiles": numbers(SPLIT, compressed={"keys": 16}, choice=TOGETHER | {"chunk": 16}),
+    "choice-of-chunks": numbers(WHOLE, choice=CHUNKED),
+    "apart": SPLIT,
+    "apart-of-chunks": numbers(SPLIT, choice=CHUNKED, selected=ONE),
+    "apart-of-chunks-merged-apart": numbers(SPLIT, choice=CHUNKED),
+    "apart-values-whole": numbers(SPLIT, choice={"value_splits": 1}, selected={"splits": 2}),
+    "apart-logits-whole": numbers(SPLIT, compressed=ONE | {"values": 0}),
+    "added-first": numbers(SPLIT, compressed=ADDED_FIRST, selected=ONE),
+    "added-first-of-chunks": numbers(SPLIT, compressed=ADDED_FIRST, choice=CHUNKED),
+    "added-first-of-tiles": numbers(SPLIT, compressed=ADDED_FIRST | {"keys": 16}, choice=CHUNKED),
 }
-# (chosen in the first kernel, in how many chunks, with the values, how many values' programs, merged by a fourth)
+# (chosen in the first kernel, in how many chunks, by how many programs values are added apart, merged by a fourth)
 TAKEN = {
-    "alone": (True, 1, False, 0, False),
-    "alone-merged-apart": (True, 1, False, 0, True),
-    "choice-beside": (False, 1, False, 0, False),
-    "choice-of-chunks": (False, 3, False, 0, False),
-    "apart": (False, 1, False, 2, True),
-    "apart-of-chunks": (False, 3, False, 2, False),
-    "apart-of-chunks-merged-apart": (False, 3, False, 2, True),
-    "apart-values-whole": (False, 1, False, 1, True),
-    "together": (False, 1, True, 1, False),
-    "together-of-chunks": (False, 3, True, 2, True),
-    "together-of-chunks-in-turns": (False, 3, True, 1, True),
-    "together-of-chunks-of-tiles": (False, 3, True, 2, True),
+    "alone": (True, 1, 0, False),
+    "alone-merged-apart": (True, 1, 0, True),
+    "choice-beside": (False, 1, 0, False),
+    "choice-of-chunks": (False, 3, 0, False),
+    "apart": (False, 1, 2, True),
+    "apart-of-chunks": (False, 3, 2, False),
+    "apart-of-chunks-merged-apart": (False, 3, 2, True),
+    "apart-values-whole": (False, 1, 1, True),
+    "apart-logits-whole": (False, 1, 2, True),
+    "added-first": (False, 1, 0, False),
+    "added-first-of-chunks": (False, 3, 0, True),
+    "added-first-of-tiles": (False, 3, 0, True),
 }
 
 
@@ -102,18 +106,18 @@ def test_organisations(name: str, dtype: torch.dtype, monkeypatch: pytest.Monkey
     case = decode_case([1170, 540], [1, 1], BLOCKS, heads=4, kv_heads=2, dtype=dtype, room=1200)
     with organised(name):
         case.check(BACKEND)
-    first, chunks, together, values, merged = TAKEN[name]
+    first, chunks, values, merged = TAKEN[name]
     for plan in plans:
         assert (plan.choice is None) == first
         assert (plan.merge is not None) == merged
         assert not plan.levels
         if plan.choice is not None:
             found = plan.choice.constants
-            assert (found["CHUNKS"], bool(found["TOGETHER"]), found["VALUE_SPLITS"]) == (chunks, together, values)
+            assert (found["CHUNKS"], found["VALUE_SPLITS"]) == (chunks, values)
 
 
 @pytest.mark.parametrize("kind", ["margin", "ties"])
-@pytest.mark.parametrize("name", ["choice-of-chunks", "apart-of-chunks", "together-of-chunks"])
+@pytest.mark.parametrize("name", ["choice-of-chunks", "apart-of-chunks", "added-first-of-chunks"])
 def test_many_candidates_are_thinned_out(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In two levels: 6 chunks leave 4 candidates each, of which at most 8 may be left to the last choice."""
     plans = seen(monkeypatch)
@@ -142,7 +146,7 @@ def test_as_many_candidates_as_a_long_context_has(monkeypatch: pytest.MonkeyPatc
 # --- heads, tokens, dims ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["alone", "apart-of-chunks-merged-apart", "together-of-chunks"])
+@pytest.mark.parametrize("name", ["alone", "apart-of-chunks-merged-apart", "added-first-of-chunks"])
 @pytest.mark.parametrize("group", [1, 2, 3, 6, 16])
 def test_groups(group: int, name: str) -> None:
     with organised(name):
@@ -151,7 +155,7 @@ def test_groups(group: int, name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["alone", "together"])
+@pytest.mark.parametrize("name", ["alone", "added-first"])
 def test_the_largest_group(name: str) -> None:
     """All of one token's heads in one tile; the scores are summed over 16 of them at a time."""
     with organised(name):
@@ -169,7 +173,7 @@ def test_tokens(tokens: int, group: int, name: str, dtype: torch.dtype) -> None:
         decode_case(lengths, counts, BLOCKS, heads=group, kv_heads=1, head_dim=8, dtype=dtype).check(BACKEND)
 
 
-@pytest.mark.parametrize("name", ["alone", "apart", "together-of-chunks"])
+@pytest.mark.parametrize("name", ["alone", "apart", "added-first-of-chunks"])
 @pytest.mark.parametrize("dims", [(24, 40), (40, 24), (8, 100), (80, 16), (192, 128)], ids=str)
 def test_head_dims(dims: tuple[int, int], name: str) -> None:
     """In one piece or two, neither of them full."""
@@ -205,7 +209,7 @@ GEOMETRIES = {
 }
 
 
-@pytest.mark.parametrize("name", ["alone", "apart", "together-of-chunks"])
+@pytest.mark.parametrize("name", ["alone", "apart", "added-first-of-chunks"])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_geometries(geometry: str, name: str) -> None:
     blocks = GEOMETRIES[geometry]
@@ -238,7 +242,7 @@ def test_page_sizes(pages: tuple[int, int, int], new: str | None, name: str) -> 
             decode_case([545, 97], [1, 2], SMALL, heads=1, kv_heads=1, pages=pages, apart=apart, new=new).check(BACKEND)
 
 
-@pytest.mark.parametrize("name", ["alone", "apart", "together"])
+@pytest.mark.parametrize("name", ["alone", "apart", "added-first"])
 def test_any_length(name: str) -> None:
     """From none, around each boundary of blocks, pages and the window."""
     edges = [0, 1, 7, 8, 9, 11, 12, 31, 32, 33, 39, 40, 41, 63, 64, 65, 95, 96, 97, 159, 160, 161, 162]
@@ -257,7 +261,7 @@ def test_nobody_has_a_new_token(new: str | None, lengths: list[int], rows: int) 
     assert (indices == -1).all()
 
 
-@pytest.mark.parametrize("name", ["alone", "apart-of-chunks", "together-of-chunks"])
+@pytest.mark.parametrize("name", ["alone", "apart-of-chunks", "added-first-of-chunks"])
 @pytest.mark.parametrize("stream", ["k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win"])
 def test_a_missing_page_holds_zeros(stream: str, name: str) -> None:
     """As it does for the oracle; its number is -1."""
@@ -282,7 +286,7 @@ def test_equal_scores_go_to_the_lower_index(name: str) -> None:
     assert indices[0, 0, 0].tolist() == [0, 1, 2, 35, 36]
 
 
-@pytest.mark.parametrize("name", ["choice-of-chunks", "apart-of-chunks", "together-of-chunks"])
+@pytest.mark.parametrize("name", ["choice-of-chunks", "apart-of-chunks", "added-first-of-chunks"])
 @pytest.mark.parametrize("kernel_stride", [4, 32])
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_ties_where_blocks_overlap_and_where_not(tokens: int, kernel_stride: int, name: str) -> None:
@@ -291,7 +295,7 @@ def test_ties_where_blocks_overlap_and_where_not(tokens: int, kernel_stride: int
         decode_case([1170], [tokens], blocks, heads=3, kv_heads=1, head_dim=8, ties=True).check(BACKEND, ties=True)
 
 
-@pytest.mark.parametrize("name", ["alone", "together-of-chunks"])
+@pytest.mark.parametrize("name", ["alone", "added-first-of-chunks"])
 @pytest.mark.parametrize("scale", [0.05, 1.0])
 def test_scale(scale: float, name: str) -> None:
     with organised(name):
@@ -341,7 +345,7 @@ def test_rows_of_one_projection(tokens: int) -> None:
         case.changed(new=NewTokens(*four, replace(new.cmp, k=k, v=v))).check(BACKEND)
 
 
-@pytest.mark.parametrize("name", ["alone", "apart-of-chunks-merged-apart", "together-of-chunks"])
+@pytest.mark.parametrize("name", ["alone", "apart-of-chunks-merged-apart", "added-first-of-chunks"])
 def test_padding_rows_are_left_alone(name: str) -> None:
     """More rows than anybody has tokens."""
     with organised(name):
@@ -354,10 +358,10 @@ def test_padding_rows_are_left_alone(name: str) -> None:
 # --- sequences --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["alone-merged-apart", "apart-of-chunks", "together-of-chunks"])
+@pytest.mark.parametrize("name", ["alone-merged-apart", "apart-of-chunks", "added-first-of-chunks"])
 def test_each_sequence_is_as_alone(name: str) -> None:
     """Bitwise, where a batch is cut as one sequence is."""
-    tokens = 1 if "together" in name else 2
+    tokens = 1 if "added-first" in name else 2
     case = decode_case([560, 0, 70, 9], [tokens, 0, 1, 1], SMALL, heads=2, kv_heads=1)
     with organised(name):
         whole = case.run(BACKEND)
@@ -408,7 +412,7 @@ def test_new_tokens(new: str, rotated: str | None, name: str, dtype: torch.dtype
         case.check(BACKEND)
 
 
-@pytest.mark.parametrize("name", ["apart", "together", "together-of-chunks"])
+@pytest.mark.parametrize("name", ["apart", "added-first", "added-first-of-chunks"])
 @pytest.mark.parametrize("new, rotated", [("mean", None), ("weights", "halves"), ("blocks", None)])
 def test_one_new_token(new: str, rotated: str | None, name: str) -> None:
     """Over the emission of a block, at the end and at the beginning of a page of them, of a tile, of a block."""
