@@ -143,6 +143,12 @@ def test_as_many_candidates_as_a_long_context_has(monkeypatch: pytest.MonkeyPatc
     assert {len(plan.levels) for plan in plans} == {1}
 
 
+def test_an_early_start_is_left_out_where_kernels_are_interpreted() -> None:
+    """The interpreter has no programs to start early; it takes the numbers of a GPU, that one included."""
+    with overridden("decode_compressed", early=1):
+        decode_case([70], [1], SMALL, heads=1, kv_heads=1).check(BACKEND)
+
+
 # --- heads, tokens, dims ----------------------------------------------------------------------------------------------
 
 
