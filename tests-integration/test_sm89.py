@@ -16,6 +16,7 @@ from nsa_routing import OPS, Problem, dispatch, load_profile, plan_for
 from nsa_routing.profile import SHIPPED
 from nsa_routing.tuning import PREFILL_OPS
 from nsa_varlen import BlockGeometry, VarlenLayout, testing
+from nsa_varlen.op_inputs import op_inputs
 from nsa_varlen.sdpa import BACKEND
 
 ADRS = Path(__file__).parents[1] / "docs" / "adr"
@@ -73,6 +74,23 @@ def test_perf_runs_selection_on_sdpa_on_ada(
         assert plan_for(ask(op)).accepted == ("sdpa",)
 
 
+@pytest.mark.parametrize(
+    "preset, force, backend", [("perf", "0", "sdpa"), ("safe", "1", "sdpa"), ("perf", "1", "triton")]
+)
+def test_a_decode_step_selects_too(
+    preset: str, force: str, backend: str, install: Callable, machine: Callable, flags: Callable
+) -> None:
+    made = install("triton", "fa2", "fa2-torch")
+    machine(89)
+    flags(PRESET=preset, TRITON_SEL_FORCE=force, FA2="1")
+    args, _ = op_inputs(
+        "decode_attention", [1, 2], [9, 40], num_heads=4, num_kv_heads=2, head_dim=8, dtype=torch.float32, device="cpu"
+    )
+    ops.decode_attention(*args)
+    assert made["triton"].ran == (["decode_attention"] if backend == "triton" else [])
+    assert plan_for(ask("decode_attention", paged=True)).backend == backend
+
+
 def test_forced_perf_runs_selection_on_triton_on_ada(
     install: Callable, machine: Callable, flags: Callable, inputs: testing.Inputs
 ) -> None:
@@ -85,7 +103,7 @@ def test_forced_perf_runs_selection_on_triton_on_ada(
 
 
 @pytest.mark.parametrize("preset", ["safe", "perf"])
-@pytest.mark.parametrize("op", SELECTION)
+@pytest.mark.parametrize("op", [*SELECTION, "decode_attention"])
 def test_a_request_for_triton_selection_raises_on_ada(
     op: str, preset: str, install: Callable, machine: Callable, flags: Callable
 ) -> None:
@@ -270,5 +288,6 @@ def test_the_denials_of_ada_are_its_only_ones() -> None:
         ("selected_attention", "triton"),
         ("selected_attention", "fa2"),
         ("selected_attention", "fa2-torch"),
+        ("decode_attention", "triton"),
     }
     assert not any(denied.values())

@@ -2,17 +2,17 @@
 
 import pkgutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import nsa_kernels_triton
 import pytest
 import torch
-from nsa import NSAAttention, NSAConfig, ops
+from nsa import NSAAttention, NSACache, NSAConfig, ops
 from nsa_kernels_triton import configurations
 from nsa_kernels_triton.contracts import OPS, interpreted
-from nsa_varlen import BlockGeometry, VarlenLayout, reference
+from nsa_varlen import BlockGeometry, PagedKV, VarlenLayout, reference
 from nsa_varlen.op_inputs import op_inputs
 from nsa_varlen.sdpa import BACKEND as SDPA
 
@@ -25,7 +25,8 @@ FP32 = 5e-5  # what an fp32 kernel may be off by at unit-scale inputs
 class Case(NamedTuple):
     """One way to run an operation, and the kernels that it launches; those of its backward, if it has one.
 
-    `configuration`: a table of launch configurations, and the numbers that hold in it instead.
+    `configuration`: tables of launch configurations, after each the numbers that hold in it instead. `lengths`: of
+    queries and of keys; a decode step has one query of each sequence that has keys.
     """
 
     op: str
@@ -33,8 +34,9 @@ class Case(NamedTuple):
     num_heads: int = 4
     num_kv_heads: int = 2
     blocks: dict[str, int] | None = None
-    configuration: tuple[str, dict[str, int]] | None = None
+    configuration: tuple[Any, ...] = ()
     backward: frozenset[str] = frozenset()
+    lengths: tuple[list[int], list[int]] = LENGTHS
 
 
 SMALL = {"kernel_size": 8, "kernel_stride": 4, "block_size": 32, "topk": 4}
@@ -44,6 +46,7 @@ BY_BLOCK = {"by_block": 1, "tma": 0, "rows": 16, "chunk_rows": 4096, "programs":
 BACKWARD = {"rows": 16, "keys": 16, "chunk_rows": 4096, "programs": 2, "turns": 2}
 INTERVAL_BACKWARD = frozenset({"delta_kernel", "interval_dq_kernel", "interval_dkdv_kernel"})
 CHOOSERS = frozenset({"mark_kernel", "tally_kernel", "rank_kernel", "items_kernel", "list_kernel"})
+DECODING = {f"decode_{name}_kernel" for name in ("compressed", "choice", "levels", "selected", "merge")}
 SELECTED_BACKWARD = CHOOSERS | {"delta_kernel", "block_gradients_kernel", "fold_kernel"}
 CASES = {
     "pooling": Case("compress_mean", {"compress_mean_kernel"}, backward=frozenset({"compress_mean_backward_kernel"})),
@@ -70,6 +73,27 @@ CASES = {
         {"count_kernel", "lay_out_kernel", "file_kernel", "near_kernel", "filed_kernel", "merge_kernel"},
         blocks=SMALL,
         configuration=("selected_attention", BY_BLOCK),
+    ),
+    "a decode step": Case("decode_attention", {"decode_compressed_kernel", "decode_selected_kernel"}, blocks=SMALL),
+    "a decode step cut small": Case(
+        "decode_attention",
+        DECODING - {"decode_levels_kernel"},
+        blocks=SMALL,
+        configuration=(
+            *("decode_compressed", {"splits": 4, "programs": 64}, "decode_selected", {"splits": 2, "programs": 64}),
+        ),
+    ),
+    "a decode step of many blocks": Case(
+        "decode_attention",
+        DECODING,
+        num_heads=1,
+        num_kv_heads=1,
+        blocks={"kernel_size": 32, "kernel_stride": 32, "block_size": 32, "topk": 35},
+        configuration=(
+            *("decode_compressed", {"splits": 4, "programs": 64}, "decode_selected", {"splits": 2, "programs": 64}),
+            *("decode_choice", {"chunk": 64}),
+        ),
+        lengths=([1], [32 * 64 * 17]),
     ),
     "gradients by query": Case(
         "selected_attention",
@@ -110,8 +134,11 @@ def check(case: Case) -> None:
 
     So with its gradients, if it has any: on the scale of the largest, for they are sums over many rows.
     """
+    queries, keys = case.lengths
+    if case.op == "decode_attention":
+        queries = [min(1, length) for length in keys]
     args, kwargs = op_inputs(
-        *(case.op, *LENGTHS),
+        *(case.op, queries, keys),
         num_heads=case.num_heads,
         num_kv_heads=case.num_kv_heads,
         head_dim=16,
@@ -120,10 +147,11 @@ def check(case: Case) -> None:
         device="cpu",
         requires_grad=bool(case.backward),
     )
-    doubles = [x.detach().double().requires_grad_(x.requires_grad) if is_float(x) else x for x in args]
+    doubles = [in_double(x) for x in args]
     expected = getattr(reference, case.op)(*doubles, **kwargs)
-    table, numbers = case.configuration or ("combine", {})
-    with configurations.overridden(table, **numbers):
+    with ExitStack() as stack:
+        for table, numbers in zip(case.configuration[::2], case.configuration[1::2], strict=True):
+            stack.enter_context(configurations.overridden(table, **numbers))
         with launches() as seen:
             found = getattr(ops, case.op)(*args, **kwargs, backend="triton", **determined(case))
         assert seen == case.kernels
@@ -143,7 +171,14 @@ def check(case: Case) -> None:
 
 def determined(case: Case) -> dict[str, bool]:
     """Nothing sampled beside: an overlap that is measured may launch a kernel more."""
-    return {"deterministic": True} if case.op.endswith("attention") else {}
+    return {"deterministic": True} if case.op.endswith("attention") and case.op != "decode_attention" else {}
+
+
+def in_double(x: Any) -> Any:
+    """The same values in fp64, in a leaf of its own."""
+    if isinstance(x, PagedKV):
+        return PagedKV(x.pages.double(), x.block_table, x.lengths)
+    return x.detach().double().requires_grad_(x.requires_grad) if is_float(x) else x
 
 
 def is_float(x: object) -> bool:
@@ -170,7 +205,7 @@ def test_every_kernel_has_a_case() -> None:
     modules = [import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
     own = {name for m in modules for name, value in vars(m).items() if name.endswith("_kernel") and callable(value)}
     assert set().union(*(case.kernels | case.backward for case in CASES.values())) == own
-    assert {case.op for case in CASES.values() if case.backward} == set(OPS) - {"select_blocks"}
+    assert {case.op for case in CASES.values() if case.backward} == set(OPS) - {"select_blocks", "decode_attention"}
     assert {case.op for case in CASES.values()} == set(OPS)
 
 
@@ -212,3 +247,42 @@ def test_the_layer_learns_as_on_sdpa(flags: Callable) -> None:
     found, expected = (gradients(backend) for backend in ("triton", "sdpa"))
     for name, right in expected.items():
         assert (found[name] - right).abs().max() <= 5 * FP32 * right.abs().max(), name
+
+
+@pytest.mark.parametrize(
+    "compression, rope_cmp", [("mean", "after"), ("weighted_pool", "after"), ("linear", "before"), ("mlp", "none")]
+)
+def test_the_layer_decodes_as_on_sdpa(compression: str, rope_cmp: str, flags: Callable) -> None:
+    """Steps of one and of two tokens, over the emission of blocks and the beginning of a page, of a ragged batch.
+
+    Two fp32 results of unit scale may lie twice as far apart as each from the exact one, and later steps read what
+    earlier ones stored.
+    """
+    sizes = {"kernel_size": 8, "kernel_stride": 4, "block_size": 32, "window_size": 10, "topk": 4}
+    config = NSAConfig(
+        32, num_heads=2, num_kv_heads=1, head_dim=16, compression=compression, rope_cmp=rope_cmp, **sizes
+    )
+    torch.manual_seed(0)
+    layer, lengths = NSAAttention(config).eval(), [170, 5]
+    prompt, steps = torch.randn(sum(lengths), 32), torch.randn(4, 2, 2, 32)
+
+    def decoded(backend: str) -> list[torch.Tensor]:
+        flags(BACKEND="sdpa")
+        cache = NSACache(config, 2, 256, page_size=32)
+        layer(prompt, layout=VarlenLayout.from_lengths(lengths), cache=cache)
+        flags(BACKEND=f"decode_attention={backend}")
+        found = []
+        for number, x in enumerate(steps):
+            counts = [1, 2] if number % 2 else [2, 1]
+            cache.reserve(counts)
+            found.append(layer.decode(x, cache, torch.tensor(counts, dtype=torch.int32)))
+            cache.advance(counts)
+        return found
+
+    with torch.no_grad(), launches() as seen:
+        found = decoded("triton")
+    assert {"decode_compressed_kernel", "decode_selected_kernel"} <= seen
+    with torch.no_grad():
+        expected = decoded("sdpa")
+    for got, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, right, rtol=0, atol=2 * FP32)

@@ -16,10 +16,13 @@ from nsa_kernels_triton.backend import BACKEND
 from nsa_kernels_triton.contracts import OPS
 from nsa_kernels_triton.ops import attention, combining, pooling, selected, selection
 from nsa_varlen import BlockGeometry, VarlenLayout, reference
+from nsa_varlen.decode_testing import STREAMS, decode_case
 from nsa_varlen.testing import random_inputs, to_pages
 
 ATTENTION = ["compressed_attention", "selected_attention", "window_attention"]
 BY_BLOCK = ["select_blocks", "selected_attention"]
+LISTED = [*BY_BLOCK, "decode_attention"]  # that know lists of blocks
+OTHERS = [op for op in OPS if op != "decode_attention"]  # that do not take pages
 EACH = pytest.mark.parametrize("op", OPS)
 DTYPES = "takes float16, bfloat16 and float32"
 
@@ -35,6 +38,8 @@ class Problem:
     group_size: int = 16
     topk: int = 16
     block_size: int = 64
+    init_blocks: int = 1
+    local_blocks: int = 2
     needs_grad: bool = False
     deterministic: bool | None = None
     paged: bool = False
@@ -66,12 +71,13 @@ def refusal(op: str, machine: Any = None, **asked: Any) -> str | None:
 @pytest.mark.usefixtures("interpreted")
 def test_what_is_taken(op: str) -> None:
     assert refusal(op) is None
+    learning = (False,) if op == "decode_attention" else (True, False)
     for asked in (
         *({"dtype": dtype} for dtype in (torch.float16, torch.bfloat16, torch.float32)),
         *({"head_dim": dim, "v_head_dim": 257 - dim} for dim in (1, 8, 24, 96, 100, 128, 192, 255, 256)),
         *({"group_size": size} for size in (1, 2, 3, 7, 16, 63, 64)),
         *({"block_size": size} for size in (32, 64, 128)),
-        *({"deterministic": asked, "needs_grad": learns} for asked in (True, False) for learns in (True, False)),
+        *({"deterministic": asked, "needs_grad": learns} for asked in (True, False) for learns in learning),
     ):
         assert refusal(op, **asked) is None, asked
 
@@ -121,23 +127,32 @@ def test_group_sizes(op: str) -> None:
 
 @EACH
 def test_topk(op: str) -> None:
-    """Of the operations that know lists of blocks."""
-    assert refusal(op, topk=256) is None
-    assert refusal(op, topk=257) == ("needs topk up to 256, got 257" if op in BY_BLOCK else None)
+    """Of the operations that know lists of blocks; of a decode step, whose places few may compete for."""
+    forced = {"init_blocks": 190, "local_blocks": 2}
+    assert refusal(op, topk=256, **forced) is None
+    assert refusal(op, topk=257, **forced) == ("needs topk up to 256, got 257" if op in LISTED else None)
+    assert refusal(op, topk=67) is None
+    expected = "needs topk up to 64 beside the 3 forced blocks, got 68" if op == "decode_attention" else None
+    assert refusal(op, topk=68) == expected
 
 
 @EACH
 @pytest.mark.parametrize("size", [1, 16, 48, 96, 256])
 def test_block_sizes(op: str, size: int) -> None:
     """Of the operations that know blocks."""
-    expected = f"needs block_size 32, 64 or 128, got {size}" if op in BY_BLOCK else None
+    expected = f"needs block_size 32, 64 or 128, got {size}" if op in LISTED else None
     assert refusal(op, block_size=size) == expected
 
 
 @EACH
 def test_pages(op: str) -> None:
+    """A decode step has nothing else, and no gradient."""
+    decodes = op == "decode_attention"
     for learns in (False, True):
-        assert refusal(op, paged=True, needs_grad=learns) == "does not take paged keys and values"
+        expected = "records no gradients through paged keys and values" if learns else None
+        assert refusal(op, paged=True, needs_grad=learns) == (
+            expected if decodes else "does not take paged keys and values"
+        )
 
 
 @EACH
@@ -200,6 +215,9 @@ def call(
     given |= {name: given[name].clone().requires_grad_() for name in learning.split()}
     given |= {name: to_pages(given[name], lengths, 4) for name in paged.split()}
     q, k, v, gates, out = given.values()
+    if op == "decode_attention":
+        some = decode_case([40], [1], blocks, dtype=dtype, ties=True, **sizes)
+        return lambda: some.run(BACKEND)
     arguments = {
         "compress_mean": (k, layout, blocks),
         "compressed_attention": (q, k, v, layout, blocks),
@@ -230,13 +248,13 @@ def test_a_direct_call_says_the_same(op: str, monkeypatch: pytest.MonkeyPatch) -
     assert_refused(call(op, head_dim=257, v_head_dim=257 if op == "combine" else 8), op, expected)
 
 
-@pytest.mark.parametrize("op", [*ATTENTION, "select_blocks"])
+@pytest.mark.parametrize("op", [*ATTENTION, "select_blocks", "decode_attention"])
 def test_direct_calls_with_large_groups(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert_refused(call(op, heads=130), op, "needs at most 64 query heads a kv head, got 65")
 
 
-@pytest.mark.parametrize("op", BY_BLOCK)
+@pytest.mark.parametrize("op", BY_BLOCK)  # a decode step's must fit its pages, too: test_decode.py
 def test_direct_calls_with_other_blocks(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     odd = BlockGeometry(kernel_size=8, kernel_stride=4, block_size=48, topk=4)
@@ -311,6 +329,7 @@ def test_bad_arguments_are_told_as_the_reference_tells_them(op: str) -> None:
     layout = VarlenLayout.from_lengths([9])
     q, k, v, gates = random_inputs(layout, dtype=torch.float32)
     short, lse = VarlenLayout.from_lengths([8]), torch.zeros(4, 9)
+    decode = decode_case([40], [1], BLOCKS, ties=True).changed(gates=gates)
     arguments = {
         "compress_mean": (k, short, BLOCKS),
         "compressed_attention": (q, k, v, layout, BLOCKS),
@@ -318,6 +337,7 @@ def test_bad_arguments_are_told_as_the_reference_tells_them(op: str) -> None:
         "selected_attention": (q, k, v, torch.zeros(9, 1, 1, dtype=torch.int32), layout, BLOCKS),
         "window_attention": (q, k[:8], v, layout, BLOCKS),
         "combine": (gates, q, q, k),
+        "decode_attention": tuple(decode[name] for name in (*("q", *STREAMS), "gates", "counts", "blocks")),
     }[op]
     said = []
     for backend in (BACKEND, reference):
@@ -342,8 +362,9 @@ def test_signatures_are_those_of_the_reference(op: str) -> None:
     assert parameters(BACKEND) == parameters(reference)
 
 
-@EACH
+@pytest.mark.parametrize("op", OTHERS)
 def test_each_operation_is_an_operator_of_torch(op: str) -> None:
+    """But the decode step, which writes what it is given: compiled code calls it as it stands."""
     assert hasattr(torch.ops.nsa_kernels_triton, op)
 
 

@@ -9,7 +9,8 @@ import torch
 from nsa_kernels_triton import configurations
 from nsa_kernels_triton.backend import BACKEND
 from nsa_kernels_triton.contracts import interpreted
-from nsa_varlen import BlockGeometry, VarlenLayout
+from nsa_varlen import BlockGeometry, PagedKV, VarlenLayout
+from nsa_varlen.decode_testing import STREAMS, assert_equal, decode_case
 from nsa_varlen.testing import random_inputs
 from torch import Tensor
 
@@ -92,3 +93,25 @@ def test_gradients_of_heads_far_apart(op: str, group: int) -> None:
         configurations.overridden("selected_attention_dq", rows=16, keys=16, tma=0),
     ):
         assert all(map(torch.equal, gradients(far), gradients(torch.clone)))
+
+
+@pytest.mark.parametrize("new", [None, "mean", "blocks"])
+def test_pages_far_apart(new: str | None) -> None:
+    """A decode step whose pages lie in a pool of more than 2^31 elements, the first at its end."""
+    case = decode_case([70], [1], BLOCKS, heads=2, kv_heads=1, dtype=torch.float16, new=new)
+    expected, near = case.copy(), case.copy()
+    streams = {}
+    for name in STREAMS:
+        kv = near[name]
+        count, size = len(kv.pages), kv.pages[0].numel()
+        total = 2**31 // size + count + 1
+        memory = mmap.mmap(-1, 2 * total * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
+        pages = torch.frombuffer(memory, dtype=torch.float16).view(total, *kv.pages.shape[1:])
+        pages[-count:] = kv.pages
+        table = torch.where(kv.block_table >= 0, kv.block_table + total - count, -1)
+        streams[name] = PagedKV(pages, table, kv.lengths)
+    found = near.changed(**streams).run(BACKEND)
+    for got, right in zip(found, expected.run(BACKEND), strict=True):
+        assert torch.equal(got, right)
+    for name, kv in streams.items():
+        assert_equal(name, kv.pages[-len(expected[name].pages) :], expected[name].pages)

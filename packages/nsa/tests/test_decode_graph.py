@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from nsa import CacheFull, DecodeGraph, NSAAttention, NSACache, NSAConfig, PagePool
+from nsa_routing import backends, reset
 from nsa_varlen import VarlenLayout
 from nsa_varlen.transfer import to_device
 from torch import Tensor, nn
@@ -54,9 +55,19 @@ def flagged(monkeypatch: pytest.MonkeyPatch, fresh_routes: None) -> None:
 
 
 @pytest.mark.parametrize("compression", ["mean", "mlp"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_replay_is_the_eager_step_bitwise(dtype: torch.dtype, compression: str, flagged: None) -> None:
+@pytest.mark.parametrize(
+    "route, dtype",
+    [("sdpa", torch.float32), ("sdpa", torch.bfloat16), ("triton", torch.bfloat16)],
+    ids=["sdpa-fp32", "sdpa-bf16", "triton-bf16"],
+)
+def test_replay_is_the_eager_step_bitwise(
+    route: str, dtype: torch.dtype, compression: str, flagged: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Over emissions, blocks and pages, with 1 to 4 tokens a step, sequences that pause, leave and join."""
+    if route not in backends.installed_backends():
+        pytest.skip(f"needs a package with the backend {route}")
+    monkeypatch.setenv("NSA_BACKEND", f"decode_attention={route}")
+    reset()
     config = replace(CONFIG, compression=compression)
     captured, plain = (Model(config, 3, 128, dtype) for _ in range(2))
     for model in (captured, plain):
