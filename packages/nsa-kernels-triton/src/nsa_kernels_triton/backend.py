@@ -173,7 +173,6 @@ class TritonBackend:
         _check_contract("combine", gates, o_cmp, o_slc, None, o_win)
         return combining.combine(gates, o_cmp, o_slc, o_win)
 
-
     @untraced
     def decode_attention(
         self,
@@ -216,7 +215,7 @@ def _check_decode_contract(q: Tensor, streams: tuple[tuple[PagedKV, PagedKV], ..
         if not (k.pages.is_contiguous() and v.pages.is_contiguous()):
             raise ValueError(f"k_{name}, v_{name}: expected contiguous pages, got strides")
     if k_slc.page_size % blocks.block_size:
-        raise ValueError(f"k_slc: expected pages of a multiple of block_size={blocks.block_size}, got {k_slc.page_size}")
+        raise ValueError(f"k_slc: expected pages of whole blocks of {blocks.block_size} rows, got {k_slc.page_size}")
     reason = unmet(
         "decode_attention",
         _Asked(
