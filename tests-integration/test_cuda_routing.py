@@ -10,6 +10,7 @@ import nsa_routing
 import pytest
 import torch
 from nsa_routing import Problem, backends, dispatch, dispatching, plan_for, probe
+from nsa_routing.device_flag import Alarm
 from torch import Tensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -77,9 +78,15 @@ def test_a_flag_costs_no_synchronisation_and_its_news_arrive(run: Callable, trit
     torch.cuda.set_sync_debug_mode("error")
     try:
         bad = run()
+        triton.poison.zero_()
+        for _ in range(Alarm.SENT_EVERY):
+            run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert bool(bad.isnan().all())  # it went out
+    torch.cuda.synchronize()
+    triton.poison.fill_(torch.nan)
+    assert bool(run().isnan().all())  # after the alarm it is found out whose fault it is
     torch.cuda.synchronize()
     assert bool((run() == 3).all())  # the news were there: sdpa ran
     assert nsa_routing.closed() == {ROUTE}
@@ -121,6 +128,11 @@ def test_inside_a_graph_results_are_flagged(
     graph.replay()
     triton.poison.zero_()
     graph.replay()  # a good replay does not hide the bad one
+    assert nsa_routing.poll() == frozenset(), "an alarm"
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):  # which holds looks at the inputs too
+        run()
+    triton.poison.fill_(torch.nan)
+    graph.replay()
     assert nsa_routing.poll() == {ROUTE}
     assert bool((run() == 3).all())
 

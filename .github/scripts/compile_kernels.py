@@ -27,7 +27,6 @@ from importlib import import_module
 from itertools import product
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -144,6 +143,20 @@ class Row:
     error: str = ""
 
 
+class Noted:
+    """A compiled kernel, as far as launches ask it."""
+
+    function = packed_metadata = None
+
+    def run(self, *args: Any) -> None:
+        """Nothing is launched."""
+
+    launch_metadata = run
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return self.run
+
+
 class Recorder:
     """Triton's driver and its compiler, as far as launches ask them: a GPU of one SM that only notes what is launched.
 
@@ -171,10 +184,7 @@ class Recorder:
         """Note a launch; a kernel that does nothing."""
         self.launches.append(Launch(self.case, self.sm, source, dict(options)))
 
-        def nothing(*args: Any) -> None:
-            return None
-
-        return SimpleNamespace(run=nothing, launch_metadata=nothing, function=None, packed_metadata=None)
+        return Noted()
 
     def family(self, device: torch.device) -> str:
         """Which launch configurations hold."""

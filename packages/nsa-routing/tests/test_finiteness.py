@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from nsa_routing.finiteness import all_finite, each_once, inputs_finite, result_finite
+from nsa_routing.device_flag import Alarm
+from nsa_routing.finiteness import all_finite, each_once, inputs_finite, largest_of, result_finite
 
 INF, NAN = torch.inf, torch.nan
 HALF, BF16, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -55,6 +56,69 @@ def test_an_lse_may_be_minus_infinity(lse: float, finite: bool) -> None:
 def test_an_out_may_not(value: float) -> None:
     assert result_finite((torch.full((3, 2, 4), value), torch.zeros(2, 3))).item() is False
     assert result_finite(torch.full((3, 2, 4), value)).item() is False
+
+
+def up(result: object) -> bool:
+    alarm = Alarm()
+    alarm.look(largest_of(result))
+    assert alarm.noted(wait=True) is alarm.noted(wait=False)
+    return alarm.noted(wait=True)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BF16, SINGLE, DOUBLE], ids=str)
+@pytest.mark.parametrize("value", [NAN, INF, -INF, 0.0, None], ids=str)
+def test_an_alarm_is_up_just_if_a_result_is_not_finite(value: float | None, dtype: torch.dtype) -> None:
+    out, lse = torch.zeros(3, 2, 4, dtype=dtype), torch.zeros(2, 3)
+    lse[0, 1] = -INF
+    for x, allowed in ((out, ()), (lse, (-INF,))):
+        kept = x.clone()
+        x[1, 1] = torch.finfo(x.dtype).max if value is None else value
+        for result in ((out, lse), (out, torch.full((2,), -1)), out):
+            assert up(result) is not result_finite(result).item()
+        assert up((out, lse)) is not (value in (0.0, None, *allowed))
+        x.copy_(kept)
+    assert not up((torch.zeros(0, 2, 4), torch.zeros(2, 0)))
+    assert not up(torch.zeros(3, dtype=torch.int32))
+
+
+def test_an_alarm_stays_up_until_it_is_lowered_in_any_mode() -> None:
+    alarm = Alarm()
+    with torch.inference_mode():
+        alarm.look(largest_of(torch.ones(3)))
+    assert not alarm.noted(wait=True)
+    with torch.inference_mode():
+        bad = torch.tensor([NAN])
+    for x in (bad, torch.ones(2, requires_grad=True) * 2, torch.tensor([INF]), torch.zeros(1, dtype=HALF)):
+        alarm.look(largest_of(x))
+        assert alarm.noted(wait=True)
+    flag = alarm.flag
+    alarm.lower()
+    assert not alarm.noted(wait=True)
+    assert alarm.flag is flag, "graphs hold it"
+    assert not flag.requires_grad
+
+
+def test_news_of_an_alarm_is_sent_now_and_then_and_never_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`mirror` stands for the host's copy."""
+    from nsa_routing import device_flag
+
+    alarm = Alarm()
+    alarm.flag, alarm.mirror = torch.zeros((), dtype=DOUBLE), torch.zeros((), dtype=DOUBLE)
+    alarm.look([torch.tensor(1.0)])
+    assert alarm.mirror.item() == 1.0, "the first call's"
+    monkeypatch.setattr(device_flag, "capturing", lambda device: True)
+    for _ in range(2 * Alarm.SENT_EVERY):
+        alarm.look([torch.tensor(NAN)])
+    assert not alarm.noted(wait=False)
+    monkeypatch.undo()
+    late = 0
+    while not alarm.noted(wait=False):
+        alarm.look([torch.tensor(2.0)])
+        late += 1
+    assert late == Alarm.SENT_EVERY
+    alarm.lower()
+    alarm.flag.fill_(INF)
+    assert [alarm.noted(wait=wait) for wait in (False, True, False)] == [False, True, True], "who waits tells all"
 
 
 def test_inputs_are_the_tensors_among_the_arguments() -> None:

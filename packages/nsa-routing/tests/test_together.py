@@ -8,11 +8,12 @@ import torch
 from nsa_routing import closed, dispatch, judged_together, outcome, poll, reset, together
 from nsa_routing.finiteness import all_finite
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 INF, NAN = torch.inf, torch.nan
 ALARM = (
-    "operations that were judged together returned non-finite values on cpu in an earlier call; each is looked at by "
-    "itself from now on, until nsa_routing.reset()"
+    "operations returned non-finite values on cpu in an earlier call; each is looked at with what it is given from now "
+    "on, until nsa_routing.reset(). A CUDA graph keeps the looks that it was captured with"
 )
 
 
@@ -25,6 +26,21 @@ def attending(out: float = 1.0, lse: float = 1.0) -> Callable[..., Any]:
         return outs, lses
 
     return run
+
+
+class Kernels(TorchDispatchMode):
+    """The operations of torch that compute something."""
+
+    VIEWS = ("aten.detach", "aten._local_scalar_dense", "aten.alias")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not str(func).startswith(self.VIEWS):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -115,6 +131,40 @@ def test_polling_tells_of_an_alarm(fast: Callable, problem: Any, x: Tensor, logg
     assert poll() == {("fast", "window_attention", "cpu")}
 
 
+def test_an_operation_by_itself_is_a_chain_of_one(
+    fast: Callable, problem: Any, x: Tensor, looks: list[int], logged: Any
+) -> None:
+    """Its outcome alone, until there is an alarm; what was given to it only then."""
+    fast(attending(NAN))
+    run = dispatch("window_attention", problem)
+    run(x)
+    assert (looks.copy(), logged.warnings()) == ([24], [])
+    run(x)
+    assert (looks, logged.warnings(), closed()) == ([24, 24, 24], [ALARM], frozenset())
+    assert bool(run(x)[0].isfinite().all())
+    assert closed() == {("fast", "window_attention", "cpu")}
+
+
+@pytest.mark.parametrize("together_or_not", ["alone", "chain"])
+def test_a_look_is_two_kernels_for_an_out_and_two_for_an_lse(
+    together_or_not: str, fast: Callable, problem: Any, x: Tensor
+) -> None:
+    """Largest magnitude and a maximum, and nothing else: a decode step is not much longer."""
+    fast(attending())
+    flat = {"window_attention": 4, "decode_attention": 2}
+    for op, kernels in flat.items():
+        run = together.by_outcome
+        result = (x, x[..., 0].T) if op == "window_attention" else (x, x.int())
+        with Kernels() as ran:
+            if together_or_not == "alone":
+                run(result)
+            else:
+                with judged_together():
+                    run(result)
+                    outcome(x)
+        assert len(ran.names) == kernels, ran.names
+
+
 def test_always_judges_each_operation_in_the_same_call(
     fast: Callable, problem: Any, x: Tensor, flags: Callable, looks: list[int]
 ) -> None:
@@ -156,7 +206,7 @@ def test_exceptions_pass_and_leave_nothing_behind(
         failing()
     assert (poll(), logged.warnings(), looks) == (frozenset(), [], [])
     run(x)
-    assert looks == [24, 24], "outside of a chain a result is looked at by itself"
+    assert looks == [24], "outside of a chain a result is looked at by itself"
 
 
 def test_a_chain_within_a_chain_is_part_of_it(fast: Callable, problem: Any, x: Tensor, looks: list[int]) -> None:
@@ -172,7 +222,7 @@ def test_a_chain_within_a_chain_is_part_of_it(fast: Callable, problem: Any, x: T
 
 def test_after_an_alarm_a_tensor_is_looked_at_once(fast: Callable, problem: Any, x: Tensor, looks: list[int]) -> None:
     fast(attending())
-    together._alarm(x.device).note(torch.tensor(True))
+    together._alarm(x.device).look([torch.tensor(NAN)])
     run = dispatch("window_attention", problem)
     with judged_together():
         first, _ = run(x)

@@ -45,6 +45,26 @@ def attend(layer: NSAAttention, cache: NSACache, rows: list[Tensor]) -> list[Ten
         return list(layer(torch.cat(rows), layout=VarlenLayout.from_lengths(lengths), cache=cache).split(lengths))
 
 
+def poison_unused(cache: NSACache) -> int:
+    """Fill the rows that are no sequence's with NaN: of pages that nobody holds, before the first row that a window
+    still has, behind the end. How many of them lie in pages that are held.
+    """
+    pool, blocks = cache.pool, cache.config.blocks
+    used = torch.zeros(pool.num_pages, pool.page_size, dtype=torch.bool)
+    for sequence, length in enumerate(cache.lengths):
+        for stream in (cache.cmp, cache.slc, cache.win):
+            first, end = 0, blocks.num_compressed(length) if stream is cache.cmp else length
+            if stream is cache.win:
+                first = stream.first_row(sequence)
+            position = torch.arange(first, end)
+            kv, _ = stream.views(cache.device_lengths)
+            used.view(-1)[kv.slots(torch.full_like(position, sequence), position)] = True
+    for pages in (pool.k_pages, pool.v_pages):
+        pages[~used] = torch.nan
+    held = torch.tensor([pool.holders(page) > 0 for page in range(pool.num_pages)])
+    return int((held[:, None] & ~used).sum())
+
+
 class Decoder:
     """Sequence b in place b of one of two caches; each output is compared as it comes."""
 
@@ -58,6 +78,7 @@ class Decoder:
 
     def extend(self, new: list[int]) -> None:
         for number, cache in enumerate(self.caches):
+            poison_unused(cache)
             rows = []
             for b, x in enumerate(sequences()):
                 at = cache.lengths[b]
@@ -139,6 +160,38 @@ def test_a_sequence_carried_elsewhere_goes_on(at: int, decoder: Decoder) -> None
     decoder.guess(0, 3, seed=1)
     decoder.finish()
     assert decoder.checked == sum(LENGTHS)
+
+
+def test_rows_of_a_page_that_were_never_written(decoder: Decoder) -> None:
+    """Carried to larger pages, a sequence begins in the middle of its window's first page, and so does one beside it:
+    short enough to be computed together.
+    """
+    for new in ([17, 0, 0], [18, 0, 0]):
+        decoder.extend(new)
+    assert decoder.fork(0, 1, 0)
+    decoder.carry(0)
+    decoder.carry(1)
+    assert poison_unused(decoder.caches[1])
+    decoder.finish()
+
+
+@pytest.mark.parametrize("at", [20, 35, 70])
+def test_decode_steps_read_no_row_that_is_nobodys(at: int, decoder: Decoder) -> None:
+    """After a carry to larger pages."""
+    decoder.extend([at, min(at, 60), 0])
+    decoder.carry(0)
+    decoder.carry(1)
+    cache, (x, y, _) = decoder.caches[1], sequences()
+    poison_unused(cache)
+    for step in range(6):
+        rows = torch.stack([x[at + step], y[min(at, 60) + step], torch.zeros(24).double()])[:, None]
+        counts = torch.tensor([1, 1, 0], dtype=torch.int32)
+        with torch.no_grad():
+            cache.reserve([1, 1, 0])
+            out = decoder.layer.decode(rows, cache, counts)
+        cache.advance([1, 1, 0])
+        for b, first in enumerate((at, min(at, 60))):
+            torch.testing.assert_close(out[b, 0], decoder.expected[b][first + step], rtol=0, atol=1e-5)  # fp32 lse
 
 
 few, place = st.integers(0, 3), st.integers(0, 2)

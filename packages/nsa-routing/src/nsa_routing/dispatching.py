@@ -239,6 +239,7 @@ def _guarded(chosen: Plan, policy: Policy, exact: Run | None) -> Run:
         route = breaker.breaker(name, problem.op, device_name(problem))
         if policy.check != "off":  # "always" needs the flag too: compiled code and graphs cannot wait for a verdict
             route.prepare(device)
+            together.prepare(device)
         run = GuardedRun(own, route, policy.check, run, exact)
     assert run is not None  # a plan with a backend
     return run

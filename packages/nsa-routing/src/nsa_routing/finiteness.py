@@ -71,6 +71,22 @@ def result_finite(result: Any) -> Tensor | None:
     return verdict & (reduce(torch.maximum, (lse.detach().amax() for lse in lses)) < torch.inf)
 
 
+def largest_of(result: Any) -> list[Tensor]:
+    """Numbers [] that are below infinity, and not NaN, just if `result_finite`: one kernel for each, and no verdict.
+
+    Of out the largest magnitude, of each lse the largest value; none where there is nothing to judge.
+
+    Example:
+        >>> largest_of((torch.tensor([[[1.0, -2.0]]]), torch.tensor([[-torch.inf]])))
+        [tensor(2.), tensor(-inf)]
+    """
+    out, *others = (result,) if isinstance(result, Tensor) else result
+    if not out.is_floating_point() or not out.numel():
+        return []
+    lses = [x.detach().amax() for x in others if x.is_floating_point()]
+    return [torch.linalg.vector_norm(out.detach(), torch.inf), *lses]
+
+
 def inputs_finite(args: Iterable[Any]) -> Tensor | None:
     """`all_finite` of the tensors among the arguments, and of those that an argument's `tensors()` gives.
 

@@ -13,7 +13,7 @@ from nsa_routing.device_flag import capturing
 from nsa_routing.events import tell
 from nsa_routing.failures import OUT_OF_MEMORY, failure_kind
 from nsa_routing.finiteness import inputs_finite, result_finite
-from nsa_routing.together import postponed
+from nsa_routing.together import by_outcome
 
 Run = Callable[..., Any]
 NOT_FINITE = "returned non-finite values for finite inputs"
@@ -41,6 +41,7 @@ class GuardedRun:
         self.check = check
         self.fallback = fallback
         self.exact = exact
+        self.device = torch.device(breaker.device)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The operation's result."""
@@ -60,12 +61,13 @@ class GuardedRun:
         return self._instead(args, kwargs)
 
     def _checked(self, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.check == "flag" and postponed(result):
+        flagged = self.check == "flag" or torch.compiler.is_compiling() or self._in_capture
+        if flagged and by_outcome(result):
             return result
         finite = result_finite(result)
         if finite is None:
             return result
-        if self.check == "flag" or torch.compiler.is_compiling() or capturing(finite.device):
+        if flagged:
             inputs = inputs_finite((*args, *kwargs.values()))
             self.breaker.note(~finite if inputs is None else ~finite & inputs)
             return result
@@ -84,11 +86,15 @@ class GuardedRun:
             raise RuntimeError(message)
         return self.fallback(*args, **kwargs) if exact is None else exact
 
+    @property
+    def _in_capture(self) -> bool:
+        return capturing(self.device)
+
     def _bad_news(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the flag of an earlier call came in, outside of any waiting, capture or compilation."""
         if torch.compiler.is_compiling() or not self.breaker.noted(wait=False):
             return False
-        if capturing(torch.device(self.breaker.device)):
+        if self._in_capture:
             return False
         self.breaker.closed = True
         self._report(f"{NOT_FINITE} in an earlier call", args, kwargs)

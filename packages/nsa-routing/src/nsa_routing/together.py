@@ -1,8 +1,8 @@
-"""Operations that feed one another, judged by what comes of them: one look at the end instead of one at each.
+"""Operations judged by what comes of them: one look at an outcome instead of one at whatever went in and came out.
 
 NaN and infinities reach the end through sums and products, so a finite outcome says that all was well on the way. One
-that is not finite does not say whose fault it was: it raises the alarm of its device, after which each operation is
-looked at by itself.
+that is not finite does not say whose fault it was, an operation's or that of what it was given: it raises the alarm of
+its device, after which each operation is looked at by itself, with its inputs.
 """
 
 import logging
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa_routing.device_flag import DeviceFlag, capturing
+from nsa_routing.device_flag import Alarm
 from nsa_routing.events import tell
-from nsa_routing.finiteness import each_once, result_finite
+from nsa_routing.finiteness import each_once, largest_of
 
 
 class _Chain:
@@ -42,7 +42,7 @@ class _Chain:
 
 
 _chain: ContextVar[_Chain | None] = ContextVar("chain", default=None)
-_alarms: dict[torch.device, DeviceFlag] = {}
+_alarms: dict[torch.device, Alarm] = {}
 _lock = threading.Lock()  # of the dictionary
 
 
@@ -51,8 +51,9 @@ def judged_together() -> AbstractContextManager[None]:
 
     The first time that they are not finite, the alarm is raised: from then on, until `reset()`, each operation is
     judged by itself, every tensor once however many take or return it, so that the route at fault is closed. Nobody may
-    write to their tensors before the end. In code that is traced by torch.compile or captured in a graph each operation
-    is judged by itself. A chain within a chain is part of it: the last outcome named counts, which has to be of all.
+    write to their tensors before the end. In code that is traced by torch.compile each operation is judged by itself;
+    a graph holds the looks that are due when it is captured, and keeps them. A chain within a chain is part of it: the
+    last outcome named counts, which has to be of all.
 
     Raises:
         RuntimeError: at the end, where something ran and no `outcome` was named.
@@ -85,21 +86,30 @@ def _together() -> Iterator[None]:
         return
     if chain.outcome is None:
         raise RuntimeError("judged_together: expected an outcome, got none")
-    finite = result_finite((chain.outcome, *chain.lses))
-    if finite is not None:
-        _alarm(finite.device).note(~finite)
+    _alarm(chain.outcome.device).look(largest_of((chain.outcome, *chain.lses)))
 
 
-def postponed(result: Any) -> bool:
-    """Whether a result will be judged with the outcome of its chain: outside of any, and after an alarm, it is not."""
-    chain = None if torch.compiler.is_compiling() else _chain.get()
-    if chain is None:
+def by_outcome(result: Any) -> bool:
+    """Judge a result by the outcome of its chain or, outside of any, by itself alone; False after an alarm.
+
+    Then, and in code that is traced, whoever asks has to look at it, and at what it was made of.
+    """
+    if torch.compiler.is_compiling():
         return False
     device = (result if isinstance(result, Tensor) else result[0]).device
-    if capturing(device) or _raised(device, wait=False):
+    if _raised(device, wait=False):
         return False
-    chain.postpone(result)
+    chain = _chain.get()
+    if chain is None:
+        _alarm(device).look(largest_of(result))
+    else:
+        chain.postpone(result)
     return True
+
+
+def prepare(device: torch.device) -> None:
+    """Make the alarm of a device, outside any graph capture."""
+    _alarm(device).prepare(device)
 
 
 def read_alarms() -> None:
@@ -118,17 +128,20 @@ def forget() -> None:
         alarm.lower()
 
 
-def _alarm(device: torch.device) -> DeviceFlag:
-    with _lock:
-        return _alarms.setdefault(device, DeviceFlag())
+def _alarm(device: torch.device) -> Alarm:
+    found = _alarms.get(device)
+    if found is None:
+        with _lock:
+            found = _alarms.setdefault(device, Alarm())
+    return found
 
 
 def _raised(device: torch.device, *, wait: bool) -> bool:
     if not _alarm(device).noted(wait=wait):
         return False
     message = (
-        f"operations that were judged together returned non-finite values on {device} in an earlier call; "
-        "each is looked at by itself from now on, until nsa_routing.reset()"
+        f"operations returned non-finite values on {device} in an earlier call; each is looked at with what it is "
+        "given from now on, until nsa_routing.reset(). A CUDA graph keeps the looks that it was captured with"
     )
     tell(logging.WARNING, message, "alarm", str(device))
     return True

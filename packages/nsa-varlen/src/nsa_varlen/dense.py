@@ -26,7 +26,8 @@ class Dense(Protocol):
     """An attention over dense batches, differentiable in q, k and v.
 
     Args:
-        q: [b, Sq, Hq, Dk]. k: [b, Sk, Hk, Dk]. v: [b, Sk, Hk, Dv]. Zeros in the padding, which is on the right.
+        q: [b, Sq, Hq, Dk]. k: [b, Sk, Hk, Dk]. v: [b, Sk, Hk, Dv]. Zeros in the padding, which is on the right, and in
+            keys and values that the mask hides from all.
         mask: bool [b, Sq, Sk], True where a query may look; rows may be empty. None: no mask.
         scale: of the logits.
         is_causal: query i sees keys 0..i (top-left aligned, as torch's SDPA; only with Sq = Sk and without a mask).
@@ -192,7 +193,12 @@ class DenseForms:
         q, k, v = qkv
         rows = max(1, CALL_LOGITS // (q.shape[0] * q.shape[2] * k.shape[1]))
         slices = [slice(start, start + rows) for start in range(0, q.shape[1], rows)]
-        results = [self.dense(q[:, x], k, v, mask(x), scale=scale, is_causal=False) for x in slices]
+        results = []
+        for x in slices:
+            shown = mask(x)
+            unseen = ~shown.any(1)[..., None, None]
+            keys, values = (y.masked_fill(unseen, 0.0) for y in (k, v))
+            results.append(self.dense(q[:, x], keys, values, shown, scale=scale, is_causal=False))
         outs, lses = zip(*results, strict=True)
         return torch.cat(outs, 1), torch.cat(lses, 2)
 

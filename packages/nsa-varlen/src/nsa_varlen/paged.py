@@ -21,7 +21,8 @@ def page_slots(block_table: Tensor, page_size: int, sequence: Tensor, position: 
 class PagedKV:
     """One stream of keys, or of values, stored in pages; stands for the packed tensor of the same rows.
 
-    Row p of sequence b is `pages[block_table[b, p // page_size], p % page_size]`.
+    Row p of sequence b is `pages[block_table[b, p // page_size], p % page_size]`. A row that no query sees may hold
+    anything, NaN too: perhaps nobody wrote it. Who loads it nevertheless has to hide it, and a weight of 0 does not.
 
     Fields:
         pages: [num_pages, page_size, H, D].

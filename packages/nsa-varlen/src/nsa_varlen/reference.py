@@ -325,7 +325,12 @@ def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Softmax over the keys where mask [Tq, Hk or 1, Tk] is True; rows without any give 0 and -inf."""
+    """Softmax over the keys where mask [Tq, Hk or 1, Tk] is True; rows without any give 0 and -inf.
+
+    Keys and values that no query sees may hold anything, NaN too.
+    """
+    unseen = ~mask.any(0).T[..., None]  # [Tk, Hk or 1, 1]
+    k, v = k.masked_fill(unseen, 0.0), v.masked_fill(unseen, 0.0)
     logits = torch.where(mask[:, :, None], _logits(q, k, scale), -torch.inf)
     # One extra column of -inf gives a batch without keys a maximum too.
     top = torch.nn.functional.pad(logits, (0, 1), value=-torch.inf).amax(-1, keepdim=True).detach()

@@ -44,6 +44,8 @@ def decode_selected_kernel(
     V_WIN,
     K_WIN_TABLE,
     V_WIN_TABLE,
+    NEW_K_WIN,
+    NEW_V_WIN,
     BLOCK_INDICES,
     GATES,
     OUT,
@@ -52,6 +54,8 @@ def decode_selected_kernel(
     region,
     slc_table,
     win_table,
+    k_win_row,
+    v_win_row,
     N: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -90,6 +94,7 @@ def decode_selected_kernel(
     SLC_O_AT: tl.constexpr,
     CANDIDATES_AT: tl.constexpr,
     EARLY: tl.constexpr,
+    FRESH: tl.constexpr,
 ):
     """One token's heads of one kv head, PART of its TOPK blocks. Grid (B * N * SPLITS * HEADS).
 
@@ -115,7 +120,7 @@ def decode_selected_kernel(
     before = length - count
     position = tl.where(token < count, before + token, -1)
 
-    # Of the window first what was there before this step: it needs nothing of the kernels before, which may still run.
+    # The window needs nothing of the kernels before, which may still run; not even new rows from its pages, if FRESH.
     WIN_SAME: tl.constexpr = V_WIN_TABLE is None
     win_pages = K_WIN_TABLE + sequence.to(tl.int64) * win_table
     v_win_pages = win_pages
@@ -127,26 +132,30 @@ def decode_selected_kernel(
     part = tl.cdiv(tiles, SPLITS)
     begin = first + split * part
     stop = tl.minimum(begin + part, first + tiles)
-    early_stop = stop
-    if EARLY:
-        early_stop = tl.maximum(tl.minimum(stop, before // WIN_KEYS), begin)
+    stored = position  # in pages, up to here
+    if FRESH:
+        stored = tl.minimum(position, before - 1)
     last = tl.maximum(position, 0) // WIN_PAGE
     m, norm, acc0, acc1 = empty(ROWS, V0, V1)
     m, norm, acc0, acc1 = attend_to_window(
         q0,
         q1,  # None within a tuple is more than Triton 3.6 takes
-        *(K_WIN, V_WIN, win_pages, v_win_pages, begin, early_stop, earliest, position, last, head, scale),
+        *(K_WIN, V_WIN, win_pages, v_win_pages, begin, stop, earliest, stored, last, head, scale),
         *(m, norm, acc0, acc1, HEADS, WIN_PAGE, DK, K0, K1, DV, V0, V1, WIN_KEYS, WIN_SAME),
     )
-    if EARLY:
-        gdc_wait()
-        if early_stop < stop:
-            m, norm, acc0, acc1 = attend_to_window(
-                q0,
-        q1,  # None within a tuple is more than Triton 3.6 takes
-        *(K_WIN, V_WIN, win_pages, v_win_pages, early_stop, stop, earliest, position, last, head, scale),
-                *(m, norm, acc0, acc1, HEADS, WIN_PAGE, DK, K0, K1, DV, V0, V1, WIN_KEYS, WIN_SAME),
-            )
+    if FRESH:
+        if split == 0:  # which has a forced block besides: nothing to wait for
+            FEW: tl.constexpr = 16 if N < 16 else triton.next_power_of_2(N)
+            new = tl.arange(0, FEW)
+            seen = (before + new >= earliest) & (before + new <= position)
+            new_row = sequence.to(tl.int64) * N
+            k_rows = NEW_K_WIN + (new_row + new) * k_win_row + head * DK
+            s = logits(q0, q1, load_piece(k_rows, seen, 0, K0, DK), load_piece(k_rows, seen, K0, K1, DK))
+            s = tl.where(seen[None, :], s, float("-inf"))
+            v_rows = NEW_V_WIN + (new_row + new) * v_win_row + head * DV
+            v0 = load_piece(v_rows, seen, 0, V0, DV)
+            v1 = load_piece(v_rows, seen, V0, V1, DV)
+            m, norm, acc0, acc1 = update(s, scale, m, norm, acc0, acc1, v0, v1)
     member_row = token * GROUP + tl.where(there, member, 0)
     if MERGE:
         _, inverse = mean(m, norm)
@@ -158,6 +167,8 @@ def decode_selected_kernel(
         store_some(here + WIN_M_AT + split * SIZE, here + WIN_L_AT + split * SIZE, here + WIN_O_AT + split * SIZE * DV,
                    member_row, there, m, norm, acc0, acc1, DV, V0, V1)  # fmt: skip
 
+    if EARLY:
+        gdc_wait()
     current = tl.where(position >= 0, position // BLOCK_SIZE, -1)
     out = BLOCK_INDICES + ((sequence * N + token) * HEADS + head).to(tl.int64) * TOPK
     candidates = (here + CANDIDATES_AT).to(tl.pointer_type(tl.int32))

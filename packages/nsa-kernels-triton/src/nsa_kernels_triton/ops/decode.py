@@ -1,7 +1,8 @@
 """A decode step in three or four launches: see the kernels `decode_compressed`, `choice`, `selected` and `merging`."""
 
 from dataclasses import replace
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from nsa_varlen import BlockGeometry, PagedKV
@@ -10,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nsa_kernels_triton import configurations
-from nsa_kernels_triton.ops.decode_plan import DecodeSizes, decode_plan
-from nsa_kernels_triton.ops.launching import num_processors, on_device
+from nsa_kernels_triton.ops.decode_plan import DecodePlan, DecodeSizes, decode_plan
+from nsa_kernels_triton.ops.launching import Prepared, num_processors, on_device
 from nsa_kernels_triton.tiles import LOG2_E
 
 SCRATCH_BYTES = 1 << 31  # more sequences than fit take turns
@@ -39,20 +40,49 @@ def decode_attention(
     indices = q.new_empty(batch_size, tokens, num_kv_heads, blocks.topk, dtype=torch.int32)
     if not out.numel() or not slc[0].block_table.shape[1]:  # nobody asks, or nobody has a token
         return out.zero_(), indices.fill_(-1)
-    call = q.contiguous(), q_cmp.contiguous(), cmp, slc, win, gates.contiguous(), counts, new
-    sizes = _sizes(q, cmp[0], slc, win[0], blocks)
-    region = decode_plan(sizes, configurations.overrides()).region
-    most = max(1, SCRATCH_BYTES // (4 * region * num_kv_heads))
+    call = q.contiguous(), q_cmp.contiguous(), cmp, slc, win, gates.contiguous(), counts, new, out, indices
+    sizes = _sizes(q, cmp[0], slc, win[0], blocks, new)
+    plan = decode_plan(sizes, configurations.overrides())
+    most = max(1, SCRATCH_BYTES // (4 * plan.region * num_kv_heads))
+    if batch_size <= most:
+        _launch(plan, *call, blocks.window_size, scale)
+        return out, indices
     for start in range(0, batch_size, most):
-        part = slice(start, start + most)
-        some = call if most >= batch_size else tuple(_of_sequences(x, part) for x in call)
-        sizes = replace(sizes, batch_size=len(some[0])) if most < batch_size else sizes
-        _launch(sizes, *some, blocks.window_size, scale, out[part], indices[part])
+        some = [_of_sequences(x, slice(start, start + most)) for x in call]
+        plan = decode_plan(sizes._replace(batch_size=len(some[0])), configurations.overrides())
+        _launch(plan, *some, blocks.window_size, scale)
     return out, indices
 
 
+class _Kernels(NamedTuple):
+    """A plan's kernels, in order of their launch."""
+
+    compressed: Prepared
+    choice: Prepared | None
+    levels: tuple[Prepared, ...]
+    selected: Prepared
+    merge: Prepared | None
+
+
+@lru_cache(maxsize=1024)
+def _kernels(plan: DecodePlan) -> _Kernels:
+    from nsa_kernels_triton.kernels.decode_choice import decode_choice_kernel
+    from nsa_kernels_triton.kernels.decode_choosing import decode_levels_kernel
+    from nsa_kernels_triton.kernels.decode_compressed import decode_compressed_kernel
+    from nsa_kernels_triton.kernels.decode_merging import decode_merge_kernel
+    from nsa_kernels_triton.kernels.decode_selected import decode_selected_kernel
+
+    return _Kernels(
+        Prepared(decode_compressed_kernel, *plan.compressed),
+        Prepared(decode_choice_kernel, *plan.choice) if plan.choice else None,
+        tuple(Prepared(decode_levels_kernel, *level) for level in plan.levels),
+        Prepared(decode_selected_kernel, *plan.selected),
+        Prepared(decode_merge_kernel, *plan.merge) if plan.merge else None,
+    )
+
+
 def _launch(
-    sizes: DecodeSizes,
+    plan: DecodePlan,
     q: Tensor,
     q_cmp: Tensor,
     cmp: Stream,
@@ -61,71 +91,63 @@ def _launch(
     gates: Tensor,
     counts: Tensor,
     new: NewTokens | None,
-    window_size: int,
-    scale: float,
     out: Tensor,
     indices: Tensor,
+    window_size: int,
+    scale: float,
 ) -> None:
-    from nsa_kernels_triton.kernels.decode_choice import decode_choice_kernel
-    from nsa_kernels_triton.kernels.decode_choosing import decode_levels_kernel
-    from nsa_kernels_triton.kernels.decode_compressed import decode_compressed_kernel
-    from nsa_kernels_triton.kernels.decode_merging import decode_merge_kernel
-    from nsa_kernels_triton.kernels.decode_selected import decode_selected_kernel
-
-    plan = decode_plan(sizes, configurations.overrides())
-    scratch = q.new_empty(sizes.batch_size * sizes.num_kv_heads * plan.region, dtype=torch.float32)
-    tables = [_tables(*stream) for stream in (cmp, slc, win)]
+    compressed, choice, levels, selected, merge = _kernels(plan)
+    batch_size, lengths, cmp_lengths, scale = len(q), slc[0].lengths, cmp[0].lengths, scale * LOG2_E
+    scratch = q.new_empty(batch_size * slc[0].num_heads * plan.region, dtype=torch.float32)
+    (cmp_table, v_cmp_table), (slc_table, v_slc_table), (win_table, v_win_table) = map(_tables, (cmp, slc, win))
     (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win) = ((k.pages, v.pages) for k, v in (cmp, slc, win))
-    (cmp_table, v_cmp_table), (slc_table, v_slc_table), (win_table, v_win_table) = tables
-    lengths, cmp_lengths = slc[0].lengths, cmp[0].lengths
     rows = _new_rows(new)
-    scale *= LOG2_E
-    appended = "" if new is None else "pooled" if isinstance(new.cmp, PooledTokens) else "completed"
-    appending = sizes.batch_size * sizes.tokens if new is not None else 0
-    decode_compressed_kernel[(plan.compressed.grid[0] + appending,)](
-        *(q_cmp, scratch, indices, lengths, counts, cmp_lengths, k_cmp, v_cmp, cmp_table, v_cmp_table),
-        *(k_slc, v_slc, slc_table, v_slc_table, k_win, v_win, win_table, v_win_table),
-        *rows,
-        *(sizes.batch_size, scale),
-        *(plan.region, plan.width, cmp_table.shape[1], slc_table.shape[1], win_table.shape[1]),
-        *_new_sizes(new, rows),
-        APPEND=appended,
-        INTERLEAVED=isinstance(new and new.cmp, PooledTokens) and new.cmp.interleaved,
-        **plan.compressed.constants,
+    ring, rotated, *spaces = _new_sizes(new, rows)
+    cmp_pages, slc_pages, win_pages = cmp_table.shape[1], slc_table.shape[1], win_table.shape[1]
+    compressed(
+        *(q_cmp, scratch, indices, lengths, counts, cmp_lengths),
+        *(k_cmp, v_cmp, cmp_table, v_cmp_table, k_slc, v_slc, slc_table, v_slc_table),
+        *(k_win, v_win, win_table, v_win_table, *rows, batch_size, scale, plan.region, plan.width),
+        *(cmp_pages, slc_pages, win_pages, ring, rotated, *spaces),
     )
-    if plan.choice is not None:
-        decode_choice_kernel[plan.choice.grid](
-            *(scratch, lengths, counts, v_cmp, cmp_table if v_cmp_table is None else v_cmp_table, slc_table),
-            *(indices, sizes.batch_size, plan.region, plan.width, cmp_table.shape[1], slc_table.shape[1]),
-            **plan.choice.constants,
+    if choice is not None:
+        choice(
+            *(scratch, lengths, counts, v_cmp, cmp_table if v_cmp_table is None else v_cmp_table),
+            *(slc_table, indices, batch_size, plan.region, plan.width, cmp_pages, slc_pages),
         )
-    for level in plan.levels:
-        decode_levels_kernel[level.grid](scratch, plan.region, **level.constants)
-    decode_selected_kernel[plan.selected.grid](
+    for level in levels:
+        level(scratch, plan.region)
+    selected(
         *(q, scratch, lengths, counts, k_slc, v_slc, slc_table, v_slc_table),
-        *(k_win, v_win, win_table, v_win_table, indices, gates, out),
-        *(scale, window_size, plan.region, slc_table.shape[1], win_table.shape[1]),
-        **plan.selected.constants,
+        *(k_win, v_win, win_table, v_win_table, rows[4], rows[5], indices, gates, out),
+        *(scale, window_size, plan.region, slc_pages, win_pages, spaces[4], spaces[5]),
     )
-    if plan.merge is not None:
-        decode_merge_kernel[plan.merge.grid](scratch, counts, gates, out, plan.region, **plan.merge.constants)
+    if merge is not None:
+        merge(scratch, counts, gates, out, plan.region)
     if new is not None and cmp[1].lengths is not cmp_lengths:
         cmp[1].lengths.copy_(cmp_lengths)
 
 
-def _sizes(q: Tensor, k_cmp: PagedKV, slc: Stream, k_win: PagedKV, blocks: BlockGeometry) -> DecodeSizes:
-    (k_slc, v_slc), batch_size, tokens = slc, *q.shape[:2]
+def _sizes(
+    q: Tensor, k_cmp: PagedKV, slc: Stream, k_win: PagedKV, blocks: BlockGeometry, new: NewTokens | None
+) -> DecodeSizes:
+    k_slc, v_slc = slc
+    batch_size, tokens, num_heads, head_dim = q.shape
+    cmp = None if new is None else new.cmp
     return DecodeSizes(
         *(configurations.family(q.device), num_processors(q.device), batch_size, tokens, k_slc.num_heads),
-        *(q.shape[2] // k_slc.num_heads, k_slc.head_dim, v_slc.head_dim, q.element_size()),
+        *(num_heads // k_slc.num_heads, head_dim, v_slc.head_dim, q.element_size()),
         *(blocks.kernel_size, blocks.kernel_stride, blocks.block_size, blocks.topk),
         *(blocks.init_blocks, blocks.local_blocks, k_cmp.page_size, k_slc.page_size, k_win.page_size),
         *(max(1, k_cmp.block_table.shape[1]), k_slc.block_table.shape[1]),
+        *("" if cmp is None else "pooled" if isinstance(cmp, PooledTokens) else "completed",),
+        *(isinstance(cmp, PooledTokens) and cmp.interleaved,),
     )
 
 
-def _tables(k: PagedKV, v: PagedKV) -> tuple[Tensor, Tensor | None]:
+def _tables(stream: Stream) -> tuple[Tensor, Tensor | None]:
     """Page tables of one stream, contiguous and of one width; None for that of the values if it is the keys'."""
+    k, v = stream
     if v.block_table is k.block_table and k.block_table.shape[1] and k.block_table.is_contiguous():
         return k.block_table, None
     width = max(1, k.block_table.shape[1], v.block_table.shape[1])

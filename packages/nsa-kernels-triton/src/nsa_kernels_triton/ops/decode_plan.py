@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 from nsa_kernels_triton.configurations import Launch, choose
+from nsa_kernels_triton.contracts import interpreted
 from nsa_kernels_triton.tiles import pieces, power_of_two
 
 MOST_CANDIDATES = 512  # that the last choice goes over; more are thinned out before
@@ -13,8 +14,7 @@ COMPARED = 1 << 14  # pairs of candidates that a program compares at a time: the
 ALIGNED = 32  # numbers that parts of the scratch memory begin at multiples of
 
 
-@dataclass(frozen=True)
-class DecodeSizes:
+class DecodeSizes(NamedTuple):
     """What a plan depends on.
 
     Fields:
@@ -23,6 +23,8 @@ class DecodeSizes:
         kernel_size ... window_size: of the blocks.
         cmp_page, slc_page, win_page: rows of a page.
         cmp_pages, slc_pages: pages that a sequence has room for.
+        appended: how new rows come: "" (there are none), "pooled" or "completed".
+        interleaved: how pairs lie that are rotated.
     """
 
     family: str
@@ -45,17 +47,18 @@ class DecodeSizes:
     win_page: int
     cmp_pages: int
     slc_pages: int
+    appended: str
+    interleaved: bool
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One launch: the grid, and the constants and options that the kernel is called with."""
 
-    grid: tuple[int]
+    grid: tuple[int, int, int]
     constants: dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DecodePlan:
     """The launches of a decode step, in order, and its scratch memory.
 
@@ -100,6 +103,7 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
     rows = of.tokens * of.group_size
     row_bytes = max(sum(pieces(of.head_dim)), sum(pieces(of.v_head_dim))) * of.itemsize
     case = {"row_bytes": row_bytes, "itemsize": of.itemsize, "rows": rows, "pairs": of.batch_size * of.num_kv_heads}
+    case["room"] = of.slc_pages * of.slc_page
     tile_rows = min(64, max(16, power_of_two(rows)))
     row_tiles = ceil(rows / tile_rows)
     size = tile_rows * row_tiles
@@ -116,7 +120,8 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
     compressed, choice, selected, merging = map(
         config, ("decode_compressed", "decode_choice", "decode_selected", "decode_merge")
     )
-    early = {"EARLY": True, "launch_pdl": True} if compressed["early"] else {"EARLY": False}
+    is_early = bool(compressed["early"]) and not interpreted()
+    early = {"EARLY": is_early} | ({"launch_pdl": True} if is_early else {})
     cmp_keys = _tile(compressed["keys"], of.cmp_page)
     win_keys = _tile(selected["keys"], of.win_page)
     slc_keys = _tile(selected["keys"], of.block_size)
@@ -126,7 +131,6 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
 
     free = of.topk - of.init_blocks - of.local_blocks
     slots = power_of_two(free)
-    beta = of.block_size // of.kernel_stride
     competing = max(1, of.slc_pages * of.slc_page // of.block_size - of.local_blocks) if free else 1
     chunk = max(choice["chunk"], 2 * slots)
     if competing <= chunk:
@@ -156,7 +160,7 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
             next_at = take.take(3 * of.tokens * fewer * slots)
             constants = {"N": of.tokens, "FREE": free, "CHUNK": chunk, "SLOTS": slots, "FROM_AT": candidates_at}
             constants |= {"FROM": count, "TO_AT": next_at, "CHUNKS": fewer} | early | choice.options
-            levels.append(Step((pairs * of.tokens * fewer,), constants))
+            levels.append(Step((pairs * of.tokens * fewer, 1, 1), constants))
             count, candidates_at = fewer * slots, next_at
     logits_at = take.take(size * width)
 
@@ -173,7 +177,7 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
     own, window = ("M_AT", "L_AT", "O_AT"), ("WIN_M_AT", "WIN_L_AT", "WIN_O_AT")
     listing = {"CHUNK": chunk, "SLOTS": slots, "HEADS_AT_ONCE": min(choice["heads"], power_of_two(of.group_size))}
     first = Step(
-        (pairs * row_tiles * cmp_splits,),
+        (pairs * row_tiles * cmp_splits + (of.batch_size * of.tokens if of.appended else 0), 1, 1),
         heads
         | pooling
         | dims
@@ -181,15 +185,15 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
         | chosen
         | listing
         | at(*own)
-        | {"CHOOSE": alone}
+        | {"CHOOSE": alone, "APPEND": of.appended, "INTERLEAVED": of.interleaved}
         | {"CMP_PAGE": of.cmp_page, "SLC_PAGE": of.slc_page, "WIN_PAGE": of.win_page}
         | {"KEYS": cmp_keys, "SPLITS": cmp_splits, "VALUES": not value_splits, "LOGITS_AT": logits_at}
         | {"K_WIDTH": max(16, power_of_two(of.head_dim)), "V_WIDTH": max(16, power_of_two(dv))}
-        | {"EARLY": bool(compressed["early"])}
+        | {"EARLY": is_early}
         | compressed.options,
     )
     second = Step(
-        (pairs * (of.tokens * chunks + row_tiles * value_splits),),
+        (pairs * (of.tokens * chunks + row_tiles * value_splits), 1, 1),
         heads
         | pooling
         | {"DV": dv, **v_pieces}
@@ -205,13 +209,14 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
     )
     merging_apart = slc_splits > 1
     third = Step(
-        (pairs * of.tokens * slc_splits,),
+        (pairs * of.tokens * slc_splits, 1, 1),
         heads
         | dims
         | chosen
         | at(*own, *window, "SLC_M_AT", "SLC_L_AT", "SLC_O_AT")
         | {"PAGE": of.slc_page, "ROWS": max(16, power_of_two(of.group_size)), "SIZE": size, "KEYS": slc_keys}
         | {"WIN_PAGE": of.win_page, "WIN_KEYS": win_keys}
+        | {"FRESH": bool(compressed["early"] and of.appended)}
         | {"SPLITS": slc_splits, "PART": power_of_two(of.topk) // slc_splits, "COUNT": count}
         | {"WIDTH": power_of_two(count), "COMPARED": min(power_of_two(count), COMPARED // power_of_two(count))}
         | {"MERGE": not merging_apart}
@@ -225,7 +230,7 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
     merge_tiles = {"ROWS": merge_rows, "ROW_TILES": ceil(rows / merge_rows)}
     merge_tiles |= {"COLUMNS": columns, "COLUMN_TILES": ceil(dv / columns)}
     last = Step(
-        (pairs * merge_tiles["ROW_TILES"] * merge_tiles["COLUMN_TILES"],),
+        (pairs * merge_tiles["ROW_TILES"] * merge_tiles["COLUMN_TILES"], 1, 1),
         heads
         | {"DV": dv, "SIZE": size, "ADDED": bool(value_splits)}
         | merge_tiles
@@ -234,7 +239,8 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
         | early
         | merging.options,
     )
-    return DecodePlan(first, None if alone else second, tuple(levels), third, last if merging_apart else None, take.end, width)
+    choosing, merging_too = None if alone else second, last if merging_apart else None
+    return DecodePlan(first, choosing, tuple(levels), third, merging_too, take.end, width)
 
 
 def _tile(most: int, whole: int) -> int:

@@ -17,6 +17,7 @@ from nsa_varlen.geometry import BlockGeometry
 from nsa_varlen.kv_rows import all_rows, take_head_rows
 from nsa_varlen.layout import VarlenLayout
 from nsa_varlen.sdpa._interval import compute_dtype
+from nsa_varlen.transfer import to_device
 
 GATHER_ELEMENTS = 1 << 25  # keys and values gathered at a time: 128 MB of fp32
 CHOICES_AT_ONCE = 1024  # queries that meet a block in one matmul: more would leave a CPU core's cache
@@ -91,7 +92,10 @@ def _by_query(
         rows = slice(start, min(start + chunk, q.shape[0]))
         key = (indices[rows, :, :, None] * blocks.block_size + within).flatten(2)  # [R, Hk, N*l'], by sequence
         hidden = (key < 0) | (key > positions[rows, None, None])
-        key.masked_fill_(hidden, 0)
+        # Instead of a hidden key the first one that is seen: others may hold NaN, which no weight of 0 hides.
+        beyond = torch.iinfo(key.dtype).max
+        shown = key.masked_fill(hidden, beyond).amin(-1, keepdim=True)
+        key = key.where(~hidden, shown.masked_fill_(shown == beyond, 0))
         k_rows, v_rows = take_head_rows(k, v, sequence[rows], key, layout.cu_seqlens_k)
         grouped = q[rows].to(dtype).unflatten(1, (num_kv_heads, -1)) * scale
         logits = torch.matmul(grouped, k_rows.to(dtype).mT).masked_fill_(hidden[:, :, None], -torch.inf)
@@ -114,7 +118,7 @@ def _pairs_by_block(
     Returns:
         The choices' rows `query * Hk + head` (see `_rows_by_head`), int64, and for each block that someone chose
         (head, first packed key, end of its keys, first choice, end of its choices), on the host, cut to at most
-        CHOICES_AT_ONCE.
+        CHOICES_AT_ONCE. Its keys end where the last of these queries stands: what is behind may hold anything.
     """
     block_spans = layout.block_spans(blocks)
     total_blocks = len(block_spans)
@@ -133,7 +137,13 @@ def _pairs_by_block(
             for start in range(first_choice, end, CHOICES_AT_ONCE):
                 spans.append((head, k0, k1, start, min(start + CHOICES_AT_ONCE, end)))
             first_choice = end
-    return row, spans
+    last = to_device(torch.tensor([end - 1 for *_, end in spans], dtype=torch.int64, device="cpu"), row.device)
+    query = torch.div(row[last], indices.shape[1], rounding_mode="floor")
+    last_keys = layout.last_keys()[query].tolist()
+    return row, [
+        (head, k0, min(k1, last_key + 1), start, end)
+        for (head, k0, k1, start, end), last_key in zip(spans, last_keys, strict=True)
+    ]
 
 
 def _rows_by_head(x: Tensor, num_kv_heads: int, dtype: torch.dtype) -> Tensor:

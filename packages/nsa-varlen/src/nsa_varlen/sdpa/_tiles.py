@@ -7,14 +7,17 @@ b = 1 for a tile.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from nsa_varlen.arguments import KV
 from nsa_varlen.buckets import Bucket
 from nsa_varlen.geometry import BlockGeometry
+from nsa_varlen.keeping import outside_inference
 from nsa_varlen.kv_rows import sequence_rows
 from nsa_varlen.layout import VarlenLayout
 
@@ -84,9 +87,13 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """A bucket of short sequences, computed in one step; a padded query sees nothing, a padded key is never seen."""
+    """A bucket of short sequences, computed in one step; a padded query sees nothing, a padded key is never seen.
+
+    `visible` says which keys the queries see.
+    """
 
     bucket: Bucket
+    visible: Visible
 
     @property
     def rows(self) -> int:
@@ -125,8 +132,22 @@ class Batch:
         self.bucket.queries.scatter(values, out)
 
     def keys(self, x: KV, k0: int, k1: int) -> Tensor:
-        """All keys: [b, n, H, D], zeros in the padding."""
-        return self.bucket.keys.gather(x)
+        """All keys: [b, n, H, D], zeros in the padding and where no query looks."""
+        keys = self.bucket.keys.gather(x)
+        return keys if self._unseen is None else keys.masked_fill(self._unseen, 0.0)
+
+    @cached_property
+    @outside_inference
+    def _unseen(self) -> Tensor | None:
+        """Keys before the first that a sequence's first query sees: bool [b, n, 1, 1]. None: there are none.
+
+        Nobody sees them, and their rows may hold anything, NaN too, which no weight of 0 hides: those of a window's
+        first page were perhaps never written. What a tile spans, some query of it sees.
+        """
+        if self.bucket.causal or self.visible(self.k1 - 1)[0] == 0:
+            return None
+        low, _ = self.visible(self.bucket.positions[:, :1])
+        return (torch.arange(self.k1, device=low.device) < low)[..., None, None]
 
     def add_keys(self, values: Tensor, k0: int, k1: int, out: Tensor) -> None:
         """Write the real rows of [b, n, H, D] into packed `out`: nobody else has a share in these keys."""
@@ -180,6 +201,6 @@ def plan(
             short = queries <= rows and keys <= short_keys and queries * keys <= short_products
             if len(bucket.sequences) > 1 and short:
                 together = max(1, min(logits // (queries * keys), BATCH_KEYS // keys))
-                pieces.extend(Batch(part) for part in bucket.split(together))
+                pieces.extend(Batch(part, visible) for part in bucket.split(together))
                 alone.difference_update(bucket.sequences)
     return pieces + [tile for sequence in sorted(alone) for tile in tiles(sequence)]
