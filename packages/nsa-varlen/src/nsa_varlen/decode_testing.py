@@ -170,6 +170,8 @@ def decode_case(
 ) -> DecodeCase:
     """A step on unit normal rows, the first seed from `seed` whose choices are certified.
 
+    Compressed rows are unit normal, too, unless new ones are made by the step.
+
     What nobody needs is NaN: rows of pages that no token fills, padding, pages that tables name beyond the lengths.
     Pages of the window that no query sees are gone from its tables.
 
@@ -239,6 +241,9 @@ def _made(
         rotation = torch.stack((angle.cos(), angle.sin()))
     found = {name: raw[name] for name in STREAMS if "cmp" not in name}
     for side in "kv":
+        if new in (None, "blocks"):  # anything will do: means would be small beside the other branches
+            found[f"{side}_cmp"] = rand(sum(last), kv_heads, dims[side == "v"])
+            continue
         unfolded, weight = unfold_blocks(raw[f"{side}_cmp"].double(), layout, blocks), weights[side]
         x = unfolded.mean(1) if weight is None else torch.einsum("hl,nlhd->nhd", weight.double(), unfolded)
         found[f"{side}_cmp"] = x.to(dtype)
