@@ -161,7 +161,9 @@ BAD = [
 
 @pytest.mark.parametrize("change, error, message", BAD)
 def test_arguments_that_do_not_fit(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    arguments = batch() | change
+    arguments = batch()
+    BACKEND.decode_attention(**arguments)  # what was found right is remembered
+    arguments |= change
     for run in (BACKEND.decode_attention, reference.decode_attention):
         with pytest.raises(error, match=message):
             run(**arguments)
@@ -170,6 +172,7 @@ def test_arguments_that_do_not_fit(change: dict[str, Any], error: type[Exception
 @pytest.mark.parametrize("name", NAMES)
 def test_pages_that_do_not_fit(name: str) -> None:
     arguments = batch()
+    BACKEND.decode_attention(**arguments)
     good = arguments[name]
     wrong_heads = PagedKV(good.pages[:, :, :1], good.block_table, good.lengths)
     scaled = PagedKV(good.pages, good.block_table, good.lengths, k_scale=torch.ones(1))
@@ -186,6 +189,7 @@ def test_pages_that_do_not_fit(name: str) -> None:
 
 def test_lengths_of_another_batch() -> None:
     arguments = batch()
+    BACKEND.decode_attention(**arguments)
     for name in ("k_cmp", "k_win"):
         good = arguments[name]
         bad = PagedKV(good.pages, good.block_table, (good.lengths - 1).clamp_min(0))

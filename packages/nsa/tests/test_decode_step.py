@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -321,3 +321,38 @@ def test_bfloat16(how: str, kind: str, make_layer: Callable, make_cache: Callabl
             cache.advance(4)
     error = (torch.cat(parts, 1).double() - exact).square().mean().sqrt()
     assert error < 30 * torch.finfo(torch.bfloat16).eps * exact.square().mean().sqrt()
+
+
+def test_only_sequences_that_may_need_a_page_are_planned(
+    make_config: Callable, make_cache: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once pages are a sequence's own, its steps ask nothing more, until it leaves them or shares one."""
+    config = make_config()
+    cache = make_cache(config, 3, max_tokens=256)
+    planned: list[int] = []
+    plan = cache._plans
+
+    def noted(lengths: Sequence[int], sequences: Sequence[int]) -> Any:
+        planned.extend(sequences)
+        return plan(lengths, sequences)
+
+    monkeypatch.setattr(cache, "_plans", noted)
+
+    def step(tokens: list[int]) -> list[int]:
+        planned.clear()
+        cache.reserve(tokens)
+        cache.advance(tokens)
+        return planned.copy()
+
+    assert step([20, 10, 0]) == [0, 1]
+    assert step([1, 1, 0]) == []
+    assert step([1, 6, 1]) == [1, 2], "16 rows are a page, and a sequence begins"
+    cache.free(2)
+    cache.fork(0, 2)
+    assert step([1, 1, 0]) == [0], "its page has two holders now"
+    assert step([1, 1, 1]) == [0, 2], "a block completes, in a page with two holders"
+    assert step([1, 1, 1]) == []
+    cache.truncate(0, cache.lengths[0] - 2)
+    assert step([1, 1, 1]) == [0]
+    with pytest.raises(RuntimeError, match=r"reserve comes first$"):
+        cache.advance([40, 0, 0])

@@ -21,7 +21,7 @@ from nsa_varlen.new_tokens import NewTokens
 from nsa_varlen.untraced import untraced
 from torch import Tensor
 
-from nsa_kernels_triton.contracts import MIN_TILE, missing, unmet
+from nsa_kernels_triton.contracts import MIN_TILE, interpreted, missing, unmet
 from nsa_kernels_triton.ops import attention, combining, decode, pooling, selected, selection
 
 
@@ -173,7 +173,6 @@ class TritonBackend:
         _check_contract("combine", gates, o_cmp, o_slc, None, o_win)
         return combining.combine(gates, o_cmp, o_slc, o_win)
 
-
     @untraced
     def decode_attention(
         self,
@@ -199,8 +198,13 @@ class TritonBackend:
         """
         q_cmp = q if q_cmp is None else q_cmp
         streams = (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win)
-        check_decode(q, q_cmp, *streams, gates, counts, blocks, new)
-        _check_decode_contract(q, streams, blocks)
+        accepted = check_decode(q, q_cmp, *streams, gates, counts, blocks, new)
+        needs_grad = torch.is_grad_enabled() and q.requires_grad
+        contiguous = all(x.pages.is_contiguous() for both in streams for x in both)
+        kind = "triton", needs_grad, contiguous, q.is_cuda or interpreted()
+        if kind not in accepted.notes:
+            _check_decode_contract(q, streams, blocks)
+            accepted.notes[kind] = None
         return decode.decode_attention(q, q_cmp, *streams, gates, counts, blocks, _scale(scale, q), new)
 
 
@@ -216,7 +220,9 @@ def _check_decode_contract(q: Tensor, streams: tuple[tuple[PagedKV, PagedKV], ..
         if not (k.pages.is_contiguous() and v.pages.is_contiguous()):
             raise ValueError(f"k_{name}, v_{name}: expected contiguous pages, got strides")
     if k_slc.page_size % blocks.block_size:
-        raise ValueError(f"k_slc: expected pages of a multiple of block_size={blocks.block_size}, got {k_slc.page_size}")
+        raise ValueError(
+            f"k_slc: expected pages of a multiple of block_size={blocks.block_size}, got {k_slc.page_size}"
+        )
     reason = unmet(
         "decode_attention",
         _Asked(

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from nsa_varlen.decode_facts import Accepted, accept, accepted_before, already_checked, decode_facts
 from nsa_varlen.geometry import BlockGeometry
 from nsa_varlen.layout import VarlenLayout
 from nsa_varlen.new_tokens import CompletedBlocks, NewTokens, PooledTokens
@@ -139,12 +140,44 @@ def check_decode(
     counts: Tensor,
     blocks: BlockGeometry,
     new: NewTokens | None = None,
-) -> None:
+) -> Accepted:
     """Raise unless q [B, N, Hq, Dk], the pages of three branches, gates [B, N, Hq, 3] and counts int32 [B] fit.
 
     On a CPU, where reading them is free, counts must lie within 0..N and the lengths, and those must be of one batch;
     but for the lengths of cmp if there are `new` tokens, which fit too: `check_new`.
+
+    Shapes, dtypes and devices that were found right once are not looked at again: see `decode_facts`.
     """
+    if torch.compiler.is_compiling():
+        _check_decode(q, q_cmp, cmp, slc, win, gates, counts, blocks, new)
+        if q.device.type == "cpu":
+            _check_lengths(q.shape[1], cmp[0], slc[0], win[0], counts, blocks, stored=new is None)
+        return accept(None)
+    arguments = (q, q_cmp, *cmp, *slc, *win, gates, counts, blocks, new)
+    accepted = already_checked(arguments)
+    if accepted is not None:
+        return accepted
+    facts = decode_facts(arguments)
+    accepted = accepted_before(facts)
+    if accepted is None:
+        _check_decode(q, q_cmp, cmp, slc, win, gates, counts, blocks, new)
+        accepted = accept(facts)
+    if q.device.type == "cpu":
+        _check_lengths(q.shape[1], cmp[0], slc[0], win[0], counts, blocks, stored=new is None)
+    return accepted
+
+
+def _check_decode(
+    q: Tensor,
+    q_cmp: Tensor,
+    cmp: tuple[PagedKV, PagedKV],
+    slc: tuple[PagedKV, PagedKV],
+    win: tuple[PagedKV, PagedKV],
+    gates: Tensor,
+    counts: Tensor,
+    blocks: BlockGeometry,
+    new: NewTokens | None,
+) -> None:
     if not isinstance(blocks, BlockGeometry):
         raise TypeError(f"blocks: expected a BlockGeometry, got {type(blocks).__name__}")
     for name, x in (("q", q), ("q_cmp", q_cmp), ("gates", gates), ("counts", counts)):
@@ -180,8 +213,6 @@ def check_decode(
             raise ValueError(f"v_{name}: expected head_dim {slc[1].head_dim} of v_slc, got {v.head_dim}")
     if new is not None:
         check_new(new, q.shape[1], cmp[0], slc, blocks)
-    if q.device.type == "cpu":
-        _check_lengths(q.shape[1], cmp[0], slc[0], win[0], counts, blocks, stored=new is None)
 
 
 def check_new(new: NewTokens, rows: int, k_cmp: PagedKV, slc: tuple[PagedKV, PagedKV], blocks: BlockGeometry) -> None:

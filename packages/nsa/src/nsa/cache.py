@@ -108,6 +108,8 @@ class NSACache:
         self.tail = RawTail(batch_size, size, config.num_kv_heads, dims, self.device, self.dtype)
         self.device_lengths = outside_inference(torch.zeros)(batch_size, dtype=torch.int32, device=self.device)
         self._lengths = [0] * batch_size
+        # Lengths up to which each sequence is known to have pages of its own: what needs no plan. 0 is not known.
+        self._ready = [0] * batch_size
         self._step: CacheStep | None = None  # the one that is open
         self._ahead = False  # the device's lengths are ahead of the host's
         self.counters: ReadCounters | None = None
@@ -288,6 +290,7 @@ class NSACache:
         self._check_sequence("sequence", sequence)
         length = self._lengths[sequence] if length is None else length
         self._check_prefix(sequence, length)
+        self._ready[sequence] = 0  # the page that it is about to write to will have two holders
         rows = self._rows_of(length)
         pages = tuple(tuple(stream.share(sequence, count)) for stream, count in zip(self._streams(), rows, strict=True))
         start = self.win.first_row(sequence) if length else 0
@@ -366,8 +369,7 @@ class NSACache:
         reserved = sum(len(stream.pages(sequence)) for stream in self._streams())  # nobody else holds these
         self.pool.check_room(needed - reserved)
         self._release_beyond(sequence, 0)
-        ends = [[count if b == sequence else 0 for b in range(self.batch_size)] for count in rows]
-        plans = [stream.plan([0] * self.batch_size, end) for stream, end in zip(self._streams(), ends, strict=True)]
+        plans = [stream.plan([(sequence, 0, count)]) for stream, count in zip(self._streams(), rows, strict=True)]
         plans = [plan[skip:] for plan, skip in zip(plans, skipped, strict=True)]
         for stream, plan, skip, start, (k, v) in zip(
             self._streams(), plans, skipped, starts, state.streams, strict=True
@@ -405,10 +407,15 @@ class NSACache:
 
     def _reserve(self, lengths: Sequence[int]) -> None:
         """Pages of their own for all rows behind those that the sequences have, up to these lengths, or none."""
-        plans = self._plans(lengths)
+        unready = self._unready(lengths)
+        if not unready:
+            return
+        plans = self._plans(lengths, unready)
         self.pool.check_room(sum(len(changes) for _, changes in plans))
         for stream, changes in plans:
             stream.carry_out(changes)
+        for sequence in unready:
+            self._ready[sequence] = self._own_tokens(sequence)
 
     def _grown(self, tokens: int | Sequence[int]) -> list[int]:
         """The sequences' lengths with so many more tokens, checked."""
@@ -416,11 +423,27 @@ class NSACache:
         self._check_room("tokens", more)
         return [old + new for old, new in zip(self._lengths, more, strict=True)]
 
-    def _plans(self, lengths: Sequence[int]) -> list[tuple[PagedStream, list[Change]]]:
-        """What each stream needs for rows up to these lengths; streams that need nothing are left out."""
-        old, new = (list(zip(*map(self._rows_of, x), strict=True)) for x in (self._lengths, lengths))
-        plans = [(stream, stream.plan(a, b)) for stream, a, b in zip(self._streams(), old, new, strict=True)]
+    def _unready(self, lengths: Sequence[int]) -> list[int]:
+        """Sequences that may need pages to grow to these lengths."""
+        known = zip(self._lengths, lengths, self._ready, strict=True)
+        return [sequence for sequence, (old, new, ready) in enumerate(known) if new > ready and new > old]
+
+    def _plans(self, lengths: Sequence[int], sequences: Sequence[int]) -> list[tuple[PagedStream, list[Change]]]:
+        """What each stream needs for rows of some sequences up to these lengths; streams that need nothing are left
+        out.
+        """
+        old, new = ([self._rows_of(x[sequence]) for sequence in sequences] for x in (self._lengths, lengths))
+        plans = []
+        for number, stream in enumerate(self._streams()):
+            spans = ((b, x[number], y[number]) for b, x, y in zip(sequences, old, new, strict=True))
+            plans.append((stream, stream.plan(spans)))
         return [(stream, changes) for stream, changes in plans if changes]
+
+    def _own_tokens(self, sequence: int) -> int:
+        """The length to which a sequence can grow in pages that nobody else holds."""
+        blocks, first = self.config.blocks, self._rows_of(self._lengths[sequence])
+        compressed, *raw = (stream.own_rows(sequence, row) for stream, row in zip(self._streams(), first, strict=True))
+        return min(compressed * blocks.kernel_stride + blocks.kernel_size - 1, *raw)
 
     def _commit(self, lengths: Sequence[int]) -> None:
         """These are the sequences' lengths from now on."""
@@ -434,9 +457,16 @@ class NSACache:
             self.win.release_before([length - reach for length in self._lengths])
 
     def _release_beyond(self, sequence: int, length: int) -> None:
+        self._ready[sequence] = 0
         for stream, count in zip(self._streams(), self._rows_of(length), strict=True):
             rows = stream.held()
             rows[sequence] = count
+            stream.release(rows)
+
+    def _give_back(self, held: Sequence[Sequence[int]]) -> None:
+        """Pages beyond the rows that each stream held of each sequence."""
+        self._ready = [0] * self.batch_size
+        for stream, rows in zip(self._streams(), held, strict=True):
             stream.release(rows)
 
     def _begin(self, sequence: int, length: int, k_raw: Tensor, v_raw: Tensor) -> None:
@@ -463,7 +493,8 @@ class NSACache:
             raise RuntimeError("cache: expected advance() after a decode step, got none")
 
     def _check_reserved(self, lengths: Sequence[int]) -> None:
-        if self._plans(lengths):
+        unready = self._unready(lengths)
+        if unready and self._plans(lengths, unready):
             more = [new - old for old, new in zip(self._lengths, lengths, strict=True)]
             raise RuntimeError(f"cache: expected pages for {more} more tokens, got too few: reserve comes first")
 

@@ -75,8 +75,7 @@ class CacheStep:
     ) -> None:
         self._cache._step = None
         if kind is not None or self._unwritten:
-            for stream, rows in zip(self._cache._streams(), self._held, strict=True):
-                stream.release(rows)
+            self._cache._give_back(self._held)
             if kind is None:
                 raise RuntimeError(f"step: expected slc, win and cmp to be written, got no {sorted(self._unwritten)}")
             return

@@ -25,6 +25,7 @@ from nsa_varlen.arguments import (
     check_rows,
     heads_and_dim,
 )
+from nsa_varlen.decode_facts import Checked
 from torch import Tensor
 
 from nsa.autocasting import autocast
@@ -263,25 +264,33 @@ def decode_attention(
     """
     q, q_cmp = autocast(q, q_cmp)
     pages = (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)
-    check_decode(q, q if q_cmp is None else q_cmp, pages[:2], pages[2:4], pages[4:], gates, counts, blocks, new)
-    given = [x for x in (q, q_cmp, gates, *(() if new is None else new.tensors())) if x is not None]
-    problem = Problem(
-        "decode_attention",
-        q.device.type,
-        q.dtype,
-        q.shape[3],
-        v_slc.head_dim,
-        q.shape[2] // k_slc.num_heads,
-        needs_grad=_needs_grad(*given, *(x.pages for x in pages)),
-        paged=True,
-        device_index=q.device.index or 0,
-        **_sizes(blocks),
-        total_q=q.shape[0] * q.shape[1],
-        max_seqlen_q=q.shape[1],
-        max_seqlen_k=k_slc.block_table.shape[1] * k_slc.page_size,
+    asked = q if q_cmp is None else q_cmp
+    accepted = check_decode(q, asked, pages[:2], pages[2:4], pages[4:], gates, counts, blocks, new)
+    needs_grad = torch.is_grad_enabled() and _needs_grad(
+        *(q, asked, gates, *(() if new is None else new.tensors()), *(x.pages for x in pages))
     )
+    problem = accepted.notes.get(("nsa.ops", needs_grad))
+    if problem is None:
+        problem = accepted.notes["nsa.ops", needs_grad] = Problem(
+            "decode_attention",
+            q.device.type,
+            q.dtype,
+            q.shape[3],
+            v_slc.head_dim,
+            q.shape[2] // k_slc.num_heads,
+            needs_grad=needs_grad,
+            paged=True,
+            device_index=q.device.index or 0,
+            **_sizes(blocks),
+            total_q=q.shape[0] * q.shape[1],
+            max_seqlen_q=q.shape[1],
+            max_seqlen_k=k_slc.block_table.shape[1] * k_slc.page_size,
+        )
     run = dispatch("decode_attention", problem, backend=backend)
-    return run(q, *pages, gates, counts, blocks, q_cmp=q_cmp, scale=scale, new=new)
+    if torch.compiler.is_compiling():
+        return run(q, *pages, gates, counts, blocks, q_cmp=q_cmp, scale=scale, new=new)
+    with Checked((q, asked, *pages, gates, counts, blocks, new), accepted):  # the backend need not look again
+        return run(q, *pages, gates, counts, blocks, q_cmp=q_cmp, scale=scale, new=new)
 
 
 def _problem(

@@ -160,6 +160,7 @@ class PagedStream:
         )
         self._held: list[list[int]] = [[] for _ in range(batch_size)]
         self._start = [0] * batch_size  # rows before were never written here
+        self._gone = [0] * batch_size  # pages that were dropped, from the first on
 
     @property
     def page_size(self) -> int:
@@ -180,10 +181,11 @@ class PagedStream:
         """The pages of a sequence, in order; -1 where it needs one no longer."""
         return list(self._held[sequence])
 
-    def plan(self, old: Sequence[int], new: Sequence[int]) -> list[Change]:
-        """What it takes to write rows old[b] to new[b] of each sequence: each change takes one page."""
+    def plan(self, spans: Iterable[tuple[int, int, int]]) -> list[Change]:
+        """What it takes to write rows [first, end) of sequences, by (sequence, first, end): a page a change."""
         changes, dropped = [], Counter[int]()
-        for sequence, (held, first, end) in enumerate(zip(self._held, old, new, strict=True)):
+        for sequence, first, end in spans:
+            held = self._held[sequence]
             touched = range(first // self.page_size, -(-end // self.page_size)) if first < end else ()
             for index in touched:
                 if index >= len(held):
@@ -207,15 +209,20 @@ class PagedStream:
                 self.pool.drop(change.shared)
         self._tell([(change.sequence, change.place, page) for change, page in zip(changes, pages, strict=True)])
 
+    def own_rows(self, sequence: int, first: int) -> int:
+        """Up to which row a sequence has pages that nobody else holds, from row `first` on; `first` if it has none."""
+        held, place = self._held[sequence], first // self.page_size
+        while place < len(held) and self.pool.holders(held[place]) == 1:
+            place += 1
+        return max(first, place * self.page_size)
+
     def held(self) -> list[int]:
         """Rows up to which each sequence has pages."""
         return [len(held) * self.page_size for held in self._held]
 
     def first_row(self, sequence: int) -> int:
         """The first row that is still there."""
-        held = self._held[sequence]
-        gone = next((i for i, page in enumerate(held) if page >= 0), len(held))
-        return max(self._start[sequence], gone * self.page_size)
+        return max(self._start[sequence], self._gone[sequence] * self.page_size)
 
     def release(self, rows: Sequence[int]) -> None:
         """Drop the pages of each sequence that its first rows[b] rows do not need."""
@@ -227,20 +234,24 @@ class PagedStream:
                     self.pool.drop(page)
             told += [(sequence, index, -1) for index in range(keep, len(held))]
             del held[keep:]
+            self._gone[sequence] = min(self._gone[sequence], len(held))
             if not held:
                 self._start[sequence] = 0
         self._tell(told)
 
     def release_before(self, rows: Sequence[int]) -> None:
         """Drop the pages of each sequence that lie wholly before its row rows[b]."""
-        told = []
-        for sequence, (held, row) in enumerate(zip(self._held, rows, strict=True)):
-            for index in range(min(max(row, 0) // self.page_size, len(held)) - 1, -1, -1):
-                if held[index] < 0:
-                    break  # so are all before it
+        size, told = self.page_size, []
+        for sequence, (row, gone) in enumerate(zip(rows, self._gone, strict=True)):
+            if row < (gone + 1) * size:
+                continue
+            held = self._held[sequence]
+            last = min(row // size, len(held))
+            for index in range(gone, last):
                 self.pool.drop(held[index])
                 held[index] = -1
                 told.append((sequence, index, -1))
+            self._gone[sequence] = max(gone, last)
         self._tell(told)
 
     def share(self, sequence: int, rows: int) -> list[int]:
@@ -255,7 +266,9 @@ class PagedStream:
         """Hold shared pages as those of a sequence that has none; rows before `first_row` are not there."""
         self._held[sequence] = list(pages)
         self._start[sequence] = first_row
-        for page in self._held[sequence]:
+        held = self._held[sequence]
+        self._gone[sequence] = next((i for i, page in enumerate(held) if page >= 0), len(held))
+        for page in held:
             if page >= 0:
                 self.pool.share(page)
         self._tell([(sequence, index, page) for index, page in enumerate(self._held[sequence])])

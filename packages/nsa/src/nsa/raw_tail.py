@@ -55,7 +55,7 @@ class RawTail:
 
     def advance(self, total: Sequence[int]) -> None:
         """What the device wrote up to these lengths, the host knows too."""
-        self._end = [max(end, length) for end, length in zip(self._end, total, strict=True)]
+        self._end = [end if end > length else length for end, length in zip(self._end, total, strict=True)]
 
     def take(self, sequence: int, length: int) -> tuple[Tensor, Tensor]:
         """Copies of the rows of positions `first(sequence)` to `length`, in order; none if those are gone."""

@@ -25,7 +25,7 @@ def add_values(
     most_tiles = width // KEYS
     page = tl.load(TABLE + tl.minimum(split, most_tiles - 1) * KEYS // PAGE)
     count = tl.load(COUNTS + sequence)
-    row, token, member, there = row_of(row_tile, ROWS, GROUP, N, count)
+    row, _, _, there = row_of(row_tile, ROWS, GROUP, N, count)
     lse = log_sums(HERE + M_AT, HERE + L_AT, row, there, SIZE, SPLITS)
     _, _, acc0, acc1 = empty(ROWS, V0, V1)
     line = HERE + LOGITS_AT + row.to(tl.int64) * width

@@ -210,8 +210,9 @@ def decode_compressed_kernel(
         if CHOOSE:
             tl.debug_barrier()  # before this program reads its logits
             for number in range(N):
+                chosen = BLOCK_INDICES + ((sequence * N + number) * HEADS + head).to(tl.int64) * TOPK
                 choose(
-                    *(LENGTHS, COUNTS, here, BLOCK_INDICES + ((sequence * N + number) * HEADS + head).to(tl.int64) * TOPK),
+                    *(LENGTHS, COUNTS, here, chosen),
                     *(K_SLC_TABLE + sequence.to(tl.int64) * slc_table, sequence, number, 0, width, N, GROUP),
                     *(HEADS_AT_ONCE, SLC_PAGE // BLOCK_SIZE, KERNEL_SIZE, KERNEL_STRIDE, BLOCK_SIZE, TOPK, INIT, LOCAL),
                     *(CHUNK, 1, SLOTS, SIZE, SPLITS, M_AT, L_AT, 0, LOGITS_AT),

@@ -1,4 +1,4 @@
-"""A decode step, last kernel: what the splits of each branch found is merged, and the branches are added by their gates."""
+"""A decode step, last kernel: what each branch's splits found is merged, and the branches are added by their gates."""
 
 import triton
 import triton.language as tl
@@ -7,11 +7,11 @@ from triton.language.extra.cuda import gdc_wait
 
 @triton.jit
 def merged(
-    M, L, O, row, there, column, SPLITS: tl.constexpr, ADDED: tl.constexpr, SIZE: tl.constexpr, DV: tl.constexpr
+    M, L, PARTS, row, there, column, SPLITS: tl.constexpr, ADDED: tl.constexpr, SIZE: tl.constexpr, DV: tl.constexpr
 ):  # fmt: skip
     """Columns `column` of one branch's output for query rows `row`. ADDED: parts need only be added up."""
     inside = there[:, None] & (column < DV)[None, :]
-    places = O + (row * DV)[:, None] + column[None, :]
+    places = PARTS + (row * DV)[:, None] + column[None, :]
     total = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
     if ADDED:
         for split in tl.static_range(SPLITS):
@@ -64,7 +64,6 @@ def decode_merge_kernel(
     SIZE: tl.constexpr,
     CMP_SPLITS: tl.constexpr,
     SLC_SPLITS: tl.constexpr,
-    WINDOW_SPLITS: tl.constexpr,
     ADDED: tl.constexpr,
     M_AT: tl.constexpr,
     L_AT: tl.constexpr,
@@ -79,7 +78,7 @@ def decode_merge_kernel(
 ):
     """ROWS query rows of one kv head, COLUMNS of their outputs. Grid (B * HEADS * ROW_TILES * COLUMN_TILES).
 
-    CMP_SPLITS: of the compressed branch's outputs; ADDED: these need only be added up.
+    CMP_SPLITS: of the compressed branch's outputs; ADDED: these need only be added up. SLC_SPLITS: of the others'.
 
     Limited by latency: all loads of a program are independent and go out at once.
     """
@@ -100,7 +99,7 @@ def decode_merge_kernel(
     there = known & is_token
     o_cmp = merged(here + M_AT, here + L_AT, here + O_AT, row, there, column, CMP_SPLITS, ADDED, SIZE, DV)
     o_slc = merged(here + SLC_M_AT, here + SLC_L_AT, here + SLC_O_AT, row, there, column, SLC_SPLITS, False, SIZE, DV)
-    o_win = merged(here + WIN_M_AT, here + WIN_L_AT, here + WIN_O_AT, row, there, column, WINDOW_SPLITS, False, SIZE, DV)
+    o_win = merged(here + WIN_M_AT, here + WIN_L_AT, here + WIN_O_AT, row, there, column, SLC_SPLITS, False, SIZE, DV)
     number = ((sequence * N + token) * HEADS + head).to(tl.int64) * GROUP + row % GROUP
     out = gated(GATES + number * 3, there, o_cmp, o_slc, o_win)
     store_out(OUT + number * DV, out, known, is_token[:, None], column, DV)

@@ -36,11 +36,11 @@ def query_rows(
 
 
 @triton.jit
-def store_some(M, L, O, row, there, m, norm, acc0, acc1, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr):
+def store_some(M, L, PARTS, row, there, m, norm, acc0, acc1, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr):
     """Leave what one split of the keys gave those of its query rows that are `there`."""
     tl.store(M + row, m, mask=there)
     tl.store(L + row, norm, mask=there)
-    rows = O + row.to(tl.int64) * DV
+    rows = PARTS + row.to(tl.int64) * DV
     store_piece(rows, acc0, there, 0, V0, DV)
     if V1 > 0:
         store_piece(rows, acc1, there, V0, V1, DV)

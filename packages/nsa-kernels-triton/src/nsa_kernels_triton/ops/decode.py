@@ -39,18 +39,21 @@ def decode_attention(
     out = q.new_empty(batch_size, tokens, num_heads, slc[1].head_dim)
     indices = q.new_empty(batch_size, tokens, num_kv_heads, blocks.topk, dtype=torch.int32)
     if not out.numel() or not slc[0].block_table.shape[1]:  # nobody asks, or nobody has a token
+        if new is not None:
+            for kv in cmp:
+                kv.lengths.copy_(blocks.num_compressed(slc[0].lengths))
         return out.zero_(), indices.fill_(-1)
-    call = q.contiguous(), q_cmp.contiguous(), cmp, slc, win, gates.contiguous(), counts, new, out, indices
+    call: Any = q.contiguous(), q_cmp.contiguous(), cmp, slc, win, gates.contiguous(), counts, new, out, indices
     sizes = _sizes(q, cmp[0], slc, win[0], blocks, new)
     plan = decode_plan(sizes, configurations.overrides())
     most = max(1, SCRATCH_BYTES // (4 * plan.region * num_kv_heads))
     if batch_size <= most:
-        _launch(plan, *call, blocks.window_size, scale)
+        _launch(plan, blocks.window_size, scale, *call)
         return out, indices
     for start in range(0, batch_size, most):
-        some = [_of_sequences(x, slice(start, start + most)) for x in call]
+        some: Any = [_of_sequences(x, slice(start, start + most)) for x in call]
         plan = decode_plan(sizes._replace(batch_size=len(some[0])), configurations.overrides())
-        _launch(plan, *some, blocks.window_size, scale)
+        _launch(plan, blocks.window_size, scale, *some)
     return out, indices
 
 
@@ -83,6 +86,8 @@ def _kernels(plan: DecodePlan) -> _Kernels:
 
 def _launch(
     plan: DecodePlan,
+    window_size: int,
+    scale: float,
     q: Tensor,
     q_cmp: Tensor,
     cmp: Stream,
@@ -93,8 +98,6 @@ def _launch(
     new: NewTokens | None,
     out: Tensor,
     indices: Tensor,
-    window_size: int,
-    scale: float,
 ) -> None:
     compressed, choice, levels, selected, merge = _kernels(plan)
     batch_size, lengths, cmp_lengths, scale = len(q), slc[0].lengths, cmp[0].lengths, scale * LOG2_E
@@ -196,7 +199,7 @@ def _of_sequences(x: Any, part: slice) -> Any:
         return PagedKV(k.pages, table, k.lengths[part]), PagedKV(v.pages, v_table, v.lengths[part])
     if isinstance(x, NewTokens):
         shared = ("k_weights", "v_weights", "rotation")
-        cmp = {name: y[part] for name, y in vars(x.cmp).items() if isinstance(y, Tensor) and name not in shared}
+        cmp: Any = {name: y[part] for name, y in vars(x.cmp).items() if isinstance(y, Tensor) and name not in shared}
         rows = {name: y[part] for name, y in vars(x).items() if isinstance(y, Tensor)}
         return replace(x, **rows, cmp=replace(x.cmp, **cmp))
     return x

@@ -235,7 +235,7 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
         | {"DV": dv, "SIZE": size, "ADDED": bool(value_splits)}
         | merge_tiles
         | at(*own, *window, "SLC_M_AT", "SLC_L_AT", "SLC_O_AT")
-        | {"CMP_SPLITS": out_splits, "SLC_SPLITS": slc_splits, "WINDOW_SPLITS": slc_splits}
+        | {"CMP_SPLITS": out_splits, "SLC_SPLITS": slc_splits}
         | early
         | merging.options,
     )
