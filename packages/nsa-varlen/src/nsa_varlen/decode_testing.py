@@ -37,8 +37,8 @@ class DecodeCase:
         return DecodeCase(self.arguments | changes)
 
     def copy(self) -> "DecodeCase":
-        """The same step on memory of its own; tensors that are one stay one."""
-        return self._converted(lambda x: x.clone())
+        """The same step on memory of its own, laid out alike; tensors that are one stay one."""
+        return self._converted(_cloned)
 
     def double(self) -> "DecodeCase":
         """The same values in fp64."""
@@ -364,6 +364,12 @@ def assert_stored_alike(mine: DecodeCase, other: DecodeCase) -> None:
     if isinstance(mine["new"].cmp, PooledTokens):
         for name in ("k_tail", "v_tail"):
             assert_equal(name, getattr(mine["new"].cmp, name), getattr(other["new"].cmp, name))
+
+
+def _cloned(x: Tensor) -> Tensor:
+    """A copy with the strides of `x`: `clone` gives views others."""
+    memory = x.untyped_storage().clone()
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(memory, x.storage_offset(), x.shape, x.stride())
 
 
 def _turned(k: Tensor, rotation: Tensor, interleaved: bool) -> Tensor:
