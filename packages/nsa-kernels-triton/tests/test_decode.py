@@ -22,9 +22,7 @@ from torch import Tensor
 
 pytestmark = [
     pytest.mark.once,
-    pytest.mark.skipif(
-        not interpreted(), reason="needs TRITON_INTERPRET=1"
-    ),
+    pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1"),
 ]
 
 BLOCKS = BlockGeometry(kernel_size=32, kernel_stride=16, block_size=32, topk=8, window_size=40)
