@@ -37,8 +37,8 @@ class DecodeCase:
         return DecodeCase(self.arguments | changes)
 
     def copy(self) -> "DecodeCase":
-        """The same step on memory of its own; tensors that are one stay one."""
-        return self._converted(lambda x: x.clone())
+        """The same step on memory of its own, laid out alike; tensors that are one stay one."""
+        return self._converted(_cloned)
 
     def double(self) -> "DecodeCase":
         """The same values in fp64."""
@@ -170,6 +170,8 @@ def decode_case(
 ) -> DecodeCase:
     """A step on unit normal rows, the first seed from `seed` whose choices are certified.
 
+    Compressed rows are unit normal, too, unless new ones are made by the step.
+
     What nobody needs is NaN: rows of pages that no token fills, padding, pages that tables name beyond the lengths.
     Pages of the window that no query sees are gone from its tables.
 
@@ -190,9 +192,22 @@ def decode_case(
     for number in range(seed, seed + tries):
         generator = torch.Generator("cpu").manual_seed(number)
         case = _made(
-            *(list(lengths), list(counts), blocks, generator, max(counts, default=1) if rows is None else rows),
-            *(heads, kv_heads, (head_dim, head_dim if v_head_dim is None else v_head_dim), pages, apart),
-            *(max([1, *lengths]) if room is None else room, dtype, new, rotated, scale, ties),
+            list(lengths),
+            list(counts),
+            blocks,
+            generator,
+            rows=max(counts, default=1) if rows is None else rows,
+            heads=heads,
+            kv_heads=kv_heads,
+            dims=(head_dim, head_dim if v_head_dim is None else v_head_dim),
+            page_sizes=pages,
+            apart=apart,
+            room=max([1, *lengths]) if room is None else room,
+            dtype=dtype,
+            new=new,
+            rotated=rotated,
+            scale=scale,
+            ties=ties,
         )
         if ties or bool(case["stored"].certified().all()):
             arguments = {name: x for name, x in case.arguments.items() if name != "stored"}
@@ -205,6 +220,7 @@ def _made(
     counts: list[int],
     blocks: BlockGeometry,
     generator: torch.Generator,
+    *,
     rows: int,
     heads: int,
     kv_heads: int,
@@ -239,6 +255,9 @@ def _made(
         rotation = torch.stack((angle.cos(), angle.sin()))
     found = {name: raw[name] for name in STREAMS if "cmp" not in name}
     for side in "kv":
+        if new in (None, "blocks"):  # anything will do: means would be small beside the other branches
+            found[f"{side}_cmp"] = rand(sum(last), kv_heads, dims[side == "v"])
+            continue
         unfolded, weight = unfold_blocks(raw[f"{side}_cmp"].double(), layout, blocks), weights[side]
         x = unfolded.mean(1) if weight is None else torch.einsum("hl,nlhd->nhd", weight.double(), unfolded)
         found[f"{side}_cmp"] = x.to(dtype)
@@ -318,9 +337,11 @@ def _made(
                 for position in range(max(0, end - size), end):
                     into[position % size] = sequence[position]
             tails.append(tail)
-        k, v = newest(raw["k_cmp"]), newest(raw["v_cmp"])
-        cmp = PooledTokens(k, v, *tails, weights["k"], weights["v"], rotation, rotated == "interleaved")
-    arguments["new"] = NewTokens(*(newest(raw[name]) for name in STREAMS[2:]), cmp)
+        k_new, v_new = newest(raw["k_cmp"]), newest(raw["v_cmp"])
+        rest = weights["k"], weights["v"], rotation, rotated == "interleaved"
+        cmp = PooledTokens(k_new, v_new, tails[0], tails[1], *rest)
+    k_slc, v_slc, k_win, v_win = (newest(raw[name]) for name in STREAMS[2:])
+    arguments["new"] = NewTokens(k_slc, v_slc, k_win, v_win, cmp)
     return DecodeCase(arguments | {"stored": stored})
 
 
@@ -352,13 +373,19 @@ def assert_stored_alike(mine: DecodeCase, other: DecodeCase) -> None:
                 rtol=2 * eps,
                 atol=2 * eps + 4 * terms * 2.0**-24,
                 equal_nan=True,
-                msg=lambda text, name=name: f"{name}: {text}",
+                msg=f"{name}: {{}}".format,
             )
         else:
             assert_equal(f"{name}.pages", got, expected)
     if isinstance(mine["new"].cmp, PooledTokens):
         for name in ("k_tail", "v_tail"):
             assert_equal(name, getattr(mine["new"].cmp, name), getattr(other["new"].cmp, name))
+
+
+def _cloned(x: Tensor) -> Tensor:
+    """A copy with the strides of `x`: `clone` gives views others."""
+    memory = x.untyped_storage().clone()
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(memory, x.storage_offset(), x.shape, x.stride())
 
 
 def _turned(k: Tensor, rotation: Tensor, interleaved: bool) -> Tensor:
@@ -380,9 +407,9 @@ def strided(case: DecodeCase) -> DecodeCase:
         wide[:, :, ::2, 3 : 3 + x.shape[3]] = x
         return wide[:, :, ::2, 3 : 3 + x.shape[3]]
 
-    changes = {name: view(case[name]) for name in ("q", "q_cmp", "gates")}
+    changes: dict[str, Any] = {name: view(case[name]) for name in ("q", "q_cmp", "gates")}
     new = case.arguments.get("new")
     if new is not None:
         cmp = replace(new.cmp, k=view(new.cmp.k), v=view(new.cmp.v))
-        changes["new"] = NewTokens(*(view(x) for x in (new.k_slc, new.v_slc, new.k_win, new.v_win)), cmp)
+        changes["new"] = NewTokens(view(new.k_slc), view(new.v_slc), view(new.k_win), view(new.v_win), cmp)
     return case.changed(**changes)
