@@ -199,16 +199,20 @@ class TritonBackend:
         q_cmp = q if q_cmp is None else q_cmp
         streams = (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win)
         accepted = check_decode(q, q_cmp, *streams, gates, counts, blocks, new)
-        needs_grad = torch.is_grad_enabled() and q.requires_grad
-        contiguous = all(x.pages.is_contiguous() for both in streams for x in both)
+        pages = [x.pages for both in streams for x in both]
+        rows = [] if new is None else [*new.tensors()]
+        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, q_cmp, gates, *pages, *rows))
+        contiguous = all(x.is_contiguous() for x in pages)
         kind = "triton", needs_grad, contiguous, q.is_cuda or interpreted()
         if kind not in accepted.notes:
-            _check_decode_contract(q, streams, blocks)
+            _check_decode_contract(q, streams, blocks, needs_grad)
             accepted.notes[kind] = None
         return decode.decode_attention(q, q_cmp, *streams, gates, counts, blocks, _scale(scale, q), new)
 
 
-def _check_decode_contract(q: Tensor, streams: tuple[tuple[PagedKV, PagedKV], ...], blocks: BlockGeometry) -> None:
+def _check_decode_contract(
+    q: Tensor, streams: tuple[tuple[PagedKV, PagedKV], ...], blocks: BlockGeometry, needs_grad: bool
+) -> None:
     """Raise unless the kernels do this decode step."""
     (_, _), (k_slc, v_slc), _ = streams
     for name, (k, v) in zip(("cmp", "slc", "win"), streams, strict=True):
@@ -233,7 +237,7 @@ def _check_decode_contract(q: Tensor, streams: tuple[tuple[PagedKV, PagedKV], ..
             group_size=q.shape[2] // k_slc.num_heads,
             block_size=blocks.block_size,
             topk=blocks.topk,
-            needs_grad=torch.is_grad_enabled() and q.requires_grad,
+            needs_grad=needs_grad,
             paged=True,
             forced=blocks.init_blocks + blocks.local_blocks,
         ),

@@ -80,7 +80,7 @@ def _unmet_lists(op: str, problem: Any) -> str | None:
 
 def _unmet_decode(problem: Any) -> str | None:
     """What of a decode step the kernels do not do."""
-    if problem.needs_grad:
+    if getattr(problem, "needs_grad", False):
         return "records no gradients through paged keys and values"
     forced = getattr(problem, "forced", None)
     if forced is None:
