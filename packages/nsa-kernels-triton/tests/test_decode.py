@@ -14,8 +14,8 @@ from nsa_kernels_triton.backend import BACKEND
 from nsa_kernels_triton.configurations import overridden
 from nsa_kernels_triton.contracts import interpreted
 from nsa_kernels_triton.ops import decode, decode_plan
-from nsa_varlen import BlockGeometry, NewTokens, PagedKV
-from nsa_varlen.decode_testing import DecodeCase, assert_equal, assert_stored_alike, decode_case, strided
+from nsa_varlen import BlockGeometry, NewTokens, PagedKV, arguments, reference
+from nsa_varlen.decode_testing import FP32, DecodeCase, assert_equal, assert_stored_alike, decode_case, strided
 from nsa_varlen.sdpa import BACKEND as SDPA
 from nsa_varlen.testing import poisoned_empty
 from torch import Tensor
@@ -41,7 +41,7 @@ WHOLE = {
     "selected": {"splits": 1},
 }
 SPLIT = {
-    "compressed": {"splits": 4, "programs": 256, "values": 1, "early": 0},
+    "compressed": {"splits": 4, "programs": 256, "values": 1, "early": 1},
     "choice": {"chunk": 128, "value_splits": 2, "value_programs": 256},
     "selected": {"splits": 4, "programs": 256},
 }
@@ -681,3 +681,92 @@ def test_tables_may_be_as_narrow_as_the_sequences() -> None:
     kv = case["k_cmp"]
     empty = PagedKV(kv.pages, kv.block_table[:, :0], kv.lengths)
     case.changed(k_cmp=empty, v_cmp=replace(empty, pages=case["v_cmp"].pages)).check(BACKEND)
+
+
+@pytest.mark.parametrize("new", ["mean", "blocks"])
+@pytest.mark.parametrize("name", ["apart", "added-first"])
+def test_new_blocks_of_two_tiles_are_made_by_those_who_read_them(name: str, new: str) -> None:
+    """Blocks 15 and 16, the last of one tile and the first of the next, which another program reads."""
+    with organised(name, keys=16):
+        decode_case([72], [5], SMALL, heads=1, kv_heads=1, head_dim=8, new=new, room=400).check(BACKEND)
+
+
+def apart(x: Tensor) -> Tensor:
+    """Equal numbers, two others between each."""
+    wide = torch.full((len(x), 3), 77, dtype=x.dtype)
+    wide[:, 1] = x
+    return wide[:, 1]
+
+
+def test_counts_and_lengths_may_be_views() -> None:
+    case = decode_case([76, 36, 33], [2, 1, 2], SMALL, heads=2, kv_heads=1, head_dim=8)
+    lengths = apart(case["k_slc"].lengths)
+    kv = {name: replace(case[name], lengths=lengths) for name in ("k_slc", "v_slc", "k_win", "v_win")}
+    with organised("alone"):
+        case.changed(counts=apart(case["counts"]), **kv).check(BACKEND)
+        one = decode_case([76, 36], [1, 1], SMALL, heads=2, kv_heads=1, head_dim=8)
+        one.changed(counts=torch.ones(1, dtype=torch.int32).expand(2)).check(BACKEND)
+
+
+def test_lengths_of_compressed_rows_may_be_a_view() -> None:
+    """They are written, and what lies between them is not."""
+    case = decode_case([76, 36, 33], [2, 1, 2], SMALL, heads=2, kv_heads=1, head_dim=8, new="mean").copy()
+    wide = torch.full((3, 3), 77, dtype=torch.int32)
+    kv = {name: replace(case[name], lengths=wide[:, 1]) for name in ("k_cmp", "v_cmp")}
+    with organised("alone"):
+        case.changed(**kv).run(BACKEND)
+    assert wide.tolist() == [[77, 18, 77], [77, 8, 77], [77, 7, 77]]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_rotation_may_be_a_view(transposed: bool) -> None:
+    case = decode_case([76, 36, 33], [2, 1, 2], SMALL, heads=2, kv_heads=1, head_dim=8, new="mean", rotated="halves")
+    new, rotation = case["new"], case["new"].cmp.rotation
+    wide = torch.nn.functional.pad(rotation, (0, 0, 0, 5), value=9.0)[:, : rotation.shape[1]]
+    view = rotation.transpose(0, 1).contiguous().transpose(0, 1) if transposed else wide
+    with organised("alone"):
+        case.changed(new=replace(new, cmp=replace(new.cmp, rotation=view))).check(BACKEND)
+
+
+def test_rings_must_be_contiguous() -> None:
+    case = decode_case([76, 36], [2, 1], SMALL, heads=2, kv_heads=1, head_dim=8, new="mean")
+    cmp = case["new"].cmp
+    with organised("alone"):
+        case.copy().run(BACKEND)  # equal but for strides
+        wide = torch.nn.functional.pad(cmp.k_tail, (0, 0, 0, 0, 0, 3))[:, : cmp.k_tail.shape[1]]
+        new = replace(case["new"], cmp=replace(cmp, k_tail=wide))
+        with pytest.raises(ValueError, match=r"^new.cmp.k_tail, new.cmp.v_tail: expected contiguous rings, got str"):
+            case.changed(new=new).run(BACKEND)
+
+
+@pytest.mark.parametrize("early", [0, 1])
+@pytest.mark.parametrize("stream", ["win", "slc"])
+def test_a_new_row_without_a_page_is_read_as_zeros(stream: str, early: int) -> None:
+    case = decode_case([70], [2], SMALL, heads=1, kv_heads=1, head_dim=8, new="mean")
+    changes = {}
+    for name in (f"k_{stream}", f"v_{stream}"):
+        table = case[name].block_table.clone()
+        table[0, 2] = -1
+        changes[name] = replace(case[name], block_table=table)
+    mine = case.changed(**changes).copy()
+    exact = mine.copy().double()
+    with organised("alone", compressed={"early": early}):
+        out, indices = mine.run(BACKEND)
+    expected, chosen = exact.run(reference)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=FP32)
+    assert torch.equal(indices, chosen)
+
+
+def test_a_length_beyond_its_table_writes_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where nobody looks at lengths: sequence 0 has no third page; the next table's first is another's."""
+    case = decode_case([64, 64], [1, 1], SMALL, heads=1, kv_heads=1, head_dim=8, new="mean").copy()
+    lengths = torch.tensor([65, 64], dtype=torch.int32)
+    wrong = case.changed(**{x: replace(case[x], lengths=lengths) for x in ("k_slc", "v_slc", "k_win", "v_win")}).copy()
+    before = wrong["k_slc"].pages.clone()
+    monkeypatch.setattr(arguments, "_check_lengths", lambda *args, **kwargs: None)
+    with organised("alone"):
+        wrong.run(BACKEND)
+    pages = wrong["k_slc"].pages
+    changed = (pages != before) & ~(pages.isnan() & before.isnan())
+    last = int(wrong["k_slc"].block_table[1, 1])
+    assert changed.flatten(2).any(2).nonzero().tolist() == [[last, 31]]

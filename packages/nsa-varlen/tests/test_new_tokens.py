@@ -338,13 +338,17 @@ def test_weights_of_any_floating_dtype() -> None:
         torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
 
 
-def test_tensors_are_the_rows_and_the_weights() -> None:
+def test_tensors_are_the_rows_the_weights_and_the_rotation() -> None:
     for kind in KINDS:
         new = make(kind, "halves").arguments["new"]
         expected = [new.k_slc, new.v_slc, new.k_win, new.v_win, new.cmp.k, new.cmp.v]
         if kind == "weights":
             expected += [new.cmp.k_weights, new.cmp.v_weights]
+        if kind != "blocks":
+            expected += [new.cmp.rotation]
         assert [id(x) for x in new.tensors()] == [id(x) for x in expected]
+        rings = [] if kind == "blocks" else [new.cmp.k_tail, new.cmp.v_tail]
+        assert [id(x) for x in new.rings()] == [id(x) for x in rings]
 
 
 def double(*shape: int) -> Tensor:

@@ -193,18 +193,21 @@ class TritonBackend:
     ) -> tuple[Tensor, Tensor]:
         """All branches for the newest tokens of paged sequences, which it stores first if they are given as `new`.
 
-        (out [B, N, Hq, Dv], block_indices int32 [B, N, Hk, topk]). Three launches for many sequences, four for few. A
-        CUDA graph may hold it; compiled code calls it as it stands.
+        (out [B, N, Hq, Dv], block_indices int32 [B, N, Hk, topk]). Two launches for many short sequences, four for few.
+        A CUDA graph may hold it; compiled code calls it as it stands. Lengths beyond what tables have room for are the
+        caller's mistake: on a GPU nothing is written for them, and what they read is anybody's.
         """
         q_cmp = q if q_cmp is None else q_cmp
         streams = (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win)
         accepted = check_decode(q, q_cmp, *streams, gates, counts, blocks, new)
         pages = [x.pages for both in streams for x in both]
-        rows = [] if new is None else [*new.tensors()]
-        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, q_cmp, gates, *pages, *rows))
-        contiguous = all(x.is_contiguous() for x in pages)
-        kind = "triton", needs_grad, contiguous, q.is_cuda or interpreted()
+        rows, rings = ([], []) if new is None else ([*new.tensors()], new.rings())
+        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, q_cmp, gates, *pages, *rows, *rings))
+        contiguous = all(x.is_contiguous() for x in pages), all(x.is_contiguous() for x in rings)
+        kind = "triton", needs_grad, *contiguous, q.is_cuda or interpreted()
         if kind not in accepted.notes:
+            if not contiguous[1]:
+                raise ValueError("new.cmp.k_tail, new.cmp.v_tail: expected contiguous rings, got strides")
             _check_decode_contract(q, streams, blocks, needs_grad)
             accepted.notes[kind] = None
         return decode.decode_attention(q, q_cmp, *streams, gates, counts, blocks, _scale(scale, q), new)

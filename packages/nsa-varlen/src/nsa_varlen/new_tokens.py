@@ -86,7 +86,11 @@ class NewTokens:
     cmp: PooledTokens | CompletedBlocks
 
     def tensors(self) -> Iterator[Tensor]:
-        """What a result depends on and is wholly the caller's: rows and weights; rings are left out, as pages are."""
+        """What a result depends on and is wholly the caller's: rows, weights and rotation; neither rings nor pages."""
         yield from (self.k_slc, self.v_slc, self.k_win, self.v_win, self.cmp.k, self.cmp.v)
         if isinstance(self.cmp, PooledTokens):
-            yield from (x for x in (self.cmp.k_weights, self.cmp.v_weights) if x is not None)
+            yield from (x for x in (self.cmp.k_weights, self.cmp.v_weights, self.cmp.rotation) if x is not None)
+
+    def rings(self) -> tuple[Tensor, ...]:
+        """Those of raw tokens, if there are any: rows that nobody has written may hold anything."""
+        return (self.cmp.k_tail, self.cmp.v_tail) if isinstance(self.cmp, PooledTokens) else ()

@@ -267,7 +267,7 @@ def decode_attention(
     asked = q if q_cmp is None else q_cmp
     accepted = check_decode(q, asked, pages[:2], pages[2:4], pages[4:], gates, counts, blocks, new)
     needs_grad = torch.is_grad_enabled() and _needs_grad(
-        *(q, asked, gates, *(() if new is None else new.tensors()), *(x.pages for x in pages))
+        *(q, asked, gates, *(() if new is None else (*new.tensors(), *new.rings())), *(x.pages for x in pages))
     )
     problem = accepted.notes.get(("nsa.ops", needs_grad))
     if problem is None:

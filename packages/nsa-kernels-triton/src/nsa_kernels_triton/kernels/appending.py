@@ -14,9 +14,12 @@ def load_heads(NEW, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr)
 
 
 @triton.jit
-def load_slot(TABLE, position, PAGE: tl.constexpr):
-    """Number, among the rows of all pages, of a sequence's row, int64; negative where there is no page."""
-    page = tl.load(TABLE + position // PAGE)
+def load_slot(TABLE, room, position, PAGE: tl.constexpr):
+    """Number, among the rows of all pages, of a sequence's row, int64; negative where there is no page.
+
+    TABLE has room for so many pages.
+    """
+    page = tl.load(TABLE + position // PAGE, mask=position // PAGE < room, other=-1)
     return page.to(tl.int64) * PAGE + tl.where(page >= 0, position % PAGE, 0)
 
 
@@ -31,22 +34,23 @@ def store_heads(PAGES, slot, values, HEADS: tl.constexpr, DIM: tl.constexpr, WID
 
 @triton.jit
 def store_block(
-    PAGES, TABLE, number, head, column, values, HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr
+    PAGES, TABLE, room, number, head, column, values, HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr
 ):  # fmt: skip
     """Store columns of a compressed block of one head, if it has a page."""
-    slot = load_slot(TABLE, number, PAGE)
+    slot = load_slot(TABLE, room, number, PAGE)
     pointers = PAGES + (slot * HEADS + head) * DIM + column
     tl.store(pointers, values.to(PAGES.dtype.element_ty), mask=(column < DIM) & (slot >= 0))
 
 
 @triton.jit
 def emit_completed(
-    PAGES, TABLE, NEW, number, head, HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr
+    PAGES, TABLE, room, NEW, number, head, HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Store block `number` of a sequence, which somebody else made."""
     column = tl.arange(0, WIDTH)
     x = tl.load(NEW + column, mask=column < DIM, other=0.0)
-    store_block(PAGES, TABLE, number, head, column, x, HEADS, PAGE, DIM)
+    store_block(PAGES, TABLE, room, number, head, column, x, HEADS, PAGE, DIM)
 
 
 @triton.jit
@@ -88,6 +92,7 @@ def pooled(
 def emit_pooled(
     PAGES,
     TABLE,
+    room,
     TAIL,
     WEIGHTS,
     NEW,
@@ -129,4 +134,4 @@ def emit_pooled(
         cos = tl.load(turn, mask=column < DIM, other=0.0)
         sin = tl.load(turn + tl.cast(rotated_blocks, tl.int64) * HALF, mask=column < DIM, other=0.0)
         x = x * cos + tl.where(is_first, -y, y) * sin
-    store_block(PAGES, TABLE, number, head, column, x, HEADS, PAGE, DIM)
+    store_block(PAGES, TABLE, room, number, head, column, x, HEADS, PAGE, DIM)

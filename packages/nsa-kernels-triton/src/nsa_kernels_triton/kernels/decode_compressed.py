@@ -100,7 +100,7 @@ def decode_compressed_kernel(
 ):
     """Grid (B * HEADS * ROW_TILES * SPLITS + B * N if there are new rows to append).
 
-    Split s takes tiles s, s + SPLITS, ... of KEYS compressed blocks; who has the last one makes the new blocks. APPEND:
+    Split s takes tiles s, s + SPLITS, ... of KEYS compressed blocks, and makes their new blocks. APPEND:
     "" (no new rows), "pooled" (`PooledTokens`) or "completed" (`CompletedBlocks`). VALUES: also sum the values; else
     the next kernel does, from the logits. CHOOSE (one split, one tile of rows, one chunk): also choose the blocks.
 
@@ -133,10 +133,9 @@ def decode_compressed_kernel(
         q0 = load_piece(q_rows, there, 0, K0, DK)
         q1 = load_piece(q_rows, there, K0, K1, DK)
         before = length - count
-        total = num_compressed(length - 1, KERNEL_SIZE, KERNEL_STRIDE)
+        total = tl.minimum(num_compressed(length - 1, KERNEL_SIZE, KERNEL_STRIDE), width)
         visible = tl.where(there, num_compressed(before + token, KERNEL_SIZE, KERNEL_STRIDE), 0)
         tiles = tl.cdiv(total, KEYS)
-        owns_last = split == tl.maximum(tiles - 1, 0) % SPLITS
         if APPEND != "":
             new_row = sequence.to(tl.int64) * N
             new_k_cmp = NEW_K_CMP + new_row * k_cmp_row + head * DK
@@ -148,25 +147,25 @@ def decode_compressed_kernel(
                 new_k_cmp = NEW_K_CMP + sequence.to(tl.int64) * FEW * k_cmp_row + head * DK
                 new_v_cmp = NEW_V_CMP + sequence.to(tl.int64) * FEW * v_cmp_row + head * DV
             made = num_compressed(before - 1, KERNEL_SIZE, KERNEL_STRIDE)
-            if owns_last & (made < total):
-                if APPEND == "pooled":
-                    for number in range(made, total):
-                        emit_pooled(
-                            *(K_CMP, table, K_TAIL + ring * DK, K_WEIGHTS, new_k_cmp, ROTATION),
-                            *(k_cmp_row, tail_size, rotated_blocks, before, number, head, INTERLEAVED),
-                            *(HEADS, CMP_PAGE, KERNEL_SIZE, KERNEL_STRIDE, DK, K_WIDTH),
-                        )
-                        emit_pooled(
-                            *(V_CMP, v_table, V_TAIL + ring * DV, V_WEIGHTS, new_v_cmp, None),
-                            *(v_cmp_row, tail_size, rotated_blocks, before, number, head, INTERLEAVED),
-                            *(HEADS, CMP_PAGE, KERNEL_SIZE, KERNEL_STRIDE, DV, V_WIDTH),
-                        )
-                else:
-                    for number in range(made, total):
-                        k_new = new_k_cmp + (number - made) * k_cmp_row
-                        v_new = new_v_cmp + (number - made) * v_cmp_row
-                        emit_completed(K_CMP, table, k_new, number, head, HEADS, CMP_PAGE, DK, K_WIDTH)
-                        emit_completed(V_CMP, v_table, v_new, number, head, HEADS, CMP_PAGE, DV, V_WIDTH)
+            if made < total:
+                for number in range(made, total):
+                    if number // KEYS % SPLITS == split:  # of a tile that this program reads
+                        if APPEND == "pooled":
+                            emit_pooled(
+                                *(K_CMP, table, cmp_table, K_TAIL + ring * DK, K_WEIGHTS, new_k_cmp, ROTATION),
+                                *(k_cmp_row, tail_size, rotated_blocks, before, number, head, INTERLEAVED),
+                                *(HEADS, CMP_PAGE, KERNEL_SIZE, KERNEL_STRIDE, DK, K_WIDTH),
+                            )
+                            emit_pooled(
+                                *(V_CMP, v_table, cmp_table, V_TAIL + ring * DV, V_WEIGHTS, new_v_cmp, None),
+                                *(v_cmp_row, tail_size, rotated_blocks, before, number, head, INTERLEAVED),
+                                *(HEADS, CMP_PAGE, KERNEL_SIZE, KERNEL_STRIDE, DV, V_WIDTH),
+                            )
+                        else:
+                            k_new = new_k_cmp + (number - made) * k_cmp_row
+                            v_new = new_v_cmp + (number - made) * v_cmp_row
+                            emit_completed(K_CMP, table, cmp_table, k_new, number, head, HEADS, CMP_PAGE, DK, K_WIDTH)
+                            emit_completed(V_CMP, v_table, cmp_table, v_new, number, head, HEADS, CMP_PAGE, DV, V_WIDTH)
                 tl.debug_barrier()  # before this program reads them
 
         key = tl.arange(0, KEYS)
@@ -233,14 +232,14 @@ def decode_compressed_kernel(
             v_slc = load_heads(NEW_V_SLC + number * v_slc_row, HEADS, DV, V_WIDTH)
             k_win = load_heads(NEW_K_WIN + number * k_win_row, HEADS, DK, K_WIDTH)
             v_win = load_heads(NEW_V_WIN + number * v_win_row, HEADS, DV, V_WIDTH)
-            slc = load_slot(K_SLC_TABLE + sequence.to(tl.int64) * slc_table, position, SLC_PAGE)
-            win = load_slot(K_WIN_TABLE + sequence.to(tl.int64) * win_table, position, WIN_PAGE)
+            slc = load_slot(K_SLC_TABLE + sequence.to(tl.int64) * slc_table, slc_table, position, SLC_PAGE)
+            win = load_slot(K_WIN_TABLE + sequence.to(tl.int64) * win_table, win_table, position, WIN_PAGE)
             v_slc_slot = slc
             v_win_slot = win
             if V_SLC_TABLE is not None:
-                v_slc_slot = load_slot(V_SLC_TABLE + sequence.to(tl.int64) * slc_table, position, SLC_PAGE)
+                v_slc_slot = load_slot(V_SLC_TABLE + sequence.to(tl.int64) * slc_table, slc_table, position, SLC_PAGE)
             if V_WIN_TABLE is not None:
-                v_win_slot = load_slot(V_WIN_TABLE + sequence.to(tl.int64) * win_table, position, WIN_PAGE)
+                v_win_slot = load_slot(V_WIN_TABLE + sequence.to(tl.int64) * win_table, win_table, position, WIN_PAGE)
             if APPEND == "pooled":
                 k_cmp = load_heads(NEW_K_CMP + number * k_cmp_row, HEADS, DK, K_WIDTH)
                 v_cmp = load_heads(NEW_V_CMP + number * v_cmp_row, HEADS, DV, V_WIDTH)

@@ -98,7 +98,8 @@ def decode_selected_kernel(
 ):
     """One token's heads of one kv head, PART of its TOPK blocks. Grid (B * N * SPLITS * HEADS).
 
-    MERGE (SPLITS is 1): also add the branches up. CMP_SPLITS, WINDOW_SPLITS, ADDED: see `decode_merging`.
+    MERGE (SPLITS is 1): also add the branches up. CMP_SPLITS, ADDED: see `decode_merging`. FRESH: there are new rows,
+    and the kernel that stores them may still run.
 
     Limited by the bytes of the blocks, or the latency from candidates to numbers of blocks, pages and rows.
     """
@@ -145,17 +146,25 @@ def decode_selected_kernel(
     )
     if FRESH:  # noqa: SIM102 - constants decide what is compiled
         if split == 0:
-            FEW: tl.constexpr = 16 if N < 16 else triton.next_power_of_2(N)
-            new = tl.arange(0, FEW)
-            seen = (before + new >= earliest) & (before + new <= position)
+            FEW: tl.constexpr = 16 if N < 16 else 32
             new_row = sequence.to(tl.int64) * N
-            k_rows = NEW_K_WIN + (new_row + new) * k_win_row + head * DK
-            s = logits(q0, q1, load_piece(k_rows, seen, 0, K0, DK), load_piece(k_rows, seen, K0, K1, DK))
-            s = tl.where(seen[None, :], s, float("-inf"))
-            v_rows = NEW_V_WIN + (new_row + new) * v_win_row + head * DV
-            v0 = load_piece(v_rows, seen, 0, V0, DV)
-            v1 = load_piece(v_rows, seen, V0, V1, DV)
-            m, norm, acc0, acc1 = update(s, scale, m, norm, acc0, acc1, v0, v1)
+            for start in tl.static_range(0, N, FEW):
+                new = start + tl.arange(0, FEW)
+                at = before + new
+                seen = (at >= earliest) & (at <= position)
+                has_page = seen & (at // WIN_PAGE < win_table)
+                page = tl.load(win_pages + at // WIN_PAGE, mask=has_page, other=-1)
+                loaded = page >= 0
+                if not WIN_SAME:
+                    page = tl.load(v_win_pages + at // WIN_PAGE, mask=has_page, other=-1)
+                v_loaded = page >= 0
+                k_rows = NEW_K_WIN + (new_row + new) * k_win_row + head * DK
+                s = logits(q0, q1, load_piece(k_rows, loaded, 0, K0, DK), load_piece(k_rows, loaded, K0, K1, DK))
+                s = tl.where(seen[None, :], s, float("-inf"))
+                v_rows = NEW_V_WIN + (new_row + new) * v_win_row + head * DV
+                v0 = load_piece(v_rows, v_loaded, 0, V0, DV)
+                v1 = load_piece(v_rows, v_loaded, V0, V1, DV)
+                m, norm, acc0, acc1 = update(s, scale, m, norm, acc0, acc1, v0, v1)
     member_row = token * GROUP + tl.where(there, member, 0)
     if MERGE:
         _, inverse = mean(m, norm)

@@ -1,4 +1,4 @@
-"""A decode step in three or four launches: see the kernels `decode_compressed`, `choice`, `selected` and `merging`."""
+"""A decode step in two to four launches: see the kernels `decode_compressed`, `choice`, `selected` and `merging`."""
 
 from dataclasses import replace
 from functools import lru_cache
@@ -43,7 +43,8 @@ def decode_attention(
             for kv in cmp:
                 kv.lengths.copy_(blocks.num_compressed(slc[0].lengths))
         return out.zero_(), indices.fill_(-1)
-    call: Any = q.contiguous(), q_cmp.contiguous(), cmp, slc, win, gates.contiguous(), counts, new, out, indices
+    q, q_cmp, gates, counts = (x.contiguous() for x in (q, q_cmp, gates, counts))
+    call: Any = q, q_cmp, cmp, slc, win, gates, counts, new, out, indices
     sizes = _sizes(q, cmp[0], slc, win[0], blocks, new)
     plan = decode_plan(sizes, configurations.overrides())
     most = max(1, SCRATCH_BYTES // (4 * plan.region * num_kv_heads))
@@ -100,7 +101,9 @@ def _launch(
     indices: Tensor,
 ) -> None:
     compressed, choice, levels, selected, merge = _kernels(plan)
-    batch_size, lengths, cmp_lengths, scale = len(q), slc[0].lengths, cmp[0].lengths, scale * LOG2_E
+    batch_size, lengths, scale = len(q), slc[0].lengths.contiguous(), scale * LOG2_E
+    told = cmp[0].lengths
+    cmp_lengths = told if told.is_contiguous() else told.contiguous()
     scratch = q.new_empty(batch_size * slc[0].num_heads * plan.region, dtype=torch.float32)
     (cmp_table, v_cmp_table), (slc_table, v_slc_table), (win_table, v_win_table) = map(_tables, (cmp, slc, win))
     (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win) = ((k.pages, v.pages) for k, v in (cmp, slc, win))
@@ -127,8 +130,10 @@ def _launch(
     )
     if merge is not None:
         merge(scratch, counts, gates, out, plan.region)
-    if new is not None and cmp[1].lengths is not cmp_lengths:
-        cmp[1].lengths.copy_(cmp_lengths)
+    if new is not None:
+        for kv in cmp:
+            if kv.lengths is not cmp_lengths:
+                kv.lengths.copy_(cmp_lengths)
 
 
 def _sizes(
@@ -166,7 +171,8 @@ def _new_rows(new: NewTokens | None) -> list[Tensor | None]:
     if isinstance(new.cmp, CompletedBlocks):
         return [*rows, *[None] * 5]
     weights = [None if x is None else x.contiguous() for x in (new.cmp.k_weights, new.cmp.v_weights)]
-    return [*rows, new.cmp.k_tail, new.cmp.v_tail, *weights, new.cmp.rotation]
+    rotation = None if new.cmp.rotation is None else new.cmp.rotation.contiguous()
+    return [*rows, new.cmp.k_tail, new.cmp.v_tail, *weights, rotation]
 
 
 def _rows(x: Tensor) -> Tensor:
