@@ -20,9 +20,11 @@ def log_sums(M, L, row, there, SIZE: tl.constexpr, SPLITS: tl.constexpr):
     places = split[:, None] * SIZE + row[None, :]
     m = tl.load(M + places, mask=there[None, :], other=float("-inf"))
     norm = tl.load(L + places, mask=there[None, :], other=0.0)
-    top = tl.max(m, 0)
+    # No product is summed: multiplied and added at once, it would be rounded otherwise in each thread that has the sum.
+    part = tl.where(norm > 0, m + tl.log2(tl.where(norm > 0, norm, 1.0)), float("-inf"))
+    top = tl.max(part, 0)
     shift = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(norm * tl.exp2(m - shift[None, :]), 0)
+    total = tl.sum(tl.exp2(part - shift[None, :]), 0)
     return tl.where(total > 0, shift + tl.log2(tl.where(total > 0, total, 1.0)), 0.0)
 
 
