@@ -45,8 +45,8 @@ from triton.runtime.jit import JITFunction
 SHARED_LIMITS = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes one program may have
 TENSOR_MEMORY_COLUMNS = 512  # of one program, on SM 10.0
 # Bytes that a thread may spill on SM 9.0 at head_dim 128; other kernels none. These hold two sums in registers, and
-# spill before and behind their innermost loop.
-SPILLS = {"block_gradients_kernel": 384, "interval_dkdv_kernel": 384}
+# spill before and behind their innermost loop; the third does it in fp32, by 8 bytes at most in half precision.
+SPILLS = {"block_gradients_kernel": 384, "interval_dkdv_kernel": 384, "decode_selected_kernel": 192}
 PROCESSORS = 132  # multiprocessors that decode steps are cut for
 WORKERS = 2
 # What an operation measures on the device to choose a configuration: the extremes, each is tried. See `ops.spread`.
@@ -88,6 +88,7 @@ class Case:
 
 # Decode steps: sequences, tokens of each, room, new rows. Few sequences are split, many are not; long ones need levels.
 DECODES = ((1, 1, 65_536, "mean"), (64, 1, 8_192, "weights"), (2, 5, 1_048_576, "completed"), (2, 2, 4_096, ""))
+OTHER_DECODES = ((2, 2, 16_384, "mean"),)  # of layers unlike those that are tuned for
 EVERY = tuple(SHARED_LIMITS)
 CASES = (
     # Groups of 16 take one organisation of selected attention, groups of 4 the other; --all has both everywhere.
@@ -243,7 +244,9 @@ def calls(case: Case, batch: Batch) -> dict[str, Callable[[], object]]:
         "combine": lambda: run.combine(gates, out, out, out),
     }
     qkv = [q, k, v]
-    forward |= {f"decode_attention {points}": decode_step(case, *points) for points in DECODES}
+    tuned = (case.dtype, case.head_dim, case.block_size) == (torch.bfloat16, 128, 64) and case.batches is RAGGED
+    decodes = DECODES if tuned else OTHER_DECODES
+    forward |= {f"decode_attention {points}": decode_step(case, *points) for points in decodes}
     return forward | {
         "compress_mean backward": lambda: gradients(lambda x: run.compress_mean(x, layout, blocks), [k], k_cmp),
         "compressed_attention backward": lambda: gradients(

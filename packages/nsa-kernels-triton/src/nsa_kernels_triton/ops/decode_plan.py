@@ -5,7 +5,8 @@ from functools import lru_cache
 from math import ceil
 from typing import Any, NamedTuple
 
-from nsa_kernels_triton.configurations import Launch, choose
+from nsa_kernels_triton import configurations
+from nsa_kernels_triton.configurations import Launch
 from nsa_kernels_triton.contracts import interpreted
 from nsa_kernels_triton.tiles import pieces, power_of_two
 
@@ -110,7 +111,7 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
     pairs = of.batch_size * of.num_kv_heads
 
     def config(kernel: str) -> Launch:
-        return choose(kernel, of.family, **case)
+        return configurations.choose(kernel, of.family, **case)
 
     def splits(programs: int, most: int, work: int, of_tiles: int = row_tiles) -> int:
         """A power of two."""
