@@ -6,8 +6,8 @@ would compile and launch, the launch is noted instead. What was noted is compile
 launch once, in a process of its own.
 
 It fails where an operation raises, or a kernel does not compile, wants more shared or tensor memory than the GPU has,
-spills more on SM 9.0 at head_dim 128 than `SPILLS` allows it, or was launched by no case. It tells which rules of the
-configurations no case takes.
+spills more on SM 9.0 at head_dim 128 than `SPILLS` allows it, was launched by no case, or, of a decode step, sums
+products over threads. It tells which rules of the configurations no case takes.
 """
 
 import argparse
@@ -337,6 +337,7 @@ def compiled(launch: Launch) -> Row:
         spilled = sum(map(int, re.findall(r"(\d+) bytes spill stores", log.getvalue())))
         shared = kernel.metadata.shared
         error = refusal(launch, spilled, shared, getattr(kernel.metadata, "tmem_size", None) or 0)
+        error = error or unequal_sum(launch, kernel.asm["ptx"])
     return outcome(launch, registers, spilled, shared, time.monotonic() - start, error)
 
 
@@ -349,6 +350,19 @@ def refusal(launch: Launch, spilled: int, shared: int, tensor_memory: int) -> st
     if spilled > SPILLS.get(launch.kernel, 0) and launch.sm == 90 and launch.case.head_dim == 128:
         return f"spills {spilled} bytes"
     return ""
+
+
+def unequal_sum(launch: Launch, ptx: str) -> str:
+    """What is wrong with a decode kernel's sums over threads, or nothing.
+
+    A product that is summed over threads may be multiplied and added at once, in each thread its own: then threads that
+    hold the same sum hold it rounded otherwise, and which of them stores it is anybody's.
+    """
+    if not launch.kernel.startswith("decode_"):
+        return ""
+    received = set(re.findall(r"shfl\.sync\.\w+\.b32\s+(%r\d+)", ptx))
+    unequal = [x for x in re.findall(r"fma\.\S+\s+[^;]*;", ptx) if received & set(re.findall(r"%r\d+", x))]
+    return f"sums products over threads: {unequal[0]}" if unequal else ""
 
 
 def outcome(
