@@ -30,8 +30,13 @@ def pieces(dim: int) -> tuple[int, int]:
 
 
 def row_bytes(q: Tensor, v: Tensor) -> int:
+    """`padded_bytes` of q [T, H, Dk] and v [T, H, Dv]."""
+    return padded_bytes(q.shape[2], v.shape[2], q.element_size())
+
+
+def padded_bytes(head_dim: int, v_head_dim: int, itemsize: int) -> int:
     """Bytes of one row of a head, padded as `pieces` says: of q and k or of v, whichever is wider."""
-    return max(sum(pieces(x.shape[2])) for x in (q, v)) * q.element_size()
+    return max(sum(pieces(dim)) for dim in (head_dim, v_head_dim)) * itemsize
 
 
 def power_of_two(count: int) -> int:

@@ -102,8 +102,7 @@ def _launch(
 ) -> None:
     compressed, choice, levels, selected, merge = _kernels(plan)
     batch_size, lengths, scale = len(q), slc[0].lengths.contiguous(), scale * LOG2_E
-    told = cmp[0].lengths
-    cmp_lengths = told if told.is_contiguous() else told.contiguous()
+    cmp_lengths = cmp[0].lengths.contiguous()
     scratch = q.new_empty(batch_size * slc[0].num_heads * plan.region, dtype=torch.float32)
     (cmp_table, v_cmp_table), (slc_table, v_slc_table), (win_table, v_win_table) = map(_tables, (cmp, slc, win))
     (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win) = ((k.pages, v.pages) for k, v in (cmp, slc, win))
@@ -142,14 +141,14 @@ def _sizes(
     k_slc, v_slc = slc
     batch_size, tokens, num_heads, head_dim = q.shape
     cmp = None if new is None else new.cmp
+    appended = "" if cmp is None else "pooled" if isinstance(cmp, PooledTokens) else "completed"
     return DecodeSizes(
         *(configurations.family(q.device), num_processors(q.device), batch_size, tokens, k_slc.num_heads),
         *(num_heads // k_slc.num_heads, head_dim, v_slc.head_dim, q.element_size()),
         *(blocks.kernel_size, blocks.kernel_stride, blocks.block_size, blocks.topk),
         *(blocks.init_blocks, blocks.local_blocks, k_cmp.page_size, k_slc.page_size, k_win.page_size),
         *(max(1, k_cmp.block_table.shape[1]), k_slc.block_table.shape[1]),
-        *("" if cmp is None else "pooled" if isinstance(cmp, PooledTokens) else "completed",),
-        *(isinstance(cmp, PooledTokens) and cmp.interleaved,),
+        *(appended, isinstance(cmp, PooledTokens) and cmp.interleaved),
     )
 
 

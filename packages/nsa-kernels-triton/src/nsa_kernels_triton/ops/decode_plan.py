@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from nsa_kernels_triton import configurations
 from nsa_kernels_triton.configurations import Launch
 from nsa_kernels_triton.contracts import interpreted
-from nsa_kernels_triton.tiles import pieces, power_of_two
+from nsa_kernels_triton.tiles import padded_bytes, pieces, power_of_two
 
 MOST_CANDIDATES = 512  # that the last choice goes over; more are thinned out before
 COMPARED = 1 << 14  # pairs of candidates that a program compares at a time: they are in registers
@@ -102,13 +102,12 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
     """
     of = sizes
     rows = of.tokens * of.group_size
-    row_bytes = max(sum(pieces(of.head_dim)), sum(pieces(of.v_head_dim))) * of.itemsize
-    case = {"row_bytes": row_bytes, "itemsize": of.itemsize, "rows": rows, "pairs": of.batch_size * of.num_kv_heads}
-    case["room"] = of.slc_pages * of.slc_page
+    pairs, room = of.batch_size * of.num_kv_heads, of.slc_pages * of.slc_page
+    row_bytes = padded_bytes(of.head_dim, of.v_head_dim, of.itemsize)
+    case = {"row_bytes": row_bytes, "itemsize": of.itemsize, "rows": rows, "pairs": pairs, "room": room}
     tile_rows = min(64, max(16, power_of_two(rows)))
     row_tiles = ceil(rows / tile_rows)
     size = tile_rows * row_tiles
-    pairs = of.batch_size * of.num_kv_heads
 
     def config(kernel: str) -> Launch:
         return configurations.choose(kernel, of.family, **case)
@@ -132,7 +131,7 @@ def decode_plan(sizes: DecodeSizes, overrides: object) -> DecodePlan:
 
     free = of.topk - of.init_blocks - of.local_blocks
     slots = power_of_two(free)
-    competing = max(1, of.slc_pages * of.slc_page // of.block_size - of.local_blocks) if free else 1
+    competing = max(1, room // of.block_size - of.local_blocks) if free else 1
     chunk = max(choice["chunk"], 2 * slots)
     if competing <= chunk:
         chunk = max(16, power_of_two(competing))
