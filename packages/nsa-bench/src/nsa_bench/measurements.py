@@ -1,0 +1,212 @@
+"""Which rows belong together, against which dense anchor a row is held, and how sure a median is.
+
+- A *measurement* is what was run: the same in two files if the same was measured.
+- A *series* is measurements of one run that differ in the context length S alone.
+- A *point* is where variants took turns: one run, suite, clock, S, batch, heads, dims, dtype. Two rows at a point can be
+  compared if the parameters that both have are equal, too; those that only one has (`topk`; an anchor has none) make it
+  the variant it is, and so does `backend`, wherever it stands.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from nsa_bench.schema import IDENTITY, OK, Row
+
+ANCHOR = "dense."  # so begin the names of workloads that others are held against
+PLACE = ("suite", "clock", "S", "batch", "num_heads", "num_kv_heads", "head_dim", "v_head_dim", "dtype")
+# Three standard errors: of a thousand comparisons in which nothing changed, one or two seem to differ.
+SIGMAS = 3.0
+IQR_OF_SIGMA = 1.349  # interquartile range of a normal distribution of standard deviation 1
+MEDIAN_OF_MEAN = 1.2533  # standard error of a median over that of a mean, sqrt(pi / 2)
+
+
+def parameters(row: Row) -> dict[str, str]:
+    """What the cell `parameters` holds, by name.
+
+    Example:
+        >>> parameters(Row(64, parameters="layer=nsa topk=8"))
+        {'layer': 'nsa', 'topk': '8'}
+    """
+    found: dict[str, str] = {}
+    name = ""
+    for piece in row.parameters.split(" "):
+        if "=" in piece:
+            name, _, found[name] = piece.partition("=")
+        elif name:
+            found[name] += f" {piece}"  # a value of several words
+    return found
+
+
+def asked_backend(row: Row) -> str:
+    """The backend that was asked for, "auto" too, where `parameters` says so; else the one that ran."""
+    return parameters(row).get("backend", row.backend)
+
+
+def measurement(row: Row) -> tuple[Any, ...]:
+    """What was run. The backend that ran is part of it only if nothing says which one was asked for."""
+    return (*row.identity, asked_backend(row))
+
+
+def series(row: Row) -> tuple[Any, ...]:
+    """Equal for rows of one run that differ in S alone."""
+    where = IDENTITY.index("S")
+    key = measurement(row)
+    return (*key[:where], *key[where + 1 :], *row.provenance)
+
+
+def numbered(rows: Iterable[Row]) -> dict[tuple[Any, ...], Row]:
+    """Rows by measurement. One that a file holds twice (a plan that chose what another variant asked for) has its number."""
+    seen: Counter[tuple[Any, ...]] = Counter()
+    found = {}
+    for row in rows:
+        key = measurement(row)
+        found[(*key, seen[key])] = row
+        seen[key] += 1
+    return found
+
+
+def is_anchor(row: Row) -> bool:
+    """Dense attention over the same tokens, which others are held against."""
+    return row.workload.startswith(ANCHOR)
+
+
+def is_timed(row: Row) -> bool:
+    """It has a time."""
+    return row.status == OK and row.ms_total is not None and 0 < row.ms_total < math.inf
+
+
+def on_cpu(row: Row) -> bool:
+    """Measured on a CPU: rows name devices, not kinds, but only those of a GPU name a cuDNN."""
+    return not row.cudnn
+
+
+def spread(row: Row) -> float | None:
+    """Interquartile range of the samples over their median; None where quartiles are not known, or no quartiles."""
+    if not is_timed(row) or row.p25_ms is None or row.p75_ms is None:
+        return None
+    assert row.ms_total is not None
+    return (row.p75_ms - row.p25_ms) / row.ms_total if 0 <= row.p25_ms <= row.p75_ms < math.inf else None
+
+
+def error(row: Row) -> float | None:
+    """Relative standard error of `ms_total`; None where quartiles or the number of samples are not known.
+
+    sigma = IQR / 1.349 and se = 1.2533 * sigma / sqrt(repeats), which is exact for many normal samples. Relative errors
+    are those of logarithms, so those of a ratio add in quadrature. It is the noise within a run: that machines and runs
+    differ is not in it.
+
+    Example:
+        >>> round(error(Row(64, ms_total=2.0, p25_ms=1.9, p75_ms=2.1, repeats=100)), 4)
+        0.0093
+    """
+    relative = spread(row)
+    if relative is None or not row.repeats:
+        return None
+    return MEDIAN_OF_MEAN * relative / IQR_OF_SIGMA / math.sqrt(row.repeats)
+
+
+def point(row: Row) -> tuple[Any, ...]:
+    """Where it was measured: equal for variants that took turns."""
+    return (*(getattr(row, name) for name in PLACE), *row.provenance)
+
+
+def comparable(one: Row, other: Row) -> bool:
+    """They stand at one point, and the parameters that both have are equal."""
+    if point(one) != point(other):
+        return False
+    mine = parameters(one)
+    return all(mine.get(name, value) == value for name, value in parameters(other).items() if name != "backend")
+
+
+def fastest(row: Row, others: Iterable[Row]) -> Row | None:
+    """Of others that have a time and can be compared with a row, the fastest."""
+    there = [other for other in others if is_timed(other) and comparable(row, other)]
+    return min(there, key=lambda other: other.ms_total or math.inf, default=None)
+
+
+def anchors_for(workload: str, rows: Iterable[Row]) -> list[Row]:
+    """The anchors that a workload is held against: its namesakes, `dense.decode` for `nsa.decode`; without any, all.
+
+    Example:
+        >>> rows = [Row(64, workload="dense.decode"), Row(64, workload="dense.prefill")]
+        >>> [row.workload for row in anchors_for("nsa.decode", rows)]
+        ['dense.decode']
+    """
+    anchors = [row for row in rows if is_anchor(row)]
+    namesake = ANCHOR + workload.partition(".")[2]
+    return [row for row in anchors if row.workload == namesake] or anchors
+
+
+def by_series(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows in series, each ordered by S; series in the order of their first rows.
+
+    What a file holds twice under one name makes two series.
+    """
+    found: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    for key, row in numbered(rows).items():
+        found[(*series(row), key[-1])].append(row)
+    return [sorted(each, key=lambda row: row.S) for each in found.values()]
+
+
+def labels(rows: Sequence[Row], *, clock: bool = False) -> list[str]:
+    """A name for what each row ran, as short as tells them apart: workload, backend, parameters that differ.
+
+    Args:
+        clock: add it where there are several.
+
+    Example:
+        >>> asked = [Row(64, workload="nsa.decode", backend="sdpa", parameters=f"topk={n}") for n in (8, 16)]
+        >>> labels(asked)
+        ['nsa.decode sdpa topk=8', 'nsa.decode sdpa topk=16']
+    """
+    values: dict[tuple[str, str], set[str | None]] = defaultdict(set)
+    names: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        names[row.workload] |= parameters(row).keys() - {"backend"}
+    for row in rows:
+        for name in names[row.workload]:
+            values[row.workload, name].add(parameters(row).get(name))
+    clocks = {row.clock for row in rows} if clock else set()
+    words = []
+    for row in rows:
+        own = [f"{n}={v}" for n, v in parameters(row).items() if len(values.get((row.workload, n), ())) > 1]
+        words.append(" ".join(filter(None, [row.workload, _backend(row), *own, row.clock if len(clocks) > 1 else ""])))
+    # Two rows of one measurement: only who decided, or the order, tells them apart.
+    twice = [number for *_, number in numbered(rows)]
+    return [f"{word} ({row.why or f'no. {n + 1}'})" if n else word for word, row, n in zip(words, rows, twice, strict=True)]
+
+
+def _backend(row: Row) -> str:
+    asked = asked_backend(row)
+    return f"{asked}→{row.backend}" if row.backend and asked != row.backend else asked
+
+
+def device_words(rows: Iterable[Row]) -> str:
+    """What rows were measured on, in one line: device, versions, commit, date."""
+    rows = list(rows)
+
+    def of(name: str, prefix: str = "") -> str:
+        found = sorted({getattr(row, name) for row in rows} - {""})
+        return prefix + ", ".join(found) if found else ""
+
+    dates = sorted({row.date[:10] for row in rows} - {""})
+    days = " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else ""
+    commits = ", ".join(sorted({row.commit[:10] for row in rows} - {""}))
+    parts = [of("device"), of("torch", "torch "), of("triton", "triton "), of("flash_attn", "flash-attn ")]
+    parts += [of("cudnn", "cuDNN "), f"commit {commits}" if commits else "", days]
+    return " · ".join(filter(None, parts))
+
+
+def short_length(tokens: float) -> str:
+    """A context length as people say it.
+
+    Example:
+        >>> [short_length(S) for S in (512, 8192, 131072, 1048576, 3000)]
+        ['512', '8k', '128k', '1M', '3000']
+    """
+    for unit, letter in ((2**20, "M"), (2**10, "k")):
+        if tokens >= unit and tokens % unit == 0:
+            return f"{tokens // unit:.0f}{letter}"
+    return f"{tokens:.0f}"

@@ -1,0 +1,58 @@
+"""Keys that one query reads in a decode step: counted, the budget, and all keys, which dense attention reads."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from nsa_bench.measurements import device_words, is_anchor, parameters, short_length
+from nsa_bench.plotting.style import COLOURS, GREYS, MARKERS, PALE, PANEL, Look, lengths_axis, log_axis, page
+from nsa_bench.schema import Row
+from nsa_bench.summary import decode_reads
+
+
+def reads_figure(name: str, rows: Sequence[Row]) -> Figure | None:
+    """Of one query and kv head, so that batches and backends fall together. None where no row has decode reads.
+
+    Workloads, and parameters that change what is read, have lines of their own; so do backends that read otherwise.
+    """
+    told = [(row, found) for row in rows if not is_anchor(row) and (found := decode_reads(row))]
+    if not told:
+        return None
+    curves: dict[str, dict[int, tuple[float, float]]] = defaultdict(dict)
+    for row, found in told:
+        words = " ".join([row.workload, *(f"{n}={v}" for n, v in parameters(row).items() if n != "backend")])
+        if curves[words].setdefault(row.S, found) != found:
+            curves[f"{words} {row.backend}, batch {row.batch}"][row.S] = found
+    entries: dict[str, Look] = {}
+    for number, label in enumerate(curves):
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[2 * number % len(MARKERS)]
+        entries[f"{label}, counted"] = Look(colour, marker, "-")
+        entries[f"{label}, budget"] = Look(colour, MARKERS[(2 * number + 1) % len(MARKERS)], (0, (5, 1.5)), False)
+    dense = "dense attention: every key"
+    entries[dense] = Look(GREYS[0], "", (0, (1, 1.2)))
+    drawn = page(
+        f"{name}: keys read in a decode step",
+        [device_words([row for row, _ in told]), "for one query and kv head, on average over the timed steps"],
+        entries,
+        widths=[PANEL * 1.5],
+    )
+    axes = drawn.panels[0][0]
+    lengths = sorted({row.S for row, _ in told})
+    axes.plot(lengths, lengths, label=dense, **entries[dense].line())
+    values: list[float] = [*lengths]
+    for label, curve in curves.items():
+        for which, word in ((1, "budget"), (0, "counted")):
+            points = [(S, curve[S][which]) for S in sorted(curve)]
+            values += [value for _, value in points]
+            axes.plot(*zip(*points, strict=True), label=f"{label}, {word}", **entries[f"{label}, {word}"].line())
+        last = max(curve)
+        share = f"{curve[last][0]:,.0f} of {last:,} keys: {curve[last][0] / last:.1%}"
+        end = (last, curve[last][0])
+        axes.annotate(share, end, (0, -8), textcoords="offset points", ha="right", va="top", size=8, color=PALE)
+    lengths_axis(axes, lengths)
+    log_axis(axes, values)
+    axes.yaxis.set_major_formatter(lambda value, _: short_length(value) if value % 1024 == 0 else f"{value:,.0f}")
+    axes.set_xlabel("context length S, tokens")
+    axes.set_ylabel("keys")
+    return drawn.figure

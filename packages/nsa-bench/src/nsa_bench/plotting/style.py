@@ -1,0 +1,216 @@
+"""How figures look: colours, markers, lines, the page with its title and legend, axes of lengths, files without dates.
+
+Colours are those of Okabe and Ito, which people tell apart however they see colours; each series has a marker of its
+own too, and dense anchors are grey and dashed. Nothing of pyplot is used and no setting of the reader's matplotlib.
+"""
+
+import math
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from nsa_bench.measurements import ANCHOR, short_length
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C510A")  # yellow is too pale for a line
+GREYS = ("#222222", "#666666", "#999999")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p")
+LINES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
+INK, PALE = "#222222", "#6B6B6B"
+
+# Inches: a page is put together from these, so that nothing overlaps whatever the words are.
+LEFT, RIGHT, BOTTOM, ABOVE_PANEL = 0.80, 0.20, 0.62, 0.34
+PANEL, NARROW, HEIGHT = 3.5, 1.1, 2.7
+BETWEEN, BETWEEN_SCALED, UNDER = 0.30, 0.85, 0.55  # columns that share an axis, columns that do not, rows
+TITLE, NOTE, LEAST_WIDTH = 0.42, 0.185, 6.5
+CHARACTER = 0.070  # of a note, on average, in inches
+
+SETTINGS: dict[str, Any] = {
+    "font.family": ["DejaVu Sans", "sans-serif"],
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": PALE,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.color": "#E3E3E3",
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "xtick.color": PALE,
+    "ytick.color": PALE,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "legend.labelspacing": 0.6,
+    "savefig.dpi": 150,
+    "svg.fonttype": "none",  # text stays text: small files, and words that can be searched
+    "svg.hashsalt": "nsa-bench",  # ids that do not change from run to run
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a series is drawn: one that differs from every other by its marker, open or filled, whatever its colour."""
+
+    color: str
+    marker: str
+    linestyle: Any
+    filled: bool = True
+
+    def line(self, **changed: Any) -> dict[str, Any]:
+        """Arguments of a matplotlib line."""
+        return {
+            "color": self.color,
+            "marker": self.marker,
+            "linestyle": self.linestyle,
+            "markerfacecolor": self.color if self.filled else "white",
+            "markeredgecolor": self.color,
+        } | changed
+
+
+def looks(labels: Iterable[str]) -> dict[str, Look]:
+    """A look for each label, in their order; those of dense anchors grey, dashed and open.
+
+    Example:
+        >>> found = looks(["nsa.decode", "dense.decode", "nsa.prefill"])
+        >>> [(look.marker, look.filled) for look in found.values()]
+        [('o', True), ('s', False), ('^', True)]
+    """
+    colours, greys = cycle(COLOURS), cycle(GREYS)
+    found: dict[str, Look] = {}
+    for label in dict.fromkeys(labels):
+        turn, place = divmod(len(found), len(MARKERS))
+        if label.startswith(ANCHOR):
+            found[label] = Look(next(greys), MARKERS[place], LINES[1], turn % 2 == 1)
+        else:
+            found[label] = Look(next(colours), MARKERS[place], LINES[turn % len(LINES)], turn % 2 == 0)
+    return found
+
+
+@contextmanager
+def settings() -> Iterator[None]:
+    """matplotlib's defaults and ours, for as long as something is drawn or saved."""
+    with matplotlib.style.context(["default", SETTINGS]):
+        yield
+
+
+@dataclass(frozen=True)
+class Page:
+    """A figure with panels in rows and columns."""
+
+    figure: Figure
+    panels: tuple[tuple[Axes, ...], ...]
+
+
+def page(
+    title: str,
+    notes: Sequence[str],
+    entries: Mapping[str, Look],
+    *,
+    rows: int = 1,
+    widths: Sequence[float] = (PANEL,),
+    share_y: bool = True,
+) -> Page:
+    """An empty page: title, notes under it, panels, the legend to their right.
+
+    Args:
+        notes: what was measured, and on what; lines that are too long are wrapped.
+        entries: the legend.
+        widths: of the columns of panels, in inches.
+        share_y: all panels have one y axis; only the first of a row has its labels.
+    """
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    legend = figure.legend(
+        handles=[Line2D([], [], label=label, **look.line()) for label, look in entries.items()],
+        loc="upper left",
+        borderaxespad=0,
+        handlelength=3.2,
+    )
+    beside = legend.get_window_extent().width / figure.dpi + 0.15 if entries else 0
+    gap = BETWEEN if share_y else BETWEEN_SCALED
+    inner = sum(widths) + gap * (len(widths) - 1)
+    stretch = max(1.0, (LEAST_WIDTH - LEFT - RIGHT - beside - gap * (len(widths) - 1)) / sum(widths))
+    widths = [width * stretch for width in widths]
+    inner = sum(widths) + gap * (len(widths) - 1)
+    width = LEFT + inner + RIGHT + beside
+    wrapped = [line for note in notes for line in textwrap.wrap(note, int((width - 0.4) / CHARACTER))]
+    top = TITLE + NOTE * len(wrapped) + ABOVE_PANEL
+    height = top + rows * HEIGHT + (rows - 1) * (UNDER + ABOVE_PANEL) + BOTTOM
+    figure.set_size_inches(width, height)
+    figure.text(0.2 / width, 1 - 0.15 / height, title, va="top", size=12, weight="bold", color=INK)
+    for number, line in enumerate(wrapped):
+        figure.text(0.2 / width, 1 - (TITLE + NOTE * number) / height, line, va="top", size=8, color=PALE)
+    legend.set_bbox_to_anchor(((LEFT + inner + 0.15) / width, 1 - top / height))
+    panels: list[tuple[Axes, ...]] = []
+    first: Axes | None = None
+    for row in range(rows):
+        bottom = height - top - HEIGHT - row * (HEIGHT + UNDER + ABOVE_PANEL)
+        left, made = LEFT, []
+        for column, wide in enumerate(widths):
+            place = (left / width, bottom / height, wide / width, HEIGHT / height)
+            axes = figure.add_axes(place, sharey=first if share_y else None)
+            first = first or axes
+            if share_y and column:
+                axes.tick_params(labelleft=False)
+            made.append(axes)
+            left += wide + gap
+        panels.append(tuple(made))
+    return Page(figure, tuple(panels))
+
+
+def lengths_axis(axes: Axes, lengths: Iterable[float]) -> None:
+    """x: context lengths, by powers of two, as people say them."""
+    lengths = sorted(set(lengths))
+    axes.set_xscale("log", base=2)
+    low, high = math.floor(math.log2(lengths[0])), math.ceil(math.log2(lengths[-1]))
+    step = max(1, math.ceil((high - low) / 6))
+    ticks = [2.0**power for power in range(low, high + 1, step)] if high > low else lengths
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_length(round(value))))
+    axes.set_xlim(lengths[0] / 1.25, lengths[-1] * 1.25)
+
+
+def log_axis(axes: Axes, values: Iterable[float], which: str = "y") -> None:
+    """A logarithmic axis that names its steps in plain numbers: 1, 2, 5 of each decade, or decades alone if there are many."""
+    values = sorted(value for value in values if 0 < value < math.inf)
+    axis = axes.yaxis if which == "y" else axes.xaxis
+    (axes.set_yscale if which == "y" else axes.set_xscale)("log")
+    low, high = values[0] / 1.3, values[-1] * 1.3
+    for steps in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        ticks = [step * 10.0**decade for decade in decades for step in steps]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) <= 8:
+            break
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    (axes.set_ylim if which == "y" else axes.set_xlim)(low, high)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as its suffix says. The same figure gives the same bytes: files carry no date and no version.
+
+    Raises:
+        OSError: it cannot be written there.
+    """
+    metadata: dict[str, Any] = {"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None}
+    with settings():
+        figure.savefig(path, metadata=metadata, facecolor="white")
