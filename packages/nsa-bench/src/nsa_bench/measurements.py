@@ -2,9 +2,9 @@
 
 - A *measurement* is what was run: the same in two files if the same was measured.
 - A *series* is measurements of one run that differ in the context length S alone.
-- A *point* is where variants took turns: one run, suite, clock, S, batch, heads, dims, dtype. Two rows at a point can be
-  compared if the parameters that both have are equal, too; those that only one has (`topk`; an anchor has none) make it
-  the variant it is, and so does `backend`, wherever it stands.
+- A *point* is where variants took turns: one run, suite, clock, S, batch, heads, dims, dtype. Two rows at a point can
+  be compared if the parameters that both have are equal, too; those that only one has (`topk`; an anchor has none) make
+  it the variant it is, and so does `backend`, wherever it stands.
 """
 
 import math
@@ -57,7 +57,7 @@ def series(row: Row) -> tuple[Any, ...]:
 
 
 def numbered(rows: Iterable[Row]) -> dict[tuple[Any, ...], Row]:
-    """Rows by measurement. One that a file holds twice (a plan that chose what another variant asked for) has its number."""
+    """Rows by measurement and number: of one that a file holds twice, where nothing tells what was asked for."""
     seen: Counter[tuple[Any, ...]] = Counter()
     found = {}
     for row in rows:
@@ -174,8 +174,11 @@ def labels(rows: Sequence[Row], *, clock: bool = False) -> list[str]:
         own = [f"{n}={v}" for n, v in parameters(row).items() if len(values.get((row.workload, n), ())) > 1]
         words.append(" ".join(filter(None, [row.workload, _backend(row), *own, row.clock if len(clocks) > 1 else ""])))
     # Two rows of one measurement: only who decided, or the order, tells them apart.
-    twice = [number for *_, number in numbered(rows)]
-    return [f"{word} ({row.why or f'no. {n + 1}'})" if n else word for word, row, n in zip(words, rows, twice, strict=True)]
+    numbers = [number for *_, number in numbered(rows)]
+    return [
+        f"{word} ({row.why or f'no. {number + 1}'})" if number else word
+        for word, row, number in zip(words, rows, numbers, strict=True)
+    ]
 
 
 def _backend(row: Row) -> str:
@@ -193,9 +196,10 @@ def device_words(rows: Iterable[Row]) -> str:
 
     dates = sorted({row.date[:10] for row in rows} - {""})
     days = " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else ""
-    commits = ", ".join(sorted({row.commit[:10] for row in rows} - {""}))
+    commits = sorted({row.commit[:10] for row in rows} - {""})
+    made = f"commit {commits[0]}" if len(commits) == 1 else f"{len(commits)} commits" if commits else ""
     parts = [of("device"), of("torch", "torch "), of("triton", "triton "), of("flash_attn", "flash-attn ")]
-    parts += [of("cudnn", "cuDNN "), f"commit {commits}" if commits else "", days]
+    parts += [of("cudnn", "cuDNN "), made, days]
     return " · ".join(filter(None, parts))
 
 

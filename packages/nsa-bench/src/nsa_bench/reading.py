@@ -1,7 +1,7 @@
 """The commands that read: `nsa-bench summarize` and `nsa-bench plot`.
 
-Exit status: 0; 1 where a trend is broken or a ratio regressed (with --strict also where nothing can be said of a trend);
-2 for files that cannot be read and wrong options.
+Exit status: 0; 1 where a trend is broken or a ratio regressed, with --strict also where nothing can be said of a trend;
+2 for files that cannot be read and for wrong options.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,9 +39,9 @@ def _choice(values: Sequence[str]) -> Callable[[str], str]:
     return parse
 
 
-Files = Annotated[list[Path], typer.Argument(metavar="FILE...", help="What `nsa-bench run` wrote.", show_default=False)]
+Files = Annotated[list[Path], typer.Argument(metavar="FILE...", help="What `nsa-bench run` wrote.")]
 Where = Annotated[
-    list[str] | None, typer.Option("--where", metavar="COLUMN=VALUE", help="Only such rows; repeatable.  [default: all]")
+    list[str] | None, typer.Option("--where", metavar="COLUMN=VALUE", help="Only such rows; repeatable.")
 ]
 
 
@@ -53,7 +53,7 @@ def summarize(
     ] = None,
     suite: Annotated[
         str | None,
-        typer.Option("--suite", metavar="SUITE", help="A shipped one, or a .toml file: its trends.  [default: the rows']"),
+        typer.Option("--suite", metavar="SUITE", help="Whose trends: a name or a .toml file.  [default: the rows']"),
     ] = None,
     form: Annotated[
         str,
@@ -98,7 +98,7 @@ def summarize(
 
 def plot(
     files: Files,
-    out: Annotated[Path, typer.Option("--out", file_okay=False, metavar="DIR", help="Made if it is not there.")] = Path(),
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Made if it is not there.")] = Path(),
     kind: Annotated[
         str,
         typer.Option("--kind", parser=_choice((*KINDS, "all")), metavar="KIND", help=f"{', '.join(KINDS)}, or all."),
@@ -170,7 +170,7 @@ def _text(value: object) -> str:
 
 
 def _verdicts(rows: Sequence[Row], named: str | None) -> tuple[list[Verdict], list[str]]:
-    """Verdicts of the trends of one suite that was named, or of each that rows name; and which of those are not known."""
+    """Verdicts of the trends of one suite that was named, or of each that rows name; and which of these are unknown."""
     verdicts, unknown = [], []
     for name in dict.fromkeys(row.suite for row in rows):
         try:
@@ -194,7 +194,7 @@ def _pooled(tables: dict[Path, list[Row]]) -> list[Row]:
     for path, rows in tables.items():
         for key in numbered(rows):
             if key in holders:
-                message = f"{path}: expected files of different measurements with --baseline, got one of {holders[key]} again"
+                message = f"{path}: expected other measurements than those of {holders[key]}, got one of them again"
                 raise typer.BadParameter(message, param_hint="'FILE...'")
         holders |= dict.fromkeys(numbered(rows), path)
     return [row for rows in tables.values() for row in rows]
@@ -228,7 +228,7 @@ def _rendered(columns: Columns, lines: Lines) -> str:
     for column in columns[:-1]:
         table.add_column(column, no_wrap=True, justify="right" if column in numbers else "left")
     table.add_column(columns[-1], overflow="fold", max_width=WIDEST)
-    styles = {"holds": "green", "improved": "green", "BROKEN": "bold red", "regressed": "bold red", "missing": "bold red"}
+    styles = dict.fromkeys(("holds", "improved"), "green") | dict.fromkeys(("BROKEN", *FAILURES), "bold red")
     for line in lines:
         table.add_row(*(Text(cell, styles.get(cell, "")) for cell in line))
     console = Console(highlight=False, markup=False)

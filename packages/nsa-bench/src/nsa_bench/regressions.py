@@ -2,11 +2,11 @@
 
 Machines and days differ, so ratios are compared, not times. A measurement's ratio is
 
-- to the fastest dense anchor at its point, of those anchors that have a time in both files: one that only one of the two
-  has would move the ratio on its own;
-- where there is no such anchor, to `floor_ms`, which comes from ceilings that were measured in the same run; only where
-  both files name the same device, since time above the floor (a launch, say) does not scale with a device. Ceilings come
-  without quartiles, so FLOOR_NOISE is granted.
+- to the fastest dense anchor at its point, of those anchors that have a time in both files: one that only one of the
+  two has would move the ratio on its own;
+- where there is no such anchor, to `floor_ms`, which comes from ceilings that were measured in the same run; only if
+  both files name the same device, since time above the floor (a launch, say) does not scale with a device. Ceilings
+  come without quartiles, so FLOOR_NOISE is granted.
 
 With ratios r = t / t_reference and e the relative standard errors of the up to four medians,
 
@@ -40,6 +40,7 @@ from nsa_bench.schema import Row
 LEAST = 0.02
 FLOOR_NOISE = 0.10
 
+NO_ANCHOR = "no dense anchor at its point has a time in both files"
 FAILURES = ("regressed", "missing")
 
 
@@ -100,10 +101,10 @@ def _compared(subject: str, now: Row, was: Row, here: Sequence[Row], there: Sequ
         reference = "dense attention"
         four += [dense[0], dense[1]]
     elif not (now.floor_ms and was.floor_ms):
-        return Comparison(subject, "not comparable", "no dense anchor at its point has a time in both files, and no floor")
+        return Comparison(subject, "not comparable", f"{NO_ANCHOR}, and there is no floor")
     elif now.device != was.device:
-        words = f"no dense anchor at its point has a time in both files, and floors of {was.device} and {now.device} differ"
-        return Comparison(subject, "not comparable", words)
+        devices = f"{was.device or 'no name'} and {now.device or 'no name'}"
+        return Comparison(subject, "not comparable", f"{NO_ANCHOR}, and the devices differ: {devices}")
     else:
         ratios = _ratio(now, now.floor_ms), _ratio(was, was.floor_ms)
         reference, least = "the floor", FLOOR_NOISE

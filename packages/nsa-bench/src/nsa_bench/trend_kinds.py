@@ -1,4 +1,4 @@
-"""The kinds of trends: each a function of a series (and of all rows, for what it is held against) with an answer in words.
+"""The kinds of trends: each a function of a series, and of all rows for what it is held against, with an answer in words.
 
 Each gives True, False, or None where there is nothing to say. What noise could explain is no evidence: a median's
 relative standard error is derived from its quartiles (`nsa_bench.measurements.error`), errors of a ratio add in
@@ -63,17 +63,17 @@ def follows_budget(line: Sequence[Row], rows: Sequence[Row], *, tolerance: float
     for row, keys in told[1:]:
         grown = _ratio(row, first)
         if math.log(grown) > math.log(keys / least * (1 + tolerance)) + SIGMAS * _error(row, first):
-            at = "" if row is last else f", and {grown:.2f}-fold by {short_length(row.S)}, the budget {keys / least:.2f}"
-            return False, f"{spoken}{at}; tolerance {tolerance:g}"
+            at = f"; {grown:.2f}-fold by {short_length(row.S)}, the budget {keys / least:.2f}-fold"
+            return False, f"{spoken}{'' if row is last else at}; tolerance {tolerance:g}"
     if math.log(_ratio(last, first)) + SIGMAS * _error(last, first) >= math.log(length):
         return False, f"{spoken}: not clearly slower than S"
     return True, spoken
 
 
 def crossover(line: Sequence[Row], rows: Sequence[Row], *, at_most: float) -> Answer:
-    """The smallest measured length from which it is faster than the fastest dense anchor, there and at every longer one.
+    """The smallest length from which it is faster than the fastest dense anchor, there and at every longer one.
 
-    Faster is t_dense / t > 1 beyond noise. Broken where it is not faster at some length from `at_most` on; nothing can
+    Of lengths that were measured. Faster is t_dense / t > 1 beyond noise. Broken where it is not faster at some length from `at_most` on; nothing can
     be said where that is not so, but no length up to `at_most` is won.
     """
     anchors = _sure(anchors_for(line[0].workload, rows))
@@ -111,7 +111,7 @@ def exponent(line: Sequence[Row], rows: Sequence[Row], *, at_most: float, at_lea
     slope = sum((each - mean) * math.log(row.ms_total or 1) for each, row in zip(x, told, strict=True)) / total
     noise = math.hypot(*((each - mean) * (error(row) or 0) for each, row in zip(x, told, strict=True))) / total
     lengths = f"{len(told)} lengths from {short_length(told[0].S)} to {short_length(told[-1].S)}"
-    words = f"t ~ S^{slope:.2f} ± {noise:.2f} over {lengths}"
+    words = f"t ~ S^{slope:.3f} ± {noise:.3f} over {lengths}"
     high = slope - SIGMAS * noise > at_most
     low = at_least is not None and slope + SIGMAS * noise < at_least
     return not (high or low), words
@@ -125,7 +125,8 @@ def reads_within_budget(line: Sequence[Row], rows: Sequence[Row]) -> Answer:
     over queries, kv heads and sequences; a row has batch * calls decode queries. A prefill's queries begin at length 1,
     where a budget counts blocks that are not there: of those only the first is asked.
     """
-    asked, largest = 0, 0.0
+    asked = 0
+    largest: float | None = None
     for row in line:
         at = f"at {short_length(row.S)}"
         for actual, expected, which in (
@@ -140,13 +141,14 @@ def reads_within_budget(line: Sequence[Row], rows: Sequence[Row]) -> Answer:
         block_size, topk = (_given(row, name) for name in GEOMETRY)
         decode = decode_reads(row)
         if decode and row.S - (row.calls or 0) > (topk - 1) * block_size:
-            largest = max(largest, decode[1] - decode[0])
+            largest = max(largest or 0.0, decode[1] - decode[0])
             if decode[1] - decode[0] > block_size - 1:
                 short = f"{decode[0]:,.1f} keys a query, {decode[1]:,.1f} expected"
                 return False, f"{at} {short}: more than {block_size - 1} fewer"
     if not asked:
         return None, "expected rows with reads, got none"
-    return True, f"in {asked} sums; at most {largest:.1f} keys fewer for a query of a decode step"
+    fewer = "" if largest is None else f"; of a decode step's query at most {largest:.1f} keys fewer"
+    return True, f"in {asked} {'sum' if asked == 1 else 'sums'} of reads{fewer}"
 
 
 def faster(
@@ -158,7 +160,7 @@ def faster(
     by: float = 1.0,
     **given: float,
 ) -> Answer:
-    """At every length of at least `from`: t of `than` / t >= `by`, beyond noise; of several, the fastest `than` counts."""
+    """At every length from `from` on, t_than / t >= `by`, beyond noise; of several `than`, the fastest counts."""
     start = given.get("from", 0)
     others = [row for row in _sure(rows) if row.workload == than]
     others = [row for row in others if than_backend in (None, row.backend, asked_backend(row))]

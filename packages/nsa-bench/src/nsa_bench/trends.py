@@ -1,4 +1,4 @@
-"""Trends that times must follow, declared in a suite's `[[trend]]` tables: parsing them, and asking each of some rows.
+"""Trends that times must follow, declared in a suite's `[[trend]]` tables: reading them, and asking each of some rows.
 
 Keys of every table: `kind`; `workload`, which it is about; and, to look at some rows only, `backend` (asked for or run),
 `clock`, `device` ("cpu" or "cuda"). Each kind has keys of its own, see `nsa_bench.trend_kinds`.
@@ -36,6 +36,7 @@ from = 32768                  # optional: every length
 ```
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,7 +116,8 @@ def parse_trend(table: Mapping[str, Any]) -> Trend:
     own = KINDS[kind].keys
     unknown = table.keys() - set(COMMON) - own.keys()
     if unknown:
-        raise TrendError(f"trend {kind}: expected keys of {', '.join([*COMMON, *own])}, got {', '.join(sorted(unknown))}")
+        known = ", ".join([*COMMON, *own])
+        raise TrendError(f"trend {kind}: expected keys of {known}, got {', '.join(sorted(unknown))}")
     for key in ("workload", "backend", "clock", "device", "than", "than_backend"):
         if key in table and (not isinstance(table[key], str) or not table[key]):
             raise TrendError(f"trend {kind}: expected a word for {key}, got {table[key]!r}")
@@ -125,7 +127,7 @@ def parse_trend(table: Mapping[str, Any]) -> Trend:
         if key in table and table[key] not in values:
             raise TrendError(f"trend {kind}: expected {key} of {', '.join(values)}, got {table[key]!r}")
     for key in table.keys() & NUMBERS:
-        if isinstance(table[key], bool) or not isinstance(table[key], int | float) or not 0 <= table[key] < float("inf"):
+        if type(table[key]) not in (int, float) or not 0 <= table[key] < math.inf:
             raise TrendError(f"trend {kind}: expected a number of at least 0 for {key}, got {table[key]!r}")
     options = {key: table.get(key, default) for key, default in own.items()}
     missing = [key for key, value in options.items() if value is ...]

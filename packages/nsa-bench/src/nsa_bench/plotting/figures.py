@@ -57,5 +57,5 @@ def draw(
                 if figure is not None:
                     drawn.append((f"{suite or 'all'}-history-{metric}", figure))
                 elif kind == "history":
-                    nothing.append(f"suite {suite!r}: nothing to draw for history: no measurement with {metric} in two files")
+                    nothing.append(f"{suite}: nothing to draw for history: no measurement with {metric} in two files")
     return drawn, nothing

@@ -18,14 +18,15 @@ from nsa_bench.measurements import (
     numbered,
     short_length,
 )
-from nsa_bench.plotting.style import PANEL, log_axis, looks, page
+from nsa_bench.plotting.style import GREYS, LINES, PANEL, in_rows, log_axis, looks, page
 from nsa_bench.schema import IDENTITY, Row
 
-COLUMNS = 3
+COLUMNS, TICKS = 3, 5  # panels in a row; commits that have room under a panel
 SPEEDUP = "speedup"
 UNITS = {SPEEDUP: "times as fast as dense", "floor_ms": "ms"}
 _HINTS = get_type_hints(Row)
-METRICS = (SPEEDUP, *(name for name, hint in _HINTS.items() if {int, float} & set(get_args(hint)) and name not in IDENTITY))
+_NUMBERS = [name for name, hint in _HINTS.items() if {int, float} & set(get_args(hint))]
+METRICS = (SPEEDUP, *(name for name in _NUMBERS if name not in IDENTITY))
 
 
 class MetricError(ValueError):
@@ -56,29 +57,30 @@ def history_figure(name: str, files: Mapping[str, Sequence[Row]], metric: str = 
     panels = list(dict.fromkeys(titles[key] for key in kept))
     batches = len({row.batch for row in map(latest.__getitem__, kept)}) > 1
     kept.sort(key=lambda key: (latest[key].batch or 0, latest[key].S))
-    names = {key: f"S {short_length(latest[key].S)}" + (f", batch {latest[key].batch}" if batches else "") for key in kept}
+    names = {
+        key: f"S {short_length(latest[key].S)}" + (f", batch {latest[key].batch}" if batches else "") for key in kept
+    }
     entries = looks(names.values())
-    columns = min(COLUMNS, len(panels))
     what = {SPEEDUP: "speed-up over dense attention"}.get(metric, metric)
+    note = "bars: one standard error" + ("; dotted: dense attention" if metric == SPEEDUP else "")
     drawn = page(
         f"{name}: {what} by commit",
-        [device_words([row for rows in runs for row in rows]), "bars: one standard error"],
+        [device_words([row for rows in runs for row in rows]), note],
         entries,
-        rows=-(-len(panels) // columns),
-        widths=[PANEL] * columns,
+        in_rows(panels, COLUMNS),
+        [PANEL] * min(COLUMNS, len(panels)),
     )
-    everywhere = [axes for line in drawn.panels for axes in line]
-    for axes in everywhere[len(panels) :]:
-        axes.set_axis_off()
-    for axes, title in zip(everywhere, panels, strict=False):
+    step = -(-len(runs) // TICKS)
+    for axes, title in zip(drawn.all_panels, panels, strict=True):
+        if metric == SPEEDUP:
+            axes.axhline(1, color=GREYS[1], linewidth=1, linestyle=LINES[2], zorder=1)
         for key in (key for key in kept if titles[key] == title):
             at = sorted(values[key])
             y, bars = zip(*(values[key][number] for number in at), strict=True)
             axes.errorbar(at, y, yerr=bars, capsize=2, elinewidth=0.9, label=names[key], **entries[names[key]].line())
-        axes.set_title(title)
-        axes.set_xticks(range(len(runs)), [_commit(rows) for rows in runs])
+        axes.set_xticks(range(0, len(runs), step), [_commit(rows) for rows in runs[::step]])
         axes.set_xlim(-0.4, len(runs) - 0.6)
-    log_axis(everywhere[0], [value for key in kept for value, _ in values[key].values()])
+    log_axis(drawn.all_panels[0], [value for key in kept for value, _ in values[key].values()])
     for line in drawn.panels:
         line[0].set_ylabel(UNITS.get(metric, "ms" if metric.endswith("_ms") or metric.startswith("ms_") else metric))
     return drawn.figure

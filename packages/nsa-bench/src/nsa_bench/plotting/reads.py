@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from nsa_bench.measurements import device_words, is_anchor, parameters, short_length
-from nsa_bench.plotting.style import COLOURS, GREYS, MARKERS, PALE, PANEL, Look, lengths_axis, log_axis, page
+from nsa_bench.measurements import device_words, is_anchor, parameters
+from nsa_bench.plotting.style import COLOURS, GREYS, INK, MARKERS, PALE, PANEL, Look, lengths_axis, page
 from nsa_bench.schema import Row
 from nsa_bench.summary import decode_reads
 
@@ -35,7 +35,8 @@ def reads_figure(name: str, rows: Sequence[Row]) -> Figure | None:
         f"{name}: keys read in a decode step",
         [device_words([row for row, _ in told]), "for one query and kv head, on average over the timed steps"],
         entries,
-        widths=[PANEL * 1.5],
+        [[""]],
+        [PANEL * 1.5],
     )
     axes = drawn.panels[0][0]
     lengths = sorted({row.S for row, _ in told})
@@ -45,14 +46,19 @@ def reads_figure(name: str, rows: Sequence[Row]) -> Figure | None:
         for which, word in ((1, "budget"), (0, "counted")):
             points = [(S, curve[S][which]) for S in sorted(curve)]
             values += [value for _, value in points]
-            axes.plot(*zip(*points, strict=True), label=f"{label}, {word}", **entries[f"{label}, {word}"].line())
-        last = max(curve)
-        share = f"{curve[last][0]:,.0f} of {last:,} keys: {curve[last][0] / last:.1%}"
-        end = (last, curve[last][0])
-        axes.annotate(share, end, (0, -8), textcoords="offset points", ha="right", va="top", size=8, color=PALE)
+            # The budget's open markers are larger: where it is met, they stand around those of what was counted.
+            look = entries[f"{label}, {word}"].line(markersize=9 if which else 5)
+            axes.plot(*zip(*points, strict=True), label=f"{label}, {word}", **look)
+    # How far below every key the lowest curve ends.
+    lowest = min(curves.values(), key=lambda curve: curve[max(curve)][0] / max(curve))
+    last = max(lowest)
+    keys = lowest[last][0]
+    axes.annotate("", (last, keys), (last, last), arrowprops={"arrowstyle": "->", "color": PALE, "shrinkB": 6})
+    share = f"{keys:,.0f} of {last:,} keys, {keys / last:.1%}"
+    middle = (last, (keys * last) ** 0.5)
+    axes.annotate(share, middle, (-6, 0), textcoords="offset points", ha="right", va="center", size=8, color=INK)
     lengths_axis(axes, lengths)
-    log_axis(axes, values)
-    axes.yaxis.set_major_formatter(lambda value, _: short_length(value) if value % 1024 == 0 else f"{value:,.0f}")
+    lengths_axis(axes, values, "y")
     axes.set_xlabel("context length S, tokens")
-    axes.set_ylabel("keys")
+    axes.set_ylabel("keys read by a query")
     return drawn.figure

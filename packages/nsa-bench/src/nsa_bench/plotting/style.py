@@ -29,11 +29,11 @@ LINES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 INK, PALE = "#222222", "#6B6B6B"
 
 # Inches: a page is put together from these, so that nothing overlaps whatever the words are.
-LEFT, RIGHT, BOTTOM, ABOVE_PANEL = 0.80, 0.20, 0.62, 0.34
+LEFT, RIGHT, BOTTOM, ABOVE_PANEL, TITLE_LINE = 0.80, 0.20, 0.62, 0.18, 0.16
 PANEL, NARROW, HEIGHT = 3.5, 1.1, 2.7
-BETWEEN, BETWEEN_SCALED, UNDER = 0.30, 0.85, 0.55  # columns that share an axis, columns that do not, rows
-TITLE, NOTE, LEAST_WIDTH = 0.42, 0.185, 6.5
-CHARACTER = 0.070  # of a note, on average, in inches
+BETWEEN, UNDER, LEGEND = 0.30, 0.55, 0.15  # between columns; under a row; left of the legend
+TITLE, NOTE, LEAST_WIDTH = 0.42, 0.185, 8.2
+CHARACTER, TITLE_CHARACTER = 0.061, 0.076  # of a note and of a panel's title, on average, in inches
 
 SETTINGS: dict[str, Any] = {
     "font.family": ["DejaVu Sans", "sans-serif"],
@@ -116,23 +116,28 @@ class Page:
     figure: Figure
     panels: tuple[tuple[Axes, ...], ...]
 
+    @property
+    def all_panels(self) -> list[Axes]:
+        """Row by row."""
+        return [axes for row in self.panels for axes in row]
+
 
 def page(
     title: str,
     notes: Sequence[str],
     entries: Mapping[str, Look],
-    *,
-    rows: int = 1,
-    widths: Sequence[float] = (PANEL,),
-    share_y: bool = True,
+    titles: Sequence[Sequence[str]],
+    widths: Sequence[float],
 ) -> Page:
-    """An empty page: title, notes under it, panels, the legend to their right.
+    """An empty page: title, notes under it, panels that share their y axis, the legend to their right.
 
     Args:
-        notes: what was measured, and on what; lines that are too long are wrapped.
+        notes: what was measured, and on what.
         entries: the legend.
-        widths: of the columns of panels, in inches.
-        share_y: all panels have one y axis; only the first of a row has its labels.
+        titles: of the panels, by rows; a row that is shorter than the first has fewer panels.
+        widths: of the columns of panels, in inches; all are stretched where the page would be too narrow.
+
+    Words that are too long for their place are wrapped.
     """
     figure = Figure()
     FigureCanvasAgg(figure)
@@ -142,53 +147,68 @@ def page(
         borderaxespad=0,
         handlelength=3.2,
     )
-    beside = legend.get_window_extent().width / figure.dpi + 0.15 if entries else 0
-    gap = BETWEEN if share_y else BETWEEN_SCALED
-    inner = sum(widths) + gap * (len(widths) - 1)
-    stretch = max(1.0, (LEAST_WIDTH - LEFT - RIGHT - beside - gap * (len(widths) - 1)) / sum(widths))
+    beside = legend.get_window_extent().width / figure.dpi + LEGEND
+    gaps = BETWEEN * (len(widths) - 1)
+    stretch = max(1.0, (LEAST_WIDTH - LEFT - RIGHT - beside - gaps) / sum(widths))
     widths = [width * stretch for width in widths]
-    inner = sum(widths) + gap * (len(widths) - 1)
-    width = LEFT + inner + RIGHT + beside
-    wrapped = [line for note in notes for line in textwrap.wrap(note, int((width - 0.4) / CHARACTER))]
-    top = TITLE + NOTE * len(wrapped) + ABOVE_PANEL
-    height = top + rows * HEIGHT + (rows - 1) * (UNDER + ABOVE_PANEL) + BOTTOM
+    width = LEFT + sum(widths) + gaps + RIGHT + beside
+    wrapped = [line.strip("· ") for note in notes for line in textwrap.wrap(note, int((width - 0.4) / CHARACTER))]
+    broken = [
+        [textwrap.wrap(each, int((wide + BETWEEN) / TITLE_CHARACTER)) for each, wide in zip(row, widths, strict=False)]
+        for row in titles
+    ]
+    above = [ABOVE_PANEL + TITLE_LINE * max(map(len, row)) for row in broken]
+    top = TITLE + NOTE * len(wrapped)
+    height = top + sum(above) + HEIGHT * len(titles) + UNDER * (len(titles) - 1) + BOTTOM
     figure.set_size_inches(width, height)
     figure.text(0.2 / width, 1 - 0.15 / height, title, va="top", size=12, weight="bold", color=INK)
     for number, line in enumerate(wrapped):
         figure.text(0.2 / width, 1 - (TITLE + NOTE * number) / height, line, va="top", size=8, color=PALE)
-    legend.set_bbox_to_anchor(((LEFT + inner + 0.15) / width, 1 - top / height))
+    legend.set_bbox_to_anchor((1 - (RIGHT + beside - LEGEND) / width, 1 - (top + above[0]) / height))
     panels: list[tuple[Axes, ...]] = []
-    first: Axes | None = None
-    for row in range(rows):
-        bottom = height - top - HEIGHT - row * (HEIGHT + UNDER + ABOVE_PANEL)
-        left, made = LEFT, []
-        for column, wide in enumerate(widths):
-            place = (left / width, bottom / height, wide / width, HEIGHT / height)
-            axes = figure.add_axes(place, sharey=first if share_y else None)
+    bottom, first = height - top, None
+    for row, over in zip(broken, above, strict=True):
+        bottom -= over + HEIGHT
+        left = LEFT
+        made: list[Axes] = []
+        for lines, wide in zip(row, widths, strict=False):
+            axes = figure.add_axes((left / width, bottom / height, wide / width, HEIGHT / height), sharey=first)
+            axes.set_title("\n".join(lines))
+            axes.tick_params(labelleft=not made)
             first = first or axes
-            if share_y and column:
-                axes.tick_params(labelleft=False)
             made.append(axes)
-            left += wide + gap
+            left += wide + BETWEEN
         panels.append(tuple(made))
+        bottom -= UNDER
     return Page(figure, tuple(panels))
 
 
-def lengths_axis(axes: Axes, lengths: Iterable[float]) -> None:
-    """x: context lengths, by powers of two, as people say them."""
+def in_rows(titles: Sequence[str], columns: int) -> list[Sequence[str]]:
+    """Titles of panels, so many in a row.
+
+    Example:
+        >>> in_rows(["a", "b", "c"], 2)
+        [['a', 'b'], ['c']]
+    """
+    return [titles[start : start + columns] for start in range(0, len(titles), columns)]
+
+
+def lengths_axis(axes: Axes, lengths: Iterable[float], which: str = "x") -> None:
+    """An axis of numbers of tokens, by powers of two, as people say them."""
     lengths = sorted(set(lengths))
-    axes.set_xscale("log", base=2)
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log", base=2)
     low, high = math.floor(math.log2(lengths[0])), math.ceil(math.log2(lengths[-1]))
-    step = max(1, math.ceil((high - low) / 6))
-    ticks = [2.0**power for power in range(low, high + 1, step)] if high > low else lengths
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_length(round(value))))
-    axes.set_xlim(lengths[0] / 1.25, lengths[-1] * 1.25)
+    step = max(1, math.ceil((high - low) / 7))
+    ticks = [2.0**power for power in range(low, high + 1, step)] if len(lengths) > 1 else lengths
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: short_length(round(value))))
+    (axes.set_xlim if which == "x" else axes.set_ylim)(lengths[0] / 1.25, lengths[-1] * 1.25)
 
 
 def log_axis(axes: Axes, values: Iterable[float], which: str = "y") -> None:
-    """A logarithmic axis that names its steps in plain numbers: 1, 2, 5 of each decade, or decades alone if there are many."""
+    """A logarithmic axis that names its steps in plain numbers: 1, 2, 5 of each decade; if there are many, fewer."""
     values = sorted(value for value in values if 0 < value < math.inf)
     axis = axes.yaxis if which == "y" else axes.xaxis
     (axes.set_yscale if which == "y" else axes.set_xscale)("log")

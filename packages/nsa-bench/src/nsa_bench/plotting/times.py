@@ -1,4 +1,4 @@
-"""Time against context length: of whole calls, a line for each workload and backend; and of the branches within them."""
+"""Time against context length: of calls, a line for each workload and backend; and of the branches within them."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nsa_bench.measurements import by_series, device_words, is_timed, labels
-from nsa_bench.plotting.style import GREYS, NARROW, PANEL, Look, lengths_axis, log_axis, looks, page
+from nsa_bench.plotting.style import GREYS, NARROW, PANEL, Look, in_rows, lengths_axis, log_axis, looks, page
 from nsa_bench.schema import Row
 
 COLUMNS = 3  # of panels of branches
@@ -38,28 +38,26 @@ def time_figure(name: str, rows: Sequence[Row]) -> Figure | None:
     shapes.sort(key=lambda shape: -len({row.S for row in timed if _shape(row) == shape}))  # curves before points
     lengths = [sorted({row.S for row in timed if _shape(row) == shape}) for shape in shapes]
     entries = looks(_anchors_last(called[id(row)] for row in timed))
+    words = [_shape_words(next(row for row in timed if _shape(row) == shape), timed) for shape in shapes]
     drawn = page(
         f"{name}: time of a call by context length",
         [device_words(timed), f"{_common(timed)}median, bars from first to third quartile"],
         entries,
-        rows=len(clocks),
-        widths=[PANEL if len(each) > 1 else NARROW for each in lengths],
+        [
+            [", ".join(filter(None, [CLOCK_WORDS.get(clock, clock), words[0]])), *words[1:]]  # once for each row
+            for clock in clocks
+        ],
+        [PANEL if len(each) > 1 else NARROW for each in lengths],
     )
-    times = [value for row in timed for value in (row.p25_ms, row.ms_total, row.p75_ms) if value]
     for clock, panels in zip(clocks, drawn.panels, strict=True):
         for shape, each, axes in zip(shapes, lengths, panels, strict=True):
-            here = [row for row in timed if row.clock == clock and _shape(row) == shape]
-            for line in by_series(here):
+            for line in by_series(row for row in timed if row.clock == clock and _shape(row) == shape):
                 label = called[id(line[0])]
                 _bars(axes, line, label=label, **entries[label].line())
-            words = _shape_words(here[0], timed) if here else ""
-            several = len(each) > 1
-            title = ", ".join(filter(None, [CLOCK_WORDS.get(clock, clock), words])) if axes is panels[0] else words
-            axes.set_title(title if several or axes is panels[0] else words.replace(", ", "\n"))
             lengths_axis(axes, each)
-            axes.set_xlabel("context length S, tokens" if several else "S")
+            axes.set_xlabel("context length S, tokens" if len(each) > 1 else "S")
         panels[0].set_ylabel("ms")
-    log_axis(drawn.panels[0][0], times)
+    log_axis(drawn.panels[0][0], [t for row in timed for t in (row.p25_ms, row.ms_total, row.p75_ms) if t])
     return drawn.figure
 
 
@@ -76,28 +74,26 @@ def branches_figure(name: str, rows: Sequence[Row]) -> Figure | None:
     if not series:
         return None
     shown = [part for part in PARTS if any(getattr(row, part) for line in series for row in line)]
-    columns = min(COLUMNS, len(series))
+    titles = [", ".join(filter(None, [called[id(line[0])], _shape_words(line[0], timed)])) for line in series]
     drawn = page(
         f"{name}: time of the branches by context length",
         [device_words(timed), f"{_common(timed)}medians; parts overlap, so they need not sum up to the whole call"],
         {PARTS[part][0]: PARTS[part][1] for part in shown},
-        rows=-(-len(series) // columns),
-        widths=[PANEL] * columns,
+        in_rows(titles, COLUMNS),
+        [PANEL] * min(COLUMNS, len(series)),
     )
-    everywhere = [axes for panels in drawn.panels for axes in panels]
-    for axes in everywhere[len(series) :]:
-        axes.set_axis_off()
-    for axes, line in zip(everywhere, series, strict=False):
+    times = []
+    for axes, line in zip(drawn.all_panels, series, strict=True):
         for part in shown:
-            points = [(row.S, getattr(row, part)) for row in line if getattr(row, part)]
+            points = [(row.S, ms) for row in line if (ms := getattr(row, part))]
+            times += [ms for _, ms in points]
             if points:
                 axes.plot(*zip(*points, strict=True), label=PARTS[part][0], **PARTS[part][1].line())
-        axes.set_title(", ".join(filter(None, [called[id(line[0])], _shape_words(line[0], timed)])))
         lengths_axis(axes, [row.S for row in line])
         axes.set_xlabel("context length S, tokens")
     for panels in drawn.panels:
         panels[0].set_ylabel("ms")
-    log_axis(everywhere[0], [getattr(row, part) for line in series for row in line for part in shown if getattr(row, part)])
+    log_axis(drawn.all_panels[0], times)
     return drawn.figure
 
 
