@@ -119,6 +119,11 @@ def plot(
     from nsa_bench.plotting.style import save
 
     tables = {path: _rows(path, where) for path in files}
+    stems: dict[str, Path] = {}
+    for path in tables:
+        if stems.setdefault(path.stem, path) != path:
+            message = f"{path}: expected another name than that of {stems[path.stem]}: plots are named after files"
+            raise typer.BadParameter(message, param_hint="'FILE...'")
     try:
         out.mkdir(parents=True, exist_ok=True)
         drawn, nothing = draw({path.stem: rows for path, rows in tables.items()}, kind, metric)

@@ -1,4 +1,4 @@
-"""The kinds of trends: each a function of a series, and of all rows for what it is held against, with an answer in words.
+"""The kinds of trends: each a function of a series, and of all rows where it is held against others, with an answer.
 
 Each gives True, False, or None where there is nothing to say. What noise could explain is no evidence: a median's
 relative standard error is derived from its quartiles (`nsa_bench.measurements.error`), errors of a ratio add in
@@ -73,8 +73,8 @@ def follows_budget(line: Sequence[Row], rows: Sequence[Row], *, tolerance: float
 def crossover(line: Sequence[Row], rows: Sequence[Row], *, at_most: float) -> Answer:
     """The smallest length from which it is faster than the fastest dense anchor, there and at every longer one.
 
-    Of lengths that were measured. Faster is t_dense / t > 1 beyond noise. Broken where it is not faster at some length from `at_most` on; nothing can
-    be said where that is not so, but no length up to `at_most` is won.
+    Of lengths that were measured; faster is t_dense / t > 1 beyond noise. Broken where it is not faster at some length
+    from `at_most` on; nothing can be said where that is not so, but no length up to `at_most` is won.
     """
     anchors = _sure(anchors_for(line[0].workload, rows))
     pairs = [(row, dense) for row in _sure(line) if (dense := fastest(row, anchors))]

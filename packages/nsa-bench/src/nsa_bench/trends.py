@@ -1,7 +1,7 @@
-"""Trends that times must follow, declared in a suite's `[[trend]]` tables: reading them, and asking each of some rows.
+"""Trends that times must follow, declared in a suite's `[[trend]]` tables: how to read and ask them.
 
-Keys of every table: `kind`; `workload`, which it is about; and, to look at some rows only, `backend` (asked for or run),
-`clock`, `device` ("cpu" or "cuda"). Each kind has keys of its own, see `nsa_bench.trend_kinds`.
+Keys of every table: `kind`; `workload`, which it is about; and, to look at some rows only, `backend` (asked for or
+run), `clock`, `device` ("cpu" or "cuda"). Each kind has keys of its own, see `nsa_bench.trend_kinds`.
 
 ```toml
 [[trend]]

@@ -27,8 +27,13 @@ ROOM = 2.0  # above the roof and beyond the points, for words
 
 
 def roofline_figure(name: str, rows: Sequence[Row]) -> Figure | None:
-    """A panel for each clock; None where no row has flops, bytes and ceilings."""
+    """A panel for each clock; None where no row has flops, bytes and ceilings.
+
+    Series of one length are left out where there are longer ones.
+    """
     told = [row for row in rows if is_timed(row) and row.flops and row.bytes and all(_roof(row))]
+    lines = by_series(told)
+    told = [row for line in lines if line[0].S != line[-1].S for row in line] or told
     if not told:
         return None
     called = dict(zip(map(id, rows), labels(rows), strict=True))

@@ -6,7 +6,7 @@ own too, and dense anchors are grey and dashed. Nothing of pyplot is used and no
 
 import math
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
@@ -43,7 +43,6 @@ SETTINGS: dict[str, Any] = {
     "axes.edgecolor": PALE,
     "axes.labelcolor": INK,
     "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
     "axes.grid": True,
     "grid.color": "#E3E3E3",
     "grid.linewidth": 0.7,
@@ -94,12 +93,18 @@ def looks(labels: Iterable[str]) -> dict[str, Look]:
     colours, greys = cycle(COLOURS), cycle(GREYS)
     found: dict[str, Look] = {}
     for label in dict.fromkeys(labels):
-        turn, place = divmod(len(found), len(MARKERS))
-        if label.startswith(ANCHOR):
-            found[label] = Look(next(greys), MARKERS[place], LINES[1], turn % 2 == 1)
-        else:
-            found[label] = Look(next(colours), MARKERS[place], LINES[turn % len(LINES)], turn % 2 == 0)
+        anchor = label.startswith(ANCHOR)
+        marker, filled = _marker({(look.marker, look.filled) for look in found.values()}, filled=not anchor)
+        line = LINES[1] if anchor else LINES[len(found) // len(MARKERS) % len(LINES)]
+        found[label] = Look(next(greys if anchor else colours), marker, line, filled)
     return found
+
+
+def _marker(used: Set[tuple[str, bool]], *, filled: bool) -> tuple[str, bool]:
+    """A marker that no series has, if there is one, or the other half of one that another has."""
+    fresh = [(marker, filled) for marker in MARKERS if not used & {(marker, True), (marker, False)}]
+    either = [(marker, way) for way in (filled, not filled) for marker in MARKERS]
+    return next((each for each in [*fresh, *either] if each not in used), either[len(used) % len(MARKERS)])
 
 
 @contextmanager
@@ -173,7 +178,7 @@ def page(
         made: list[Axes] = []
         for lines, wide in zip(row, widths, strict=False):
             axes = figure.add_axes((left / width, bottom / height, wide / width, HEIGHT / height), sharey=first)
-            axes.set_title("\n".join(lines))
+            axes.set_title("\n".join(lines), loc="left")
             axes.tick_params(labelleft=not made)
             first = first or axes
             made.append(axes)
