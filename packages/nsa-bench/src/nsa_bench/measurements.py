@@ -150,6 +150,27 @@ def by_series(rows: Iterable[Row]) -> list[list[Row]]:
     return [sorted(each, key=lambda row: row.S) for each in found.values()]
 
 
+def own_parameters(rows: Sequence[Row]) -> list[str]:
+    """For each row its parameters that are not the same in all rows of its workload, the backend aside.
+
+    Example:
+        >>> own_parameters([Row(64, parameters=f"backend=sdpa layer=nsa topk={n}") for n in (8, 16)])
+        ['topk=8', 'topk=16']
+    """
+    names: dict[str, set[str]] = defaultdict(set)
+    values: dict[tuple[str, str], set[str | None]] = defaultdict(set)
+    given = [parameters(row) for row in rows]
+    for row, own in zip(rows, given, strict=True):
+        names[row.workload] |= own.keys() - {"backend"}
+    for row, own in zip(rows, given, strict=True):
+        for name in names[row.workload]:
+            values[row.workload, name].add(own.get(name))
+    return [
+        " ".join(f"{name}={value}" for name, value in own.items() if len(values.get((row.workload, name), ())) > 1)
+        for row, own in zip(rows, given, strict=True)
+    ]
+
+
 def labels(rows: Sequence[Row], *, clock: bool = False) -> list[str]:
     """A name for what each row ran, as short as tells them apart: workload, backend, parameters that differ.
 
@@ -161,18 +182,11 @@ def labels(rows: Sequence[Row], *, clock: bool = False) -> list[str]:
         >>> labels(asked)
         ['nsa.decode sdpa topk=8', 'nsa.decode sdpa topk=16']
     """
-    values: dict[tuple[str, str], set[str | None]] = defaultdict(set)
-    names: dict[str, set[str]] = defaultdict(set)
-    for row in rows:
-        names[row.workload] |= parameters(row).keys() - {"backend"}
-    for row in rows:
-        for name in names[row.workload]:
-            values[row.workload, name].add(parameters(row).get(name))
     clocks = {row.clock for row in rows} if clock else set()
-    words = []
-    for row in rows:
-        own = [f"{n}={v}" for n, v in parameters(row).items() if len(values.get((row.workload, n), ())) > 1]
-        words.append(" ".join(filter(None, [row.workload, _backend(row), *own, row.clock if len(clocks) > 1 else ""])))
+    words = [
+        " ".join(filter(None, [row.workload, _backend(row), own, row.clock if len(clocks) > 1 else ""]))
+        for row, own in zip(rows, own_parameters(rows), strict=True)
+    ]
     # Two rows of one measurement: only who decided, or the order, tells them apart.
     numbers = [number for *_, number in numbered(rows)]
     return [

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from nsa_bench.measurements import device_words, is_anchor, parameters
+from nsa_bench.measurements import device_words, is_anchor, own_parameters
 from nsa_bench.plotting.style import COLOURS, GREYS, INK, MARKERS, PALE, PANEL, Look, lengths_axis, page
 from nsa_bench.schema import Row
 from nsa_bench.summary import decode_reads
@@ -20,8 +20,8 @@ def reads_figure(name: str, rows: Sequence[Row]) -> Figure | None:
     if not told:
         return None
     curves: dict[str, dict[int, tuple[float, float]]] = defaultdict(dict)
-    for row, found in told:
-        words = " ".join([row.workload, *(f"{n}={v}" for n, v in parameters(row).items() if n != "backend")])
+    for (row, found), own in zip(told, own_parameters([row for row, _ in told]), strict=True):
+        words = f"{row.workload} {own}".strip()
         if curves[words].setdefault(row.S, found) != found:
             curves[f"{words} {row.backend}, batch {row.batch}"][row.S] = found
     entries: dict[str, Look] = {}

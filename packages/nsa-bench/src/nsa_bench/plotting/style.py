@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from nsa_bench.measurements import ANCHOR, short_length
 
@@ -32,6 +32,7 @@ INK, PALE = "#222222", "#6B6B6B"
 LEFT, RIGHT, BOTTOM, ABOVE_PANEL, TITLE_LINE = 0.80, 0.20, 0.62, 0.18, 0.16
 PANEL, NARROW, HEIGHT = 3.5, 1.1, 2.7
 BETWEEN, UNDER, LEGEND = 0.30, 0.55, 0.15  # between columns; under a row; left of the legend
+MARGIN = 1.25  # of an axis of lengths, at both ends
 TITLE, NOTE, LEAST_WIDTH = 0.42, 0.185, 8.2
 CHARACTER, TITLE_CHARACTER = 0.061, 0.076  # of a note and of a panel's title, on average, in inches
 
@@ -209,19 +210,23 @@ def lengths_axis(axes: Axes, lengths: Iterable[float], which: str = "x") -> None
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: short_length(round(value))))
-    (axes.set_xlim if which == "x" else axes.set_ylim)(lengths[0] / 1.25, lengths[-1] * 1.25)
+    (axes.set_xlim if which == "x" else axes.set_ylim)(lengths[0] / MARGIN, lengths[-1] * MARGIN)
 
 
 def log_axis(axes: Axes, values: Iterable[float], which: str = "y") -> None:
-    """A logarithmic axis that names its steps in plain numbers: 1, 2, 5 of each decade; if there are many, fewer."""
+    """A logarithmic axis that names its steps in plain numbers.
+
+    1, 2, 5 of each decade, or fewer if there are many; where there is no decade, even steps.
+    """
     values = sorted(value for value in values if 0 < value < math.inf)
     axis = axes.yaxis if which == "y" else axes.xaxis
     (axes.set_yscale if which == "y" else axes.set_xscale)("log")
     low, high = values[0] / 1.3, values[-1] * 1.3
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    even = [float(tick) for tick in MaxNLocator(6).tick_values(low, high)] if high < 3 * low else []
     for steps in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        ticks = [step * 10.0**decade for decade in decades for step in steps]
-        ticks = [tick for tick in ticks if low <= tick <= high]
+        known = even or [step * 10.0**decade for decade in decades for step in steps]
+        ticks = [tick for tick in known if low <= tick <= high]
         if len(ticks) <= 8:
             break
     axis.set_major_locator(FixedLocator(ticks))

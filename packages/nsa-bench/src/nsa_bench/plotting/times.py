@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nsa_bench.measurements import by_series, device_words, is_timed, labels
-from nsa_bench.plotting.style import GREYS, NARROW, PANEL, Look, in_rows, lengths_axis, log_axis, looks, page
+from nsa_bench.plotting.style import GREYS, MARGIN, NARROW, PANEL, Look, in_rows, lengths_axis, log_axis, looks, page
 from nsa_bench.schema import Row
 
 COLUMNS = 3  # of panels of branches
@@ -28,7 +28,7 @@ PARTS = {
 def time_figure(name: str, rows: Sequence[Row]) -> Figure | None:
     """Medians with quartiles: a row of panels for each clock, a column for each shape. None without a time.
 
-    Shapes that were measured at one length have narrow columns.
+    Shapes that were measured at one length have narrow columns, in which variants stand side by side.
     """
     timed = [row for row in rows if is_timed(row)]
     if not timed:
@@ -38,6 +38,7 @@ def time_figure(name: str, rows: Sequence[Row]) -> Figure | None:
     shapes.sort(key=lambda shape: -len({row.S for row in timed if _shape(row) == shape}))  # curves before points
     lengths = [sorted({row.S for row in timed if _shape(row) == shape}) for shape in shapes]
     entries = looks(_anchors_last(called[id(row)] for row in timed))
+    places = {label: (number + 1) / (len(entries) + 1) for number, label in enumerate(entries)}
     words = [_shape_words(next(row for row in timed if _shape(row) == shape), timed) for shape in shapes]
     drawn = page(
         f"{name}: time of a call by context length",
@@ -53,7 +54,8 @@ def time_figure(name: str, rows: Sequence[Row]) -> Figure | None:
         for shape, each, axes in zip(shapes, lengths, panels, strict=True):
             for line in by_series(row for row in timed if row.clock == clock and _shape(row) == shape):
                 label = called[id(line[0])]
-                _bars(axes, line, label=label, **entries[label].line())
+                beside = MARGIN ** (2 * places[label] - 1) if len(each) == 1 else 1
+                _bars(axes, line, beside, label=label, **entries[label].line())
             lengths_axis(axes, each)
             axes.set_xlabel("context length S, tokens" if len(each) > 1 else "S")
         panels[0].set_ylabel("ms")
@@ -97,12 +99,12 @@ def branches_figure(name: str, rows: Sequence[Row]) -> Figure | None:
     return drawn.figure
 
 
-def _bars(axes: Axes, line: Sequence[Row], **look: Any) -> None:
-    """A series with its quartiles."""
+def _bars(axes: Axes, line: Sequence[Row], beside: float, **look: Any) -> None:
+    """A series with its quartiles, at its lengths times `beside`."""
     at = [row.ms_total or 0 for row in line]
     low = [max(0.0, t - (t if row.p25_ms is None else row.p25_ms)) for row, t in zip(line, at, strict=True)]
     high = [max(0.0, (t if row.p75_ms is None else row.p75_ms) - t) for row, t in zip(line, at, strict=True)]
-    axes.errorbar([row.S for row in line], at, yerr=[low, high], capsize=2, elinewidth=0.9, **look)
+    axes.errorbar([row.S * beside for row in line], at, yerr=[low, high], capsize=2, elinewidth=0.9, **look)
 
 
 def _values(rows: Sequence[Row], of: Callable[[Row], Any]) -> list[Any]:
