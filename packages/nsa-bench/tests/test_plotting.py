@@ -41,9 +41,10 @@ def words(drawn: Figure) -> str:
     return " | ".join(text.get_text() for text in drawn.findobj(Text))
 
 
-def every_kind(measured: Rows) -> list[tuple[str, Figure]]:
+def every_kind(measured: Rows, **given: object) -> list[tuple[str, Figure]]:
     full = {"clocks": ("graph", "host"), "backends": ("triton", "sdpa"), "anchors": ("sdpa", "cudnn", "flash-attn")}
     rows = [*measured(**full), *measured((8192,), batches=(64,), **full), *measured((65536,), batches=(1,), **full)]
+    rows = [replace(row, **given) for row in rows]
     later = [replace(row, commit="2b7e151628", date="2026-12-01") for row in rows]
     drawn, nothing = draw({"one": rows, "two": later})
     assert nothing == []
@@ -99,6 +100,7 @@ def test_the_roofline_is_the_lesser_of_both_ceilings(measured: Rows) -> None:
     assert x == pytest.approx(row.flops / row.bytes)
     assert y * 1e12 == pytest.approx(row.flops / (row.ms_total / 1e3))
     roof = next(line for line in panel.lines if line.get_label().startswith("_"))
+    assert row.ceiling_flops / row.ceiling_bandwidth in roof.get_xdata()
     for x, y in zip(roof.get_xdata(), roof.get_ydata(), strict=True):
         assert y * 1e12 == pytest.approx(min(row.ceiling_flops, x * row.ceiling_bandwidth))
     # Whatever is timed at the floor stands on the roof.
@@ -170,9 +172,10 @@ def test_looks_are_distinct_and_anchors_grey() -> None:
         assert (look.color in COLOURS) is not label.startswith("dense.")
 
 
-def test_no_words_overlap(measured: Rows) -> None:
+@pytest.mark.parametrize("given", [{}, {"device": "A CPU of many words, " * 9, "dtype": "float8_e4m3fn"}])
+def test_no_words_overlap(measured: Rows, given: dict[str, str]) -> None:
     """Titles, notes, panel titles, tick labels, axis labels, legends: pairwise apart, and on the page."""
-    for name, drawn in every_kind(measured):
+    for name, drawn in every_kind(measured, **given):
         drawn.canvas.draw()
         page = drawn.bbox
         boxes = []

@@ -125,6 +125,14 @@ def test_files_of_one_comparison_hold_a_measurement_once(folder: Path, measured:
     ).replace("both.csv: expected", "b.csv: expected")
 
 
+def test_a_long_reason_is_wrapped_and_whole(folder: Path, measured: Rows) -> None:
+    reason = "failed: " + " ".join(f"word{number}" for number in range(99))
+    write(Path("run.csv"), [replace(row, status=reason) if row.S == 8192 else row for row in measured()])
+    result = called("summarize", "run.csv")
+    assert max(map(len, result.stdout.splitlines())) < 240
+    assert all(f"word{number}" in result.stdout for number in range(99))
+
+
 def test_markdown(folder: Path, measured: Rows) -> None:
     write(Path("run.csv"), measured())
     result = called("summarize", "run.csv", "--format", "markdown", "--suite", "mine.toml", "--baseline", "run.csv")

@@ -80,6 +80,7 @@ def test_an_anchor_that_only_one_file_has_does_not_count(measured: Rows) -> None
     assert {c.subject.split(",")[0] for c in compare(one, both) if c.outcome == "missing"} == {"dense.decode cudnn"}
     failed = [replace(row, status="failed: no") if row.backend == "cudnn" else row for row in both]
     assert [c.outcome for c in compare(one, failed)] == ["same"] * 5
+    assert [c.outcome for c in compare(failed, both) if "nsa" in c.subject] == ["same"] * 5
 
 
 def test_an_anchor_is_not_compared_itself(measured: Rows) -> None:

@@ -5,7 +5,6 @@ own too, and dense anchors are grey and dashed. Nothing of pyplot is used and no
 """
 
 import math
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ from typing import Any
 
 import matplotlib.style
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
@@ -34,7 +34,7 @@ PANEL, NARROW, HEIGHT = 3.5, 1.1, 2.7
 BETWEEN, UNDER, LEGEND = 0.30, 0.55, 0.15  # between columns; under a row; left of the legend
 MARGIN = 1.25  # of an axis of lengths, at both ends
 TITLE, NOTE, LEAST_WIDTH = 0.42, 0.185, 8.2
-CHARACTER, TITLE_CHARACTER = 0.061, 0.076  # of a note and of a panel's title, on average, in inches
+NOTE_SIZE, PANEL_TITLE_SIZE = 8, 9.5  # points
 
 SETTINGS: dict[str, Any] = {
     "font.family": ["DejaVu Sans", "sans-serif"],
@@ -43,7 +43,7 @@ SETTINGS: dict[str, Any] = {
     "axes.spines.right": False,
     "axes.edgecolor": PALE,
     "axes.labelcolor": INK,
-    "axes.titlesize": 9.5,
+    "axes.titlesize": PANEL_TITLE_SIZE,
     "axes.grid": True,
     "grid.color": "#E3E3E3",
     "grid.linewidth": 0.7,
@@ -146,7 +146,7 @@ def page(
     Words that are too long for their place are wrapped.
     """
     figure = Figure()
-    FigureCanvasAgg(figure)
+    renderer = FigureCanvasAgg(figure).get_renderer()
     legend = figure.legend(
         handles=[Line2D([], [], label=label, **look.line()) for label, look in entries.items()],
         loc="upper left",
@@ -158,9 +158,9 @@ def page(
     stretch = max(1.0, (LEAST_WIDTH - LEFT - RIGHT - beside - gaps) / sum(widths))
     widths = [width * stretch for width in widths]
     width = LEFT + sum(widths) + gaps + RIGHT + beside
-    wrapped = [line.strip("· ") for note in notes for line in textwrap.wrap(note, int((width - 0.4) / CHARACTER))]
+    wrapped = [line.strip("· ") for note in notes for line in _wrap(renderer, note, width - 0.4, NOTE_SIZE)]
     broken = [
-        [textwrap.wrap(each, int((wide + BETWEEN) / TITLE_CHARACTER)) for each, wide in zip(row, widths, strict=False)]
+        [_wrap(renderer, each, wide + BETWEEN / 2, PANEL_TITLE_SIZE) for each, wide in zip(row, widths, strict=False)]
         for row in titles
     ]
     above = [ABOVE_PANEL + TITLE_LINE * max(map(len, row)) for row in broken]
@@ -169,7 +169,7 @@ def page(
     figure.set_size_inches(width, height)
     figure.text(0.2 / width, 1 - 0.15 / height, title, va="top", size=12, weight="bold", color=INK)
     for number, line in enumerate(wrapped):
-        figure.text(0.2 / width, 1 - (TITLE + NOTE * number) / height, line, va="top", size=8, color=PALE)
+        figure.text(0.2 / width, 1 - (TITLE + NOTE * number) / height, line, va="top", size=NOTE_SIZE, color=PALE)
     legend.set_bbox_to_anchor((1 - (RIGHT + beside - LEGEND) / width, 1 - (top + above[0]) / height))
     panels: list[tuple[Axes, ...]] = []
     bottom, first = height - top, None
@@ -187,6 +187,17 @@ def page(
         panels.append(tuple(made))
         bottom -= UNDER
     return Page(figure, tuple(panels))
+
+
+def _wrap(renderer: RendererAgg, text: str, width: float, size: float) -> list[str]:
+    """Lines of at most so many inches, broken at blanks; a word that is longer stays whole."""
+    font = FontProperties(family=SETTINGS["font.family"], size=size)
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        fits = renderer.get_text_width_height_descent(longer, font, False)[0] <= width * renderer.dpi
+        lines[-1:] = [longer] if fits or not lines else [lines[-1], word]
+    return lines
 
 
 def in_rows(titles: Sequence[str], columns: int) -> list[Sequence[str]]:
@@ -223,9 +234,9 @@ def log_axis(axes: Axes, values: Iterable[float], which: str = "y") -> None:
     (axes.set_yscale if which == "y" else axes.set_xscale)("log")
     low, high = values[0] / 1.3, values[-1] * 1.3
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    even = [float(tick) for tick in MaxNLocator(6).tick_values(low, high)] if high < 3 * low else []
+    even = [float(tick) for tick in MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high)]
     for steps in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
-        known = even or [step * 10.0**decade for decade in decades for step in steps]
+        known = even if high < 3 * low else [step * 10.0**decade for decade in decades for step in steps]
         ticks = [tick for tick in known if low <= tick <= high]
         if len(ticks) <= 8:
             break
