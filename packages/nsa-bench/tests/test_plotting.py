@@ -194,9 +194,10 @@ def test_no_words_overlap(measured: Rows, given: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_files_are_the_same_bytes_in_every_run(measured: Rows, tmp_path: Path, suffix: str) -> None:
+    rows = measured((8192, 16384), backends=("triton", "sdpa"))
     for run in ("first", "second"):
         (tmp_path / run).mkdir()
-        for name, drawn in every_kind(measured):
+        for name, drawn in draw({"one": rows, "two": rows})[0]:
             save(drawn, tmp_path / run / f"{name}.{suffix}")
     written = sorted((tmp_path / "first").iterdir())
     assert len(written) == 9

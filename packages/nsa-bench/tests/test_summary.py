@@ -79,6 +79,7 @@ def test_the_floors_share_and_the_spread() -> None:
 def test_a_row_without_a_time_is_shown_with_its_reason() -> None:
     rows = [made("dense.decode", 2.0), made("nsa.decode", None, status="failed: out of\nmemory")]
     columns, table = cells(summarise(rows))
+    assert headings(summarise(rows))[-1] == "without a time: 1 failed"
     line = dict(zip(columns, table[1], strict=True))
     assert (line["ms"], line["speed-up"], line["status"]) == ("-", "-", "failed: out of memory")
 

@@ -7,6 +7,7 @@ budget   = reads_actual / reads_expected           of the timed decode steps whe
 ```
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,14 +66,16 @@ def decode_reads(row: Row) -> tuple[float, float] | None:
 
 
 def headings(lines: Sequence[Line]) -> list[str]:
-    """What holds for all lines, a line each: where they were measured, and what they have in common."""
+    """What holds for all lines: where they were measured, what they have in common, how many have no time."""
     rows = [line.row for line in lines]
     common = {
         name: {str(getattr(row, name)) for row in rows} - {"", "None"}
         for name in ("suite", "profile", "preset", "clock", "dtype", "num_heads", "num_kv_heads", "head_dim")
     }
     said = ", ".join(f"{name} {next(iter(values))}" for name, values in common.items() if len(values) == 1)
-    return [text for text in (device_words(rows), said) if text]
+    lost = Counter(row.status.partition(":")[0] for row in rows if row.status != OK)
+    counts = ", ".join(f"{count} {word}" for word, count in sorted(lost.items()))
+    return [text for text in (device_words(rows), said, f"without a time: {counts}" if lost else "") if text]
 
 
 def cells(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
@@ -146,12 +149,3 @@ def _integer(value: int | None) -> str:
 def _percent(share: float | None, sign: str = "") -> str:
     return "-" if share is None else f"{sign}{share:.1%}" if share < 0.1 else f"{sign}{share:.0%}"
 
-
-def without_time(rows: Sequence[Row]) -> dict[str, int]:
-    """How many rows have no time, by the first word of their status."""
-    counts: dict[str, int] = {}
-    for row in rows:
-        if row.status != OK:
-            word = row.status.partition(":")[0]
-            counts[word] = counts.get(word, 0) + 1
-    return counts
