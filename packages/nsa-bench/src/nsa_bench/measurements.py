@@ -127,16 +127,16 @@ def fastest(row: Row, others: Iterable[Row]) -> Row | None:
 
 
 def anchors_for(workload: str, rows: Iterable[Row]) -> list[Row]:
-    """The anchors that a workload is held against: its namesakes, `dense.decode` for `nsa.decode`; without any, all.
+    """The anchors that a workload is held against: its namesakes; without any, all.
 
     Example:
-        >>> rows = [Row(64, workload="dense.decode"), Row(64, workload="dense.prefill")]
-        >>> [row.workload for row in anchors_for("nsa.decode", rows)]
-        ['dense.decode']
+        >>> names = ["dense.decode", "dense.decode.flash-attn", "dense.prefill"]
+        >>> [row.workload for row in anchors_for("nsa.decode", [Row(64, workload=name) for name in names])]
+        ['dense.decode', 'dense.decode.flash-attn']
     """
     anchors = [row for row in rows if is_anchor(row)]
     namesake = ANCHOR + workload.partition(".")[2]
-    return [row for row in anchors if row.workload == namesake] or anchors
+    return [row for row in anchors if f"{row.workload}.".startswith(f"{namesake}.")] or anchors
 
 
 def by_series(rows: Iterable[Row]) -> list[list[Row]]:
@@ -197,6 +197,8 @@ def labels(rows: Sequence[Row], *, clock: bool = False) -> list[str]:
 
 def _backend(row: Row) -> str:
     asked = asked_backend(row)
+    if row.workload.endswith(f".{asked}"):  # "dense.decode.flash-attn" says it already
+        return ""
     return f"{asked}→{row.backend}" if row.backend and asked != row.backend else asked
 
 
@@ -210,11 +212,21 @@ def device_words(rows: Iterable[Row]) -> str:
 
     dates = sorted({row.date[:10] for row in rows} - {""})
     days = " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else ""
-    commits = sorted({row.commit[:10] for row in rows} - {""})
+    commits = sorted({short_commit(row.commit) for row in rows} - {""})
     made = f"commit {commits[0]}" if len(commits) == 1 else f"{len(commits)} commits" if commits else ""
     parts = [of("device"), of("torch", "torch "), of("triton", "triton "), of("flash_attn", "flash-attn ")]
     parts += [of("cudnn", "cuDNN "), made, days]
     return " · ".join(filter(None, parts))
+
+
+def short_commit(commit: str, digits: int = 10) -> str:
+    """A commit's first digits, and "+" where there were changes that it does not have.
+
+    Example:
+        >>> short_commit("9705f96abcde+", 7)
+        '9705f96+'
+    """
+    return commit.removesuffix("+")[:digits] + "+" * commit.endswith("+")
 
 
 def short_length(tokens: float) -> str:

@@ -16,6 +16,7 @@ from nsa_bench.measurements import (
     is_timed,
     labels,
     numbered,
+    short_commit,
     short_length,
 )
 from nsa_bench.plotting.style import GREYS, LINES, PANEL, in_rows, log_axis, looks, page
@@ -99,5 +100,5 @@ def _value(row: Row, rows: Sequence[Row], metric: str) -> tuple[float, float] | 
 
 
 def _commit(rows: Sequence[Row]) -> str:
-    commits = {row.commit[:7] for row in rows if row.commit} or {"no commit"}
+    commits = {short_commit(row.commit, 7) for row in rows if row.commit} or {"no commit"}
     return f"{min(commits)}{'…' if len(commits) > 1 else ''}\n{min(row.date for row in rows)[5:10]}"

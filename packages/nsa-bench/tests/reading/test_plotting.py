@@ -121,7 +121,7 @@ def test_reads_stand_beside_the_budget_and_every_key(measured: Rows) -> None:
 
 def test_history_orders_commits_by_date(measured: Rows) -> None:
     runs = {
-        name: measured((8192,), slower=slower, noise=0, commit=name, date=f"2026-11-{day}")
+        name: measured((8192,), slower=slower, noise=0, commit=f"{name}+", date=f"2026-11-{day}")
         for name, slower, day in (("cccccccccc", 0.5, 29), ("aaaaaaaaaa", 1.0, 30), ("bbbbbbbbbb", 2.0, 28))
     }
     ((name, drawn),), _ = draw(runs, "history")
@@ -131,7 +131,7 @@ def test_history_orders_commits_by_date(measured: Rows) -> None:
     assert list(x) == [0, 1, 2]
     np.testing.assert_allclose(np.array(y) / y[2], [0.5, 2, 1])
     ticks = [label.get_text() for label in panel.get_xticklabels()]
-    assert ticks == ["bbbbbbb\n11-28", "ccccccc\n11-29", "aaaaaaa\n11-30"]
+    assert ticks == ["bbbbbbb+\n11-28", "ccccccc+\n11-29", "aaaaaaa+\n11-30"]
     ((name, drawn),), _ = draw(runs, "history", "ms_total")
     assert "dense.decode cudnn" in [axes.get_title("left") for axes in drawn.axes]
     assert series(drawn.axes[0])["S 8k"][1] == [runs[10 * letter][0].ms_total for letter in "bca"]

@@ -58,6 +58,7 @@ def test_a_workload_is_held_against_its_namesake_where_there_is_one() -> None:
     dense = [made("dense.decode", 2.0), made("dense.prefill", 1.0)]
     assert speedups([*dense, made("nsa.decode", 0.5)])["nsa.decode"] == 4
     assert speedups([*dense, made("nsa.layer", 0.5)])["nsa.layer"] == 2
+    assert speedups([*dense, made("dense.decode.own", 1.5), made("nsa.decode", 0.5)])["nsa.decode"] == 3
 
 
 def test_decode_reads_are_of_one_query_and_kv_head() -> None:
@@ -112,6 +113,7 @@ def test_labels_say_what_differs() -> None:
     assert labels(asked) == ["nsa.decode auto→sdpa topk=8", "nsa.decode auto→sdpa topk=16"]
     twice = [made("nsa.decode", 1.0, backend="sdpa", why=why) for why in ("asked for", "the plan")]
     assert labels(twice) == ["nsa.decode sdpa", "nsa.decode sdpa (the plan)"]
+    assert labels([made("dense.decode.flash-attn", 1.0, backend="flash-attn")]) == ["dense.decode.flash-attn"]
     clocks = [replace(twice[0], clock=clock) for clock in ("graph", "host")]
     assert labels(clocks, clock=True) == ["nsa.decode sdpa graph", "nsa.decode sdpa host"]
 
