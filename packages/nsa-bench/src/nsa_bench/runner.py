@@ -109,7 +109,8 @@ def run(
     Args:
         known: rows of an earlier run on the same machine and code; a point is taken from them if they hold every
             measurement of it with a time or a refusal.
-        budget: seconds; a point is not begun when the longest one so far would not fit in what is left.
+        budget: seconds; a point is not begun when the longest one so far would not fit in what is left. The first one
+            always is.
         keep: called with all rows after each point.
         tell: called with a line for each measurement.
 
@@ -129,7 +130,7 @@ def run(
                 tell(f"{measurement}: known")
             continue
         started = clock()
-        if budget is not None and started - begin + longest > budget:
+        if budget is not None and longest and started - begin + longest > budget:
             outcome.left = sum(
                 any(_row(measurement, {}).identity not in of_before for measurement in rest) for rest in points[number:]
             )
