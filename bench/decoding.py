@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from cases import BLOCKS, DIM, DTYPE, SHAPES
-from nsa_varlen import PagedKV, VarlenLayout, masks, reference
+from nsa_varlen import PagedKV, reference
+from nsa_varlen.benchmarks.checking import check_rows
 from nsa_varlen.new_tokens import NewTokens, PooledTokens
-from nsa_varlen.testing import assert_within_budget, plain_attention, selection_margin
 from torch import Tensor
 
 PAGE = 64
@@ -94,7 +94,7 @@ def check(run: Step, made: Sequences, back: int, sequences: Sequence[int], devic
     args, kwargs = made.arguments(back)
     out, indices = (x[list(sequences)].to(device) for x in run(*args, **kwargs))
     wide, wide_kwargs = exact.arguments(back)
-    _, expected = reference.decode_attention(*wide, **wide_kwargs)
+    reference.decode_attention(*wide, **wide_kwargs)
     if args[1].lengths[list(sequences)].tolist() != wide[1].lengths.tolist():
         raise AssertionError(f"k_cmp.lengths: expected {wide[1].lengths.tolist()}, got {args[1].lengths.tolist()}")
     assert_stored(made.widened(sequences, device), exact, back)
@@ -102,12 +102,7 @@ def check(run: Step, made: Sequences, back: int, sequences: Sequence[int], devic
         about = f"sequence {sequences[i]} of {length - back} tokens"
         compressed = BLOCKS.num_compressed(length - back)
         kv = [x.span(i, 0, rows) for x, rows in zip(wide[1:7], [compressed] * 2 + [length - back] * 4, strict=True)]
-        layout = VarlenLayout.from_lengths([1], [length - back], device)
-        assert_chosen(indices[i], expected[i], exact.q[i], kv[0], layout, about)
-        wanted, plain = (
-            attended(exact.q[i], kv, exact.gates[i], indices[i], layout, dtype) for dtype in (torch.float64, DTYPE)
-        )
-        assert_within_budget(out[i], plain, wanted, f"out of {about}")
+        check_rows(out[i], indices[i], exact.q[i], kv, exact.gates[i], BLOCKS, about)
 
 
 def assert_stored(found: Sequences, exact: Sequences, back: int) -> None:
@@ -128,38 +123,3 @@ def assert_stored(found: Sequences, exact: Sequences, back: int) -> None:
         if bool(wrong.any()):
             where = wrong.any(-1).nonzero()[:4].tolist()
             raise AssertionError(f"{side}_pages: other rows than the oracle's, [row of the pool, head]: {where}")
-
-
-def assert_chosen(
-    indices: Tensor, expected: Tensor, q: Tensor, k_cmp: Tensor, layout: VarlenLayout, about: str
-) -> None:
-    """Indices int32 [1, Hk, topk] of one query."""
-    different = (indices != expected).any(-1)[0]
-    if not bool(different.any()):
-        return
-    margin, error = (x[0] for x in selection_margin(q, k_cmp, layout, BLOCKS))
-    _, lse = reference.compressed_attention(q, k_cmp, k_cmp, layout, BLOCKS)
-    scores = reference.block_scores(q, k_cmp, lse, layout, BLOCKS)[0]
-    numbers, must = ({*mask[0].nonzero()[:, 0].tolist()} for mask in masks.candidate_blocks(layout, BLOCKS))
-    for head in different.nonzero()[:, 0].tolist():
-        found, wanted = ([block for block in x[0, head].tolist() if block != -1] for x in (indices, expected))
-        legal = found == sorted(set(found) & numbers) and len(found) == len(wanted) and must <= set(found)
-        close = legal and scores[head, found].sum() >= scores[head, wanted].sum() - 2 * BLOCKS.topk * error[head]
-        if margin[head] > 2 * error[head] or not close:
-            raise AssertionError(f"block_indices of {about}, kv head {head}: expected {wanted}, got {found}")
-
-
-def attended(
-    q: Tensor, kv: Sequence[Tensor], gates: Tensor, indices: Tensor, layout: VarlenLayout, dtype: torch.dtype
-) -> Tensor:
-    """The three branches over rows k and v of cmp, slc and win, combined: the oracle in fp64, else plain torch."""
-    q, gates, *kv = (x.to(dtype) for x in (q, gates, *kv))
-    if dtype == torch.float64:
-        o_cmp, _ = reference.compressed_attention(q, *kv[:2], layout, BLOCKS)
-        o_slc, _ = reference.selected_attention(q, *kv[2:4], indices, layout, BLOCKS)
-        o_win, _ = reference.window_attention(q, *kv[4:], layout, BLOCKS)
-        return reference.combine(gates, o_cmp, o_slc, o_win)
-    o_cmp = plain_attention(q, *kv[:2], masks.compressed_mask(layout, BLOCKS)[:, None])
-    o_slc = plain_attention(q, *kv[2:4], masks.selected_mask(indices, layout, BLOCKS))
-    o_win = plain_attention(q, *kv[4:], masks.window_mask(layout, BLOCKS)[:, None])
-    return torch.einsum("thc,cthd->thd", gates, torch.stack((o_cmp, o_slc, o_win)))

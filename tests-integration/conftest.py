@@ -1,22 +1,66 @@
-"""Machines that are not there, and backends that run sdpa under another name."""
+"""Machines that are not there, delegates as backends, and `--wheels`: the same suite against what would be released.
+
+Nothing of the family is imported before `--wheels` has said where from.
+"""
 
 import os
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import fields
-from functools import partial
+from pathlib import Path
 from typing import Any
 
+import built_packages
 import pytest
-import torch
-from nsa_routing import OPS, Environment, backends, dispatching, reset
-from nsa_varlen import BlockGeometry, VarlenLayout, unfold_blocks
-from nsa_varlen.sdpa import BACKEND
-from torch import Tensor
+from built_packages import Built, build_all
+
+BUILD = "build"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--wheels",
+        metavar="FOLDER",
+        help=f"import the packages from the wheels in FOLDER, not from the checkout; `{BUILD}`: from those of the tree",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Unpack wheels where this process and all that it starts look first."""
+    given = config.getoption("--wheels")
+    if given is None or hasattr(config, "workerinput"):  # a worker inherits paths
+        return
+    early = sorted(name for name in sys.modules if name.partition(".")[0] in _MODULES)
+    if early:
+        raise pytest.UsageError(f"--wheels: expected tests-integration alone, got {early[0]} imported already")
+    folder = Path(tempfile.mkdtemp(prefix="wheels-"))
+    if given == BUILD:
+        wheels = [built.wheel for built in build_all(folder / "built", "wheel").values()]
+    else:
+        wheels = sorted(Path(given).glob("nsa*.whl"))
+    names = sorted(wheel.name.partition("-")[0].replace("_", "-") for wheel in wheels)
+    if names != built_packages.PACKAGES:
+        raise pytest.UsageError(f"--wheels: expected one wheel each of {built_packages.PACKAGES}, got {names}")
+    built_packages.unpack(wheels, folder / "unpacked")
+    sys.path.insert(0, str(folder / "unpacked"))
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(folder / "unpacked") + (f"{os.pathsep}{before}" if before else "")
+
+
+_MODULES = {name.replace("-", "_") for name in built_packages.PACKAGES}
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Built]:
+    """Every package of the tree, built once."""
+    return build_all(tmp_path_factory.mktemp("built"))
 
 
 @pytest.fixture(autouse=True)
 def _fresh_routes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No flags of the person who runs the tests, nothing remembered before or after."""
+    from nsa_routing import reset
+
     for name in [name for name in os.environ if name.startswith("NSA_")]:
         monkeypatch.delenv(name)
     reset()
@@ -24,144 +68,12 @@ def _fresh_routes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     reset()
 
 
-class Delegate:
-    """sdpa under another name. `spoil[op]` takes what an op returns, or raises, and gives what the caller gets."""
-
-    def __init__(self, name: str, **spoil: Callable[[Any], Any]) -> None:
-        self.name = name
-        self.uses_triton = name == "triton"
-        self.spoil = spoil
-        self.ran: list[str] = []
-
-    def refuse(self, op: str, problem: Any, environment: Any) -> str | None:
-        return BACKEND.refuse(op, problem, environment)
-
-    def __getattr__(self, op: str) -> Callable[..., Any]:
-        if op not in OPS:
-            raise AttributeError(op)
-        return partial(self._run, op)
-
-    def _run(self, op: str, *args: Any, **options: Any) -> Any:
-        self.ran.append(op)
-        result = getattr(BACKEND, op)(*args, **options)
-        return self.spoil[op](result) if op in self.spoil else result
-
-
-SIZES = [field.name for field in fields(BlockGeometry)]
-
-
-class Opaque(Delegate):
-    """sdpa behind operators of torch.library, forward and backward: nothing for torch.compile to break its graph at."""
-
-    def _run(self, op: str, *args: Any, scale: float | None = None, deterministic: bool | None = None) -> Any:
-        if op == "combine":
-            return BACKEND.combine(*args)
-        *tensors, layout, blocks = args
-        offsets = layout.cu_seqlens_q, layout.cu_seqlens_k
-        if op == "compress_mean":
-            return unfold_blocks(*tensors, layout, blocks).mean(1)
-        sizes = [getattr(blocks, name) for name in SIZES]
-        scale = tensors[0].shape[-1] ** -0.5 if scale is None else scale
-        if op == "select_blocks":
-            return torch.ops.nsa_opaque.select_blocks(*tensors, *offsets, sizes, scale)
-        q, k, v, *indices = tensors
-        return torch.ops.nsa_opaque.attend(op, q, k, v, *(indices or [None]), *offsets, sizes, scale)
-
-
-@torch.library.custom_op("nsa_opaque::select_blocks", mutates_args=())
-def _select(
-    q: Tensor, k: Tensor, lse: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, sizes: list[int], scale: float
-) -> Tensor:
-    layout = VarlenLayout.from_cu_seqlens(cu_seqlens_q, cu_seqlens_k)
-    return BACKEND.select_blocks(q, k, lse, layout, BlockGeometry(*sizes), scale=scale)
-
-
-@_select.register_fake
-def _(q: Tensor, k: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor, sizes: list[int], scale: float) -> Tensor:
-    return q.new_empty(q.shape[0], k.shape[1], sizes[SIZES.index("topk")], dtype=torch.int32)
-
-
-@torch.library.custom_op("nsa_opaque::attend", mutates_args=())
-def _attend(
-    op: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    sizes: list[int],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    return _by_sdpa(op, q, k, v, indices, cu_seqlens_q, cu_seqlens_k, sizes, scale)
-
-
-def _by_sdpa(op: str, *args: Any) -> tuple[Tensor, Tensor]:
-    q, k, v, indices, cu_seqlens_q, cu_seqlens_k, sizes, scale = args
-    layout = VarlenLayout.from_cu_seqlens(cu_seqlens_q, cu_seqlens_k)
-    listed = () if indices is None else (indices,)
-    out, lse = getattr(BACKEND, op)(q, k, v, *listed, layout, BlockGeometry(*sizes), scale=scale)
-    return out, lse
-
-
-@_attend.register_fake
-def _(op: str, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-
-
-@torch.library.custom_op("nsa_opaque::attend_backward", mutates_args=())
-def _attend_backward(
-    grad: Tensor,
-    op: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    sizes: list[int],
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    with torch.enable_grad():
-        out, _ = _by_sdpa(op, *leaves, indices, cu_seqlens_q, cu_seqlens_k, sizes, scale)
-    dq, dk, dv = torch.autograd.grad(out, leaves, grad)
-    return dq, dk, dv
-
-
-@_attend_backward.register_fake
-def _(grad: Tensor, op: str, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _note(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    op, *tensors, sizes, scale = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.options = op, sizes, scale
-    ctx.mark_non_differentiable(output[1])
-
-
-def _pass_back(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    op, sizes, scale = ctx.options
-    return None, *torch.ops.nsa_opaque.attend_backward(grad, op, *ctx.saved_tensors, sizes, scale), *[None] * 5
-
-
-_attend.register_autograd(_pass_back, setup_context=_note)
-
-
-class Point:
-    """An entry point that holds its object."""
-
-    def __init__(self, held: Any) -> None:
-        self.name, self.value, self.held = held.name, f"made:{held.name}", held
-
-    def load(self) -> Any:
-        return self.held
-
-
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """Make these objects, or delegates of these names, the installed backends beside sdpa."""
+    from delegates import Delegate, Point
+    from nsa_routing import backends, reset
+    from nsa_varlen.sdpa import BACKEND
 
     def use(*given: Any) -> dict[str, Any]:
         made = [Delegate(x) if isinstance(x, str) else x for x in given]
@@ -176,6 +88,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Let CPU tensors be those of a GPU with this SM, as far as routing knows."""
+    from nsa_routing import Environment, backends, dispatching, reset
 
     def use(sm: int | None, **facts: Any) -> None:
         def probe(device: str | None = None, index: int = 0) -> Environment:
@@ -191,6 +104,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.fixture
 def flags(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Set flags, given without their prefix; None unsets."""
+    from nsa_routing import reset
 
     def use(**values: str | None) -> None:
         for name, value in values.items():
@@ -204,10 +118,14 @@ def flags(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
-def delegate() -> type[Delegate]:
+def delegate() -> type[Any]:
+    from delegates import Delegate
+
     return Delegate
 
 
 @pytest.fixture(scope="session")
-def opaque() -> type[Delegate]:
+def opaque() -> type[Any]:
+    from delegates import Opaque
+
     return Opaque

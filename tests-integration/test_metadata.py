@@ -3,29 +3,26 @@
 The editable installation is no witness: it keeps the metadata of the day it was made.
 """
 
-import email
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
-import zipfile
-from configparser import ConfigParser
-from dataclasses import dataclass
-from email.message import Message
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+from built_packages import PACKAGES, ROOT, Built, build, only
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).parents[1]
-PACKAGES = sorted(p.parent.name for p in ROOT.glob("packages/*/pyproject.toml"))
 ENTRY_POINTS = {  # the others have none
     "nsa-varlen": {
         ("nsa.backends", "sdpa", "nsa_varlen.sdpa:BACKEND"),
+        ("nsa.bench", "varlen", "nsa_varlen.benchmarks:workloads"),
         ("nsa.op_inputs", "varlen", "nsa_varlen.op_inputs:op_inputs"),
     },
+    "nsa": {("nsa.bench", "nsa", "nsa.benchmarks:workloads")},
+    "nsa-bench": {("console_scripts", "nsa-bench", "nsa_bench.cli:app")},
     "nsa-routing": {("console_scripts", "nsa-routing", "nsa_routing.cli:app")},
     "nsa-fa2": {
         ("nsa.backends", "fa2", "nsa_fa2:FA2"),
@@ -38,65 +35,6 @@ EXTRAS = {
     "nsa": {"triton", "fa2", "bench", "hf", "all"},
     "nsa-fa2": {"flash-attn"},
 }
-
-
-def build(package: Path, out: Path, *targets: str) -> None:
-    """Run hatchling, the build backend, in this environment: no network."""
-    command = [sys.executable, "-m", "hatchling", "build", "-d", str(out), *(f"-t{t}" for t in targets)]
-    done = subprocess.run(command, cwd=package, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-@dataclass(frozen=True)
-class Built:
-    """One package's wheel and sdist."""
-
-    wheel: Path
-    sdist: Path
-
-    def files(self) -> set[str]:
-        """The wheel's paths."""
-        with zipfile.ZipFile(self.wheel) as archive:
-            return set(archive.namelist())
-
-    def sdist_files(self) -> set[str]:
-        """The sdist's paths, less its top folder. A link is no file: it may point out of the archive."""
-        with tarfile.open(self.sdist) as archive:
-            return {m.name.partition("/")[2] for m in archive.getmembers() if m.isfile()}
-
-    def text(self, name: str) -> str:
-        """A file of the wheel's .dist-info, empty where there is none."""
-        with zipfile.ZipFile(self.wheel) as archive:
-            (path,) = [n for n in archive.namelist() if n.endswith(f".dist-info/{name}")] or [None]
-            return archive.read(path).decode() if path else ""
-
-    @property
-    def metadata(self) -> Message:
-        """The core metadata."""
-        return email.message_from_string(self.text("METADATA"))
-
-    @property
-    def entry_points(self) -> set[tuple[str, str, str]]:
-        """(group, name, object)."""
-        parser = ConfigParser(delimiters=("=",))
-        parser.read_string(self.text("entry_points.txt"))
-        return {(group, name, value) for group in parser.sections() for name, value in parser.items(group)}
-
-
-def only(folder: Path, pattern: str) -> Path:
-    (found,) = folder.glob(pattern)
-    return found
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Built]:
-    """Every package of the tree, built once."""
-    result = {}
-    for name in PACKAGES:
-        out = tmp_path_factory.mktemp(name)
-        build(ROOT / "packages" / name, out)
-        result[name] = Built(only(out, "*.whl"), only(out, "*.tar.gz"))
-    return result
 
 
 def version_of(package: str) -> str:

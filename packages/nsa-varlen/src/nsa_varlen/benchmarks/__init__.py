@@ -1,0 +1,15 @@
+"""What nsa-bench can time of this package, by the entry point `varlen` of `nsa.bench`.
+
+`Workload` is what such an entry point offers, here and in the packages that build on this one.
+"""
+
+from nsa_varlen.benchmarks.workload import Workload
+
+__all__ = ["Workload", "workloads"]
+
+
+def workloads() -> list[Workload]:
+    """Dense attention by torch."""
+    from nsa_varlen.benchmarks import dense
+
+    return dense.workloads()
