@@ -45,15 +45,16 @@ def attended(
     dtype: torch.dtype,
 ) -> Tensor:
     """The three branches over rows k and v of cmp, slc and win, combined: the oracle in fp64, else plain torch."""
-    q, gates, *kv = (x.to(dtype) for x in (q, gates, *kv))
+    q, gates = q.to(dtype), gates.to(dtype)
+    k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = (x.to(dtype) for x in kv)
     if dtype == torch.float64:
-        o_cmp, _ = reference.compressed_attention(q, *kv[:2], layout, blocks)
-        o_slc, _ = reference.selected_attention(q, *kv[2:4], indices, layout, blocks)
-        o_win, _ = reference.window_attention(q, *kv[4:], layout, blocks)
+        o_cmp, _ = reference.compressed_attention(q, k_cmp, v_cmp, layout, blocks)
+        o_slc, _ = reference.selected_attention(q, k_slc, v_slc, indices, layout, blocks)
+        o_win, _ = reference.window_attention(q, k_win, v_win, layout, blocks)
         return reference.combine(gates, o_cmp, o_slc, o_win)
-    o_cmp = plain_attention(q, *kv[:2], masks.compressed_mask(layout, blocks)[:, None])
-    o_slc = plain_attention(q, *kv[2:4], masks.selected_mask(indices, layout, blocks))
-    o_win = plain_attention(q, *kv[4:], masks.window_mask(layout, blocks)[:, None])
+    o_cmp = plain_attention(q, k_cmp, v_cmp, masks.compressed_mask(layout, blocks)[:, None])
+    o_slc = plain_attention(q, k_slc, v_slc, masks.selected_mask(indices, layout, blocks))
+    o_win = plain_attention(q, k_win, v_win, masks.window_mask(layout, blocks)[:, None])
     return torch.einsum("thc,cthd->thd", gates, torch.stack((o_cmp, o_slc, o_win)))
 
 

@@ -51,7 +51,8 @@ def make_point(device: str, seed: int, queries: int, keys: int, **sizes: Value) 
     dtype = getattr(torch, str(sizes["dtype"]))
     normal = partial(torch.randn, generator=generator, device=device, dtype=dtype)
     q = normal(batch, queries, heads, dim)
-    return Point(q, *(normal(batch, keys, kv_heads, dim) for _ in "kv"), str(sizes["backend"]))
+    k, v = (normal(batch, keys, kv_heads, dim) for _ in "kv")
+    return Point(q, k, v, str(sizes["backend"]))
 
 
 def check_dense(out: Tensor, q: Tensor, k: Tensor, v: Tensor, about: str) -> str:
