@@ -137,7 +137,7 @@ class SchemaError(ValueError):
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file, in its order. Columns that a later minor addition brought may be missing, none may be unknown.
+    """The rows of a file, in its order. Columns that were added later may be missing, none may be unknown.
 
     Raises:
         SchemaError: the file does not begin with the columns of `PREFIX`, has unknown ones, another schema version, or
@@ -172,10 +172,10 @@ def parameters_text(parameters: Mapping[str, object]) -> str:
     """Parameters that have no column of their own, as the column `parameters` has them.
 
     Example:
-        >>> parameters_text({"S": 64, "topk": 8, "layer": "nsa"})
-        'layer=nsa topk=8'
+        >>> parameters_text({"S": 64, "topk": 8, "backend": "sdpa"})
+        'backend=sdpa topk=8'
     """
-    return " ".join(f"{name}={value}" for name, value in sorted(parameters.items()) if name not in COLUMNS)
+    return " ".join(f"{name}={value}" for name, value in sorted(parameters.items()) if name not in IDENTITY)
 
 
 _TYPES = {field.name: (get_args(field.type) or (field.type,))[0] for field in fields(Row)}

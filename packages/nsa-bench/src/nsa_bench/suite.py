@@ -29,8 +29,8 @@ kind = "follows_budget"
 workload = "nsa.decode"
 ```
 
-A parameter may stand in a point or in a variant, not in both; what neither names keeps the workload's default. A point's
-parameters reach the workloads that have them.
+A parameter may stand in a point or in a variant, not in both; what neither names keeps the workload's default. Those of
+a point reach the workloads that have them.
 """
 
 import tomllib

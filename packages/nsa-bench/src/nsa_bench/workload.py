@@ -91,7 +91,7 @@ def load_workloads(points: Iterable[EntryPoint] | None = None) -> tuple[dict[str
             continue
         for workload in offered:
             if workload.name in found:
-                raise WorkloadError(f"workload {workload.name}: expected one of that name, got a second by {point.value}")
+                raise WorkloadError(f"workload {workload.name}: expected one of that name, got two, by {point.value}")
             found[workload.name] = workload
     return dict(sorted(found.items())), broken
 
@@ -100,7 +100,8 @@ def _checked(workload: Any) -> Workload:
     name = getattr(workload, "name", None)
     missing = [x for x in _METHODS if not callable(getattr(workload, x, None))]
     if not isinstance(name, str) or not name or missing:
-        raise WorkloadError(f"expected a workload with a name, {', '.join(_METHODS)}, got {workload!r} without {missing}")
+        expected = f"a workload with a name, {', '.join(_METHODS)}"
+        raise WorkloadError(f"expected {expected}, got {workload!r} without {missing}")
     parameters, calls = getattr(workload, "parameters", None), getattr(workload, "calls", None)
     if not isinstance(parameters, Mapping) or type(parameters.get("S")) is not int:
         raise WorkloadError(f"{name}: expected parameters, S an int among them, got {parameters!r}")

@@ -45,8 +45,7 @@ def attended(
     dtype: torch.dtype,
 ) -> Tensor:
     """The three branches over rows k and v of cmp, slc and win, combined: the oracle in fp64, else plain torch."""
-    q, gates = q.to(dtype), gates.to(dtype)
-    k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = (x.to(dtype) for x in kv)
+    q, gates, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = (x.to(dtype) for x in (q, gates, *kv))
     if dtype == torch.float64:
         o_cmp, _ = reference.compressed_attention(q, k_cmp, v_cmp, layout, blocks)
         o_slc, _ = reference.selected_attention(q, k_slc, v_slc, indices, layout, blocks)

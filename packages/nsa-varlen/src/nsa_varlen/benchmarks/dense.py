@@ -44,7 +44,7 @@ class Point(NamedTuple):
     backend: str
 
 
-def make_point(device: str, seed: int, queries: int, keys: int, **sizes: Value) -> Point:
+def make_point(device: str, seed: int, queries: int, keys: int, **sizes: Any) -> Point:
     """Unit normal q, k and v."""
     batch, heads, kv_heads, dim = (int(sizes[name]) for name in ("batch", "num_heads", "num_kv_heads", "head_dim"))
     generator = torch.Generator(device).manual_seed(seed)
@@ -68,21 +68,21 @@ def check_dense(out: Tensor, q: Tensor, k: Tensor, v: Tensor, about: str) -> str
     return within(out, lambda: plain_attention(q, k, v, seen), exact, about)
 
 
-def prefill_cost(S: int, batch: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype: str, **_: Value) -> Any:
+def prefill_cost(S: int, batch: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype: str, **_: Any) -> Any:
     """(flops, bytes) of causal attention: each tensor once."""
     itemsize = getattr(torch, dtype).itemsize
     pairs = batch * num_heads * seen_window(S, S)
     return 4.0 * head_dim * pairs, 2.0 * itemsize * head_dim * batch * S * (num_heads + num_kv_heads)
 
 
-def decode_cost(S: int, batch: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype: str, **_: Value) -> Any:
+def decode_cost(S: int, batch: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype: str, **_: Any) -> Any:
     """(flops, bytes) of a step over all keys, on average over the steps of a sample."""
     itemsize, keys = getattr(torch, dtype).itemsize, S + (STEPS + 1) / 2
     flops = 4.0 * head_dim * batch * num_heads * keys
     return flops, 2.0 * itemsize * head_dim * batch * (num_heads + num_kv_heads * keys)
 
 
-def refuse(device: str, **parameters: Value) -> str | None:
+def refuse(device: str, **parameters: Any) -> str | None:
     """Why a backend of dense attention does not run there."""
     backend = parameters["backend"]
     if backend not in BACKENDS:

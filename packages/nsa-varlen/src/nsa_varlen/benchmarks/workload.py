@@ -7,7 +7,7 @@ from typing import Any
 Value = int | str
 
 
-def _runs_anywhere(device: str, **parameters: Value) -> str | None:
+def _runs_anywhere(device: str, **parameters: Any) -> str | None:
     return None
 
 

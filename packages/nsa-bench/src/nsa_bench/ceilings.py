@@ -1,0 +1,35 @@
+"""What this machine reaches at best: products of matrices, and copies. Floors are taken against these."""
+
+from functools import cache
+
+from nsa_bench.timing import Timing, sample
+
+REPEATS = 7
+SIDES = {"cuda": 8192, "cpu": 2048}  # of the matrices
+COPIED = {"cuda": 1 << 30, "cpu": 256 << 20}  # bytes
+
+
+@cache
+def flops_per_second(device: str, dtype: str) -> float:
+    """Floating-point operations a second of a square product in `dtype`, on normal numbers (zeros run faster)."""
+    import torch
+
+    side = SIDES[device]
+    a, b = (torch.randn(side, side, device=device, dtype=getattr(torch, dtype)) for _ in "ab")
+    return 2.0 * side**3 / _seconds(device, lambda: a @ b)
+
+
+@cache
+def bytes_per_second(device: str) -> float:
+    """Bytes a second of a copy, read and written ones both counted."""
+    import torch
+
+    source = torch.ones(COPIED[device], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2.0 * len(source) / _seconds(device, lambda: target.copy_(source))
+
+
+def _seconds(device: str, call: object) -> float:
+    run, _ = sample("events" if device == "cuda" else "host", device, [call])  # type: ignore[list-item]
+    run()
+    return 1e-3 * Timing.of([run() for _ in range(REPEATS)]).median
