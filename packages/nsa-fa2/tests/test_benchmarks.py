@@ -39,7 +39,7 @@ def test_branches_run_and_are_right(op: str, direction: str) -> None:
 @pytest.mark.parametrize("op", BRANCHES)
 def test_a_planted_fault_is_seen(op: str) -> None:
     (workload,) = op_workloads(FaultyBackend(plain_backend(), op, off_by_a_little), [op])
-    with pytest.raises(AssertionError, match="^out of the last "):
+    with pytest.raises(AssertionError, match=r"^out of the last "):
         tried(workload, **SHORT)
 
 
@@ -113,9 +113,9 @@ def test_a_window_for_the_whole_is_seen(flash_attn: Any) -> None:
     [
         ("fa2.window_attention", "cpu", {}, "needs CUDA, got cpu"),
         ("fa2-torch.window_attention", "cuda", {"dtype": "float32"}, "takes float16 and bfloat16, not float32"),
-        ("cudnn.compressed_attention", "cuda", {"head_dim": 192}, "needs head_dim and v_head_dim up to 128, got 192 and 192"),
+        ("cudnn.compressed_attention", "cuda", {"head_dim": 192}, "needs head_dim and v_head_dim up to 128"),
         ("dense.prefill.flash-attn", "cpu", {}, "needs CUDA, got cpu"),
-        ("dense.decode.flash-attn", "cuda", {"head_dim": 36}, "needs head_dim and v_head_dim that are multiples of 8, got 36"),
+        ("dense.decode.flash-attn", "cuda", {"head_dim": 36}, "needs head_dim and v_head_dim that are multiples of 8"),
         ("dense.decode.flash-attn", "cuda", {"dtype": "int8"}, "dtype: expected one of "),
     ],
 )

@@ -11,7 +11,10 @@ from nsa_varlen.benchmarks.trying import TINY, FaultyBackend, off_by_a_little, t
 
 pytestmark = pytest.mark.once
 
-SMALL = TINY | {"S": 70, "batch": 1, "num_kv_heads": 1, "block_size": 32, "topk": 3, "init_blocks": 0, "local_blocks": 1}
+SMALL = TINY | {
+    **{"S": 70, "batch": 1, "num_kv_heads": 1},
+    **{"block_size": 32, "topk": 2, "init_blocks": 0, "local_blocks": 1},
+}
 WORKLOADS = {workload.name: workload for workload in workloads()}
 needs_interpreter = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
 
