@@ -20,6 +20,7 @@ ENTRY_POINTS = {  # the others have none
         ("nsa.backends", "sdpa", "nsa_varlen.sdpa:BACKEND"),
         ("nsa.bench", "varlen", "nsa_varlen.benchmarks:workloads"),
         ("nsa.op_inputs", "varlen", "nsa_varlen.op_inputs:op_inputs"),
+        ("nsa.bench", "varlen", "nsa_varlen.benchmarks:workloads"),
     },
     "nsa": {("nsa.bench", "nsa", "nsa.benchmarks:workloads")},
     "nsa-bench": {("console_scripts", "nsa-bench", "nsa_bench.cli:app")},
@@ -28,8 +29,12 @@ ENTRY_POINTS = {  # the others have none
         ("nsa.backends", "fa2", "nsa_fa2:FA2"),
         ("nsa.backends", "fa2-torch", "nsa_fa2:FA2_TORCH"),
         ("nsa.backends", "cudnn", "nsa_fa2:CUDNN"),
+        ("nsa.bench", "fa2", "nsa_fa2.benchmarks:workloads"),
     },
-    "nsa-kernels-triton": {("nsa.backends", "triton", "nsa_kernels_triton:BACKEND")},
+    "nsa-kernels-triton": {
+        ("nsa.backends", "triton", "nsa_kernels_triton:BACKEND"),
+        ("nsa.bench", "triton", "nsa_kernels_triton.benchmarks:workloads"),
+    },
 }
 EXTRAS = {
     "nsa": {"triton", "fa2", "bench", "hf", "all"},

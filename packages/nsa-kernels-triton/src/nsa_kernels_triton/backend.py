@@ -1,5 +1,6 @@
 """The backend `triton`: the operations with the signatures that every backend shares."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,6 +212,46 @@ class TritonBackend:
             _check_decode_contract(q, streams, blocks, needs_grad)
             accepted.notes[kind] = None
         return decode.decode_attention(q, q_cmp, *streams, gates, counts, blocks, _scale(scale, q), new)
+
+    def decode_stages(
+        self,
+        q: Tensor,
+        k_cmp: PagedKV,
+        v_cmp: PagedKV,
+        k_slc: PagedKV,
+        v_slc: PagedKV,
+        k_win: PagedKV,
+        v_win: PagedKV,
+        gates: Tensor,
+        counts: Tensor,
+        blocks: BlockGeometry,
+        *,
+        q_cmp: Tensor | None = None,
+        scale: float | None = None,
+        new: NewTokens | None = None,
+    ) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
+        """The kernels of one `decode_attention` apart, to be timed: `cmp`, `slc_win` and, where it is one, `combine`.
+
+        `cmp` stores new tokens and chooses the blocks: its kernels share what they compute. The window and the selected
+        blocks are one kernel, which also combines unless another does. The whole step has run when this returns. Each
+        stage may then be called in any order and captured in a CUDA graph: it returns (out, block_indices) of a step of
+        its own, made again as far as this stage makes them. Arguments and scratch memory are kept alive.
+
+        Without a row of q, or a page, there is no stage.
+
+        Raises:
+            TypeError, ValueError: as `decode_attention`; ValueError also for sequences that it takes in turns.
+        """
+        self.decode_attention(
+            *(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, counts, blocks),
+            q_cmp=q_cmp,
+            scale=scale,
+            new=new,
+        )
+        q_cmp = q if q_cmp is None else q_cmp
+        streams = (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win)
+        stages = decode.decode_stages(q, q_cmp, *streams, gates, counts, blocks, _scale(scale, q), new)
+        return {**stages}
 
 
 def _check_decode_contract(

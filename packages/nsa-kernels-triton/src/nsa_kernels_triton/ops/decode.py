@@ -1,6 +1,7 @@
 """A decode step in two to four launches: see the kernels `decode_compressed`, `choice`, `selected` and `merging`."""
 
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from nsa_kernels_triton.tiles import LOG2_E
 SCRATCH_BYTES = 1 << 31  # more sequences than fit take turns
 
 Stream = tuple[PagedKV, PagedKV]
+Launch = tuple[str, Callable[..., object], tuple[Any, ...]]  # stage that it belongs to, what is called, with what
 
 
 @on_device
@@ -49,13 +51,70 @@ def decode_attention(
     plan = decode_plan(sizes, configurations.overrides())
     most = max(1, SCRATCH_BYTES // (4 * plan.region * num_kv_heads))
     if batch_size <= most:
-        _launch(plan, blocks.window_size, scale, *call)
+        for _, run, args in _launches(plan, blocks.window_size, scale, *call):
+            run(*args)
         return out, indices
     for start in range(0, batch_size, most):
         some: Any = [_of_sequences(x, slice(start, start + most)) for x in call]
         plan = decode_plan(sizes._replace(batch_size=len(some[0])), configurations.overrides())
-        _launch(plan, blocks.window_size, scale, *some)
+        for _, run, args in _launches(plan, blocks.window_size, scale, *some):
+            run(*args)
     return out, indices
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Some launches of a step, on memory that is kept: again and again the same.
+
+    Fields:
+        launches: what is called with what, in order.
+        results: the step's (out, block_indices), which are returned: they hold what has been computed so far.
+    """
+
+    launches: tuple[tuple[Callable[..., object], tuple[Any, ...]], ...]
+    results: tuple[Tensor, Tensor]
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        with torch.cuda.device_of(self.results[0]):
+            for call, args in self.launches:
+                call(*args)
+        return self.results
+
+
+@on_device
+def decode_stages(
+    q: Tensor,
+    q_cmp: Tensor,
+    cmp: Stream,
+    slc: Stream,
+    win: Stream,
+    gates: Tensor,
+    counts: Tensor,
+    blocks: BlockGeometry,
+    scale: float,
+    new: NewTokens | None,
+) -> dict[str, Stage]:
+    """A step's launches by stage, in their order, each having run once: see `TritonBackend.decode_stages`.
+
+    Raises:
+        ValueError: the sequences take turns, as scratch memory does not suffice for all of them.
+    """
+    num_kv_heads = slc[0].num_heads
+    out = q.new_empty(*q.shape[:3], slc[1].head_dim)
+    indices = q.new_empty(*q.shape[:2], num_kv_heads, blocks.topk, dtype=torch.int32)
+    if not out.numel() or not slc[0].block_table.shape[1]:  # no launch
+        return {}
+    q, q_cmp, gates, counts = (x.contiguous() for x in (q, q_cmp, gates, counts))
+    plan = decode_plan(_sizes(q, cmp[0], slc, win[0], blocks, new), configurations.overrides())
+    most = max(1, SCRATCH_BYTES // (4 * plan.region * num_kv_heads))
+    if len(q) > most:
+        raise ValueError(f"q: expected at most {most} sequences, which scratch memory suffices for, got {len(q)}")
+    call = q, q_cmp, cmp, slc, win, gates, counts, new, out, indices
+    launches: dict[str, list[tuple[Callable[..., object], tuple[Any, ...]]]] = {}
+    for name, run, args in _launches(plan, blocks.window_size, scale, *call):
+        run(*args)
+        launches.setdefault(name, []).append((run, args))
+    return {name: Stage(tuple(found), (out, indices)) for name, found in launches.items()}
 
 
 class _Kernels(NamedTuple):
@@ -85,7 +144,7 @@ def _kernels(plan: DecodePlan) -> _Kernels:
     )
 
 
-def _launch(
+def _launches(
     plan: DecodePlan,
     window_size: int,
     scale: float,
@@ -99,7 +158,11 @@ def _launch(
     new: NewTokens | None,
     out: Tensor,
     indices: Tensor,
-) -> None:
+) -> Iterator[Launch]:
+    """A step's launches in order, to be run one by one: the next is made while the last is on its way.
+
+    `cmp` holds all that chooses: its kernels share what they compute.
+    """
     compressed, choice, levels, selected, merge = _kernels(plan)
     batch_size, lengths, scale = len(q), slc[0].lengths.contiguous(), scale * LOG2_E
     cmp_lengths = cmp[0].lengths.contiguous()
@@ -109,30 +172,33 @@ def _launch(
     rows = _new_rows(new)
     ring, rotated, *spaces = _new_sizes(new, rows)
     cmp_pages, slc_pages, win_pages = cmp_table.shape[1], slc_table.shape[1], win_table.shape[1]
-    compressed(
+    args: tuple[Any, ...] = (
         *(q_cmp, scratch, indices, lengths, counts, cmp_lengths),
         *(k_cmp, v_cmp, cmp_table, v_cmp_table, k_slc, v_slc, slc_table, v_slc_table),
         *(k_win, v_win, win_table, v_win_table, *rows, batch_size, scale, plan.region, plan.width),
         *(cmp_pages, slc_pages, win_pages, ring, rotated, *spaces),
     )
+    yield "cmp", compressed, args
     if choice is not None:
-        choice(
+        args = (
             *(scratch, lengths, counts, v_cmp, cmp_table if v_cmp_table is None else v_cmp_table),
             *(slc_table, indices, batch_size, plan.region, plan.width, cmp_pages, slc_pages),
         )
+        yield "cmp", choice, args
     for level in levels:
-        level(scratch, plan.region)
-    selected(
+        yield "cmp", level, (scratch, plan.region)
+    args = (
         *(q, scratch, lengths, counts, k_slc, v_slc, slc_table, v_slc_table),
         *(k_win, v_win, win_table, v_win_table, rows[4], rows[5], indices, gates, out),
         *(scale, window_size, plan.region, slc_pages, win_pages, spaces[4], spaces[5]),
     )
+    yield "slc_win", selected, args
     if merge is not None:
-        merge(scratch, counts, gates, out, plan.region)
+        yield "combine", merge, (scratch, counts, gates, out, plan.region)
     if new is not None:
         for kv in cmp:
             if kv.lengths is not cmp_lengths:
-                kv.lengths.copy_(cmp_lengths)
+                yield "cmp", kv.lengths.copy_, (cmp_lengths,)
 
 
 def _sizes(

@@ -9,7 +9,7 @@ __all__ = ["Workload", "workloads"]
 
 
 def workloads() -> list[Workload]:
-    """Dense attention by torch."""
-    from nsa_varlen.benchmarks import dense
+    """Dense attention by torch, and the operations of backend sdpa."""
+    from nsa_varlen.benchmarks import dense, operations
 
-    return dense.workloads()
+    return [*dense.workloads(), *operations.workloads()]

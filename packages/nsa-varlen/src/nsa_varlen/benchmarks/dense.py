@@ -106,7 +106,8 @@ def _prefill(point: Point, _: int) -> Tensor:
         return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
-def _check_prefill(point: Point, results: Sequence[Tensor]) -> str:
+def check_prefill(point: Point, results: Sequence[Tensor]) -> str:
+    """The last rows of the last sequence."""
     q, k, v = (x[-1] for x in point[:3])
     rows = slice(max(0, len(q) - ROWS), None)
     return check_dense(results[0][-1][rows], q[rows], k, v, f"last {ROWS} rows")
@@ -155,7 +156,7 @@ def workloads() -> list[Workload]:
             setup=lambda device, seed, S, **sizes: make_point(device, seed, S, S, **sizes),
             call=_prefill,
             cost=prefill_cost,
-            check=_check_prefill,
+            check=check_prefill,
             facts=dense_facts,
             refuse=refuse,
         ),

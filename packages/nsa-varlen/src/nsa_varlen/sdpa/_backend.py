@@ -1,5 +1,6 @@
 """The operations of backend `sdpa`, with the signatures that every backend shares."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from nsa_varlen.new_tokens import NewTokens
 from nsa_varlen.paged import PagedKV
 from nsa_varlen.sdpa._append import append
 from nsa_varlen.sdpa._decode import decode
+from nsa_varlen.sdpa._decode_stages import decode_stages
 from nsa_varlen.sdpa._interval import Interval, interval_attention
 from nsa_varlen.sdpa._selected import selected
 from nsa_varlen.sdpa._selection import select
@@ -180,6 +182,41 @@ class SdpaBackend:
             if new is not None:
                 append(new, cmp, slc, win, counts, blocks)
             return decode(q, q_cmp, cmp, slc, win, gates, counts, blocks, scale)
+
+    def decode_stages(
+        self,
+        q: Tensor,
+        k_cmp: PagedKV,
+        v_cmp: PagedKV,
+        k_slc: PagedKV,
+        v_slc: PagedKV,
+        k_win: PagedKV,
+        v_win: PagedKV,
+        gates: Tensor,
+        counts: Tensor,
+        blocks: BlockGeometry,
+        *,
+        q_cmp: Tensor | None = None,
+        scale: float | None = None,
+        new: NewTokens | None = None,
+    ) -> dict[str, Callable[[], Any]]:
+        """The parts of one `decode_attention`, to be timed: `cmp`, `choice`, `sel`, `win` and `combine`.
+
+        `cmp` stores new tokens, too. The whole step has run when this returns. Each stage may then be called in any
+        order and captured in a CUDA graph, and returns what it makes of what the others made then: `cmp` the branch's
+        output and probabilities, `choice` block_indices, `sel` and `win` the branches' outputs, `combine` out.
+        Arguments are kept alive.
+
+        Without a row of q, or a page, there is no stage.
+
+        Raises:
+            TypeError, ValueError: as `decode_attention`.
+        """
+        q_cmp = q if q_cmp is None else q_cmp
+        cmp, slc, win = (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win)
+        self.decode_attention(q, *cmp, *slc, *win, gates, counts, blocks, q_cmp=q_cmp, scale=scale, new=new)
+        scale = scale_or_default(scale, q.shape[-1])
+        return decode_stages(q, q_cmp, cmp, slc, win, gates, counts, blocks, scale, new)
 
 
 BACKEND = SdpaBackend()

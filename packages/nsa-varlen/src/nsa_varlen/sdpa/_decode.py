@@ -5,6 +5,8 @@ it. What a table has room for is looked at and hidden; on a CPU, where reading t
 sequence has.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -15,44 +17,73 @@ from nsa_varlen.paged import PagedKV
 from nsa_varlen.sdpa._interval import compute_dtype
 from nsa_varlen.sdpa._selection import stencil, top_blocks
 
+Stream = tuple[PagedKV, PagedKV]
+
+
+class Newest(NamedTuple):
+    """The newest tokens of each sequence.
+
+    Fields:
+        position: [B, N], -1 where a row is padding: it stands before the first token and sees nothing.
+        rows, rows_cmp: q and q_cmp, scaled, in the dtype of the arithmetic [B, N, Hk, G, Dk].
+    """
+
+    position: Tensor
+    rows: Tensor
+    rows_cmp: Tensor
+
 
 @outside_autocast
 def decode(
     q: Tensor,
     q_cmp: Tensor,
-    cmp: tuple[PagedKV, PagedKV],
-    slc: tuple[PagedKV, PagedKV],
-    win: tuple[PagedKV, PagedKV],
+    cmp: Stream,
+    slc: Stream,
+    win: Stream,
     gates: Tensor,
     counts: Tensor,
     blocks: BlockGeometry,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """(out [B, N, Hq, Dv], block_indices int32 [B, N, Hk, topk])."""
-    num_kv_heads, dtype = cmp[0].num_heads, compute_dtype(q.dtype)
-    if 0 in (*q.shape[:2], slc[0].block_table.shape[1]):  # nobody asks, or nobody has a token
-        nothing = torch.full((*q.shape[:2], num_kv_heads, blocks.topk), -1, dtype=torch.int32, device=q.device)
+    if is_idle(q, slc):
+        nothing = torch.full((*q.shape[:2], slc[0].num_heads, blocks.topk), -1, dtype=torch.int32, device=q.device)
         return q.new_zeros(*q.shape[:3], slc[1].head_dim), nothing
+    position, rows, rows_cmp = newest(q, q_cmp, slc[0], counts, scale)
+    o_cmp, p_cmp = compressed(rows_cmp, cmp, position, blocks)
+    block_indices = choice(p_cmp, position, slc[0], blocks)
+    o_slc = selected(rows, slc, block_indices, position, blocks)
+    o_win = window(rows, win, position, blocks)
+    return combined(gates, (o_cmp, o_slc, o_win), position, q.dtype), block_indices
+
+
+def is_idle(q: Tensor, slc: Stream) -> bool:
+    """Whether nobody asks, or nobody has a token."""
+    return 0 in (*q.shape[:2], slc[0].block_table.shape[1])
+
+
+def newest(q: Tensor, q_cmp: Tensor, k_slc: PagedKV, counts: Tensor, scale: float) -> Newest:
+    """Where the newest tokens stand, and what they ask."""
     place = torch.arange(q.shape[1], device=q.device)
-    # A row that is padding sees nothing: it stands before the first token.
-    position = ((slc[0].lengths - counts)[:, None] + place).masked_fill(place >= counts[:, None], -1)
-    rows, rows_cmp = (x.to(dtype).unflatten(2, (num_kv_heads, -1)) * scale for x in (q, q_cmp))
-    o_cmp, p_cmp = _compressed(rows_cmp, *cmp, position, blocks)
-    block_indices = _select(p_cmp, position, slc[0], blocks)
-    o_slc = _gathered(rows, *slc, _listed_keys(block_indices, position, blocks))
-    o_win = _gathered(rows, *win, _window_keys(position, num_kv_heads, blocks))
-    wide = torch.promote_types(dtype, gates.dtype)
+    position = ((k_slc.lengths - counts)[:, None] + place).masked_fill(place >= counts[:, None], -1)
+    dtype = compute_dtype(q.dtype)
+    rows, rows_cmp = (x.to(dtype).unflatten(2, (k_slc.num_heads, -1)) * scale for x in (q, q_cmp))
+    return Newest(position, rows, rows_cmp)
+
+
+def combined(gates: Tensor, branches: tuple[Tensor, ...], position: Tensor, dtype: torch.dtype) -> Tensor:
+    """Eq. 5 over cmp, slc and win [B, N, Hk, G, Dv], in `dtype`: [B, N, Hq, Dv]; 0 for padding, whatever it holds."""
+    num_kv_heads = branches[0].shape[2]
+    wide = torch.promote_types(branches[0].dtype, gates.dtype)
     weights = gates.to(wide).unflatten(2, (num_kv_heads, -1))[..., None].unbind(-2)
-    out = sum(weight * o.to(wide) for weight, o in zip(weights, (o_cmp, o_slc, o_win), strict=True))
+    out = sum(weight * o.to(wide) for weight, o in zip(weights, branches, strict=True))
     assert isinstance(out, Tensor)
-    out = out.flatten(2, 3).masked_fill((position < 0)[..., None, None], 0.0)  # whatever padding holds
-    return out.to(q.dtype), block_indices
+    return out.flatten(2, 3).masked_fill((position < 0)[..., None, None], 0.0).to(dtype)
 
 
-def _compressed(
-    rows: Tensor, k_cmp: PagedKV, v_cmp: PagedKV, position: Tensor, blocks: BlockGeometry
-) -> tuple[Tensor, Tensor]:
+def compressed(rows: Tensor, cmp: Stream, position: Tensor, blocks: BlockGeometry) -> tuple[Tensor, Tensor]:
     """(o [B, N, Hk, G, Dv], probabilities of Eq. 8 summed over each group [B, Hk, N, blocks])."""
+    k_cmp, v_cmp = cmp
     room = _room(k_cmp)
     block = torch.arange(room, device=rows.device)
     sequence = torch.arange(len(rows), device=rows.device)[:, None]
@@ -70,29 +101,30 @@ def _compressed(
     return out, first.transpose(1, 2)
 
 
-def _select(p_cmp: Tensor, position: Tensor, k_slc: PagedKV, blocks: BlockGeometry) -> Tensor:
+def choice(p_cmp: Tensor, position: Tensor, k_slc: PagedKV, blocks: BlockGeometry) -> Tensor:
     """Eq. 9 to 11: int32 [B, N, Hk, topk]."""
     num_blocks = max(blocks.topk, blocks.num_blocks(_room(k_slc)))
     current = torch.div(position, blocks.block_size, rounding_mode="floor")
     return top_blocks(stencil(p_cmp, num_blocks, blocks), current[:, None], blocks).transpose(1, 2)
 
 
-def _listed_keys(block_indices: Tensor, position: Tensor, blocks: BlockGeometry) -> tuple[Tensor, Tensor]:
-    """(positions of the keys [B, N, Hk, S], which are hidden)."""
+def selected(rows: Tensor, slc: Stream, block_indices: Tensor, position: Tensor, blocks: BlockGeometry) -> Tensor:
+    """Attention to the keys of the listed blocks: [B, N, Hk, G, Dv]."""
     within = torch.arange(blocks.block_size, device=position.device)
     key = (block_indices[..., None] * blocks.block_size + within).flatten(3)
-    return key, (key < 0) | (key > position[..., None, None])
+    return _gathered(rows, *slc, key, (key < 0) | (key > position[..., None, None]))
 
 
-def _window_keys(position: Tensor, num_kv_heads: int, blocks: BlockGeometry) -> tuple[Tensor, Tensor]:
+def window(rows: Tensor, win: Stream, position: Tensor, blocks: BlockGeometry) -> Tensor:
+    """Attention to the last keys: [B, N, Hk, G, Dv]."""
     within = torch.arange(1 - blocks.window_size, 1, device=position.device)
-    key = (position[..., None] + within)[:, :, None].expand(-1, -1, num_kv_heads, -1)
-    return key, key < 0
+    key = (position[..., None] + within)[:, :, None].expand(-1, -1, rows.shape[2], -1)
+    return _gathered(rows, *win, key, key < 0)
 
 
-def _gathered(rows: Tensor, k: PagedKV, v: PagedKV, keys: tuple[Tensor, Tensor]) -> Tensor:
-    """Attention of each row [B, N, Hk, G, D] to keys of its own: [B, N, Hk, G, Dv]."""
-    key, hidden = (x.flatten(0, 1) for x in keys)
+def _gathered(rows: Tensor, k: PagedKV, v: PagedKV, key: Tensor, hidden: Tensor) -> Tensor:
+    """Attention of each row [B, N, Hk, G, D] to keys of its own, at positions [B, N, Hk, S]: [B, N, Hk, G, Dv]."""
+    key, hidden = (x.flatten(0, 1) for x in (key, hidden))
     sequence = torch.arange(len(rows), device=rows.device)[:, None].expand(rows.shape[:2]).flatten()
     # Instead of a hidden key the first one that is seen, whose row is there.
     shown = key.masked_fill(hidden, torch.iinfo(key.dtype).max).amin(-1, keepdim=True)

@@ -6,7 +6,7 @@ __all__ = ["workloads"]
 
 
 def workloads() -> list[Workload]:
-    """Prefill, training and decode of the whole of Native Sparse Attention."""
-    from nsa.benchmarks import decode, prefill
+    """Prefill, training and decode of the whole of Native Sparse Attention; what there is of others' kernels."""
+    from nsa.benchmarks import decode, peers, prefill
 
-    return [*prefill.workloads(), decode.workload()]
+    return [*prefill.workloads(), decode.workload(), *peers.workloads()]
