@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from nsa_bench import runner, schema
+from nsa_bench import reading, runner, schema
 from nsa_bench.machine import MachineError, find_device, provenance
 from nsa_bench.schema import PROVENANCE, Row
 from nsa_bench.suite import load_suite, shipped
@@ -23,6 +23,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+app.command()(reading.summarize)
+app.command()(reading.plot)
 
 
 def _version(shown: bool) -> None:
@@ -47,7 +51,9 @@ def list_() -> None:
         suite = load_suite(name)
         suites.add_row(name, suite.about, ", ".join(sorted({variant.workload for variant in suite.variants})))
     console.print(suites)
-    workloads = Table("workload", "what", "parameters", title="Workloads", title_justify="left")
+    workloads = Table(title="Workloads", title_justify="left")
+    for name in ("workload", "what", "parameters"):
+        workloads.add_column(name, no_wrap=name == "workload")
     for workload in _workloads().values():
         parameters = " ".join(f"{name}={value}" for name, value in workload.parameters.items())
         workloads.add_row(workload.name, workload.about, parameters)

@@ -16,6 +16,7 @@ from nsa_bench.workload import FACTS, PARTS, Value, Workload
 
 Columns = Mapping[str, Any]
 Key = TypeVar("Key", int, tuple[int, str])  # a measurement's place, or a part of it
+Made = TypeVar("Made")
 
 
 class RunError(ValueError):
@@ -165,70 +166,77 @@ class _Point:
         self.columns: list[dict[str, Any]] = [{} for _ in measurements]
 
     def rows(self) -> list[Row]:
-        samples: dict[int, Sample] = {}
-        parts: dict[tuple[int, str], Sample] = {}
-        for place, measurement in enumerate(self.measurements):
-            ready = self._ready(place, measurement)
-            if ready is not None:
-                samples[place], own = ready
-                parts |= {(place, part): timed for part, timed in own.items()}
-        times = self._times(samples)
-        for place, timing in times.items():
+        samples = {place: ready for place, m in enumerate(self.measurements) if (ready := self._ready(place, m))}
+        for place, timing in self._times(samples).items():
             self.columns[place] |= {
                 "ms_total": timing.median,
                 "p25_ms": timing.p25,
                 "p75_ms": timing.p75,
                 "repeats": timing.repeats,
             }
-        branches = self._times({key: timed for key, timed in parts.items() if key[0] in times})
-        for (place, part), timing in branches.items():
-            self.columns[place][f"ms_{part}"] = timing.median
+        samples.clear()
+        # One measurement after the other: what its parts have in memory need not be there for the next one's.
+        for place in [place for place, columns in enumerate(self.columns) if "ms_total" in columns]:
+            parts = self._tried(place, partial(self._parts, self.measurements[place])) or {}
+            timings = self._times({(place, name): part for name, part in parts.items()})
+            self.columns[place] |= {f"ms_{name}": timing.median for (_, name), timing in timings.items()}
         made = [_row(*both, self.common) for both in zip(self.measurements, self.columns, strict=True)]
         for measurement, row in zip(self.measurements, made, strict=True):
             self.tell(f"{measurement}: " + (f"{row.ms_total:.4g} ms" if row.ms_total is not None else row.status))
         return made
 
-    def _ready(self, place: int, measurement: Measurement) -> tuple[Sample, dict[str, Sample]] | None:
-        """What samples the whole and its parts, after the check; None where there is nothing to time."""
-        workload, columns = measurement.workload, self.columns[place]
-        refusal = workload.refuse(self.device, **measurement.parameters)
+    def _ready(self, place: int, measurement: Measurement) -> Sample | None:
+        """What samples the whole, after the check; None where there is nothing to time."""
+        refusal = measurement.workload.refuse(self.device, **measurement.parameters)
         if refusal is not None:
-            columns["status"] = f"refused: {_line(refusal)}"
+            self.columns[place]["status"] = f"refused: {_line(refusal)}"
             return None
-        # A workload is somebody else's code, on trial: its failure is a result, and the others are wanted all the same.
+        return self._tried(place, partial(self._checked, measurement, self.columns[place]))
+
+    def _tried(self, place: int, run: Callable[[], Made]) -> Made | None:
+        """What `run` makes. A workload is somebody else's code, on trial: its failure is a result, told in its row."""
         try:
-            return self._checked(measurement, columns)
+            return run()
         except AssertionError as error:
-            columns["status"] = f"wrong: {_line(error)}"
+            self.columns[place]["status"] = f"wrong: {_line(error)}"
         except Exception as error:  # noqa: BLE001
-            columns["status"] = f"failed: {type(error).__name__}: {_line(error)}"
+            self.columns[place]["status"] = f"failed: {type(error).__name__}: {_line(error)}"
         return None
 
-    def _checked(self, measurement: Measurement, columns: dict[str, Any]) -> tuple[Sample, dict[str, Sample]]:
+    def _checked(self, measurement: Measurement, columns: dict[str, Any]) -> Sample:
         workload, clock = measurement.workload, measurement.variant.clock
         columns |= self._floor(measurement)
-        key = (workload.name, *sorted(measurement.parameters.items()))
-        sets = sets_of_data(clock, self.device, columns["bytes"])
-        states = self.states.setdefault(key, [])
-        while len(states) < sets:
-            states.append(workload.setup(self.device, len(states), **measurement.parameters))
-        states = states[:sets]
+        states = self._states(measurement)
         columns |= {name: value for name, value in workload.facts(states[0]).items() if name in FACTS}
         columns["check"] = workload.check(states[0], [workload.call(states[0], i) for i in range(workload.calls)])
         # From one set of data to the next, then the next call of each.
         calls = [partial(workload.call, state, i) for i in range(workload.calls) for state in states]
         timed, results = sample(clock, self.device, calls)
         if clock == "graph":  # what the replay left behind
-            columns["check"] = workload.check(states[0], results[::sets])
-        parts = {}
-        if clock != "host" or self.device == "cpu":
-            own = [workload.parts(state) for state in states]
-            for name in own[0]:
-                if name not in PARTS:
-                    raise ValueError(f"parts of {workload.name}: expected {list(PARTS)}, got {name!r}")
-                steps = [partial(part[name], i) for i in range(workload.calls) for part in own]
-                parts[name], _ = sample(clock, self.device, steps)
-        return timed, parts
+            columns["check"] = workload.check(states[0], results[:: len(states)])
+        return timed
+
+    def _states(self, measurement: Measurement) -> list[Any]:
+        """As many as the clock needs. Clocks and variants of the same workload and parameters share them."""
+        workload, parameters = measurement.workload, measurement.parameters
+        _, size = workload.cost(**parameters)
+        states = self.states.setdefault((workload.name, *sorted(parameters.items())), [])
+        sets = sets_of_data(measurement.variant.clock, self.device, size)
+        while len(states) < sets:
+            states.append(workload.setup(self.device, len(states), **parameters))
+        return states[:sets]
+
+    def _parts(self, measurement: Measurement) -> dict[str, Sample]:
+        """What samples the parts. From Python on a GPU it would be the launches that are timed."""
+        workload, clock = measurement.workload, measurement.variant.clock
+        if clock == "host" and self.device == "cuda":
+            return {}
+        own = [workload.parts(state) for state in self._states(measurement)]
+        unknown = own[0].keys() - set(PARTS)
+        if unknown:
+            raise ValueError(f"parts of {workload.name}: expected {list(PARTS)}, got {sorted(unknown)}")
+        steps = {name: [partial(part[name], i) for i in range(workload.calls) for part in own] for name in own[0]}
+        return {name: sample(clock, self.device, calls)[0] for name, calls in steps.items()}
 
     def _floor(self, measurement: Measurement) -> dict[str, float]:
         """What the call costs at least, on this machine."""

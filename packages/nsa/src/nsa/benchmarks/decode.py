@@ -9,13 +9,14 @@ import torch
 from nsa_routing.backends import load_backend
 from nsa_varlen.benchmarks.checking import check_pooled, check_rows
 from nsa_varlen.benchmarks.dense import STEPS
+from nsa_varlen.benchmarks.operations import GEOMETRY
 from nsa_varlen.benchmarks.workload import Value, Workload
 from torch import Tensor
 
 from nsa import ops
 from nsa.attention import nsa_attention
 from nsa.benchmarks import routes
-from nsa.benchmarks.prefill import GEOMETRY, SIZES, geometry
+from nsa.benchmarks.prefill import SIZES, geometry
 from nsa.cache import NSACache
 from nsa.compression import Pool
 from nsa.config import NSAConfig

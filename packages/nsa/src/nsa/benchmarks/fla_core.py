@@ -21,7 +21,7 @@ import torch
 from nsa_varlen import BlockGeometry, VarlenLayout
 from nsa_varlen.benchmarks.checking import ROWS, attended, check_chosen, check_pooled, within
 from nsa_varlen.benchmarks.machine import environment, installed, problem
-from nsa_varlen.benchmarks.operations import op_workloads
+from nsa_varlen.benchmarks.operations import GEOMETRY, op_workloads
 from nsa_varlen.benchmarks.workload import Value, Workload
 from torch import Tensor
 
@@ -180,7 +180,7 @@ def workloads() -> list[Workload]:
     whole = Workload(
         "fla.prefill",
         "fla-core's parallel_nsa: one forward at kernel_size = kernel_stride = block_size",
-        parameters | prefill.GEOMETRY | {"kernel_size": 64, "kernel_stride": 64},
+        parameters | GEOMETRY | {"kernel_size": 64, "kernel_stride": 64},
         setup=FlaPrefill.make,
         call=FlaPrefill.__call__,
         cost=prefill.cost,

@@ -1,13 +1,14 @@
 """A batch of equally long sequences prefilled whole: pooling, all three branches, combine; with gradients: training."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
 import torch
 from nsa_varlen import BlockGeometry, VarlenLayout, reference
 from nsa_varlen.benchmarks.checking import ROWS, attended, check_chosen, check_pooled, check_rows, within
+from nsa_varlen.benchmarks.inputs import smooth_queries
+from nsa_varlen.benchmarks.operations import GEOMETRY, INPUTS
 from nsa_varlen.benchmarks.sizes import seen_compressed, seen_selected, seen_window
 from nsa_varlen.benchmarks.workload import Value, Workload
 from torch import Tensor
@@ -18,7 +19,6 @@ from nsa.benchmarks import routes
 from nsa.reads import count_reads
 
 OPS = ("compress_mean", "compressed_attention", "select_blocks", "selected_attention", "window_attention", "combine")
-GEOMETRY: dict[str, Value] = {field.name: field.default for field in fields(BlockGeometry)}  # type: ignore[misc]
 SIZES: dict[str, Value] = {
     "S": 4096,
     "batch": 1,
@@ -28,7 +28,6 @@ SIZES: dict[str, Value] = {
     "dtype": "float32",
     "backend": routes.AUTO,
 }
-SMOOTHED = 1024  # tokens that a smooth query averages over
 CHECKED = 1024  # tokens of the sequence whose gradients are checked in full
 
 
@@ -41,8 +40,7 @@ class Batch:
     """Inputs of a prefill: unit normal q, k and v, gates in (0, 1); k and v serve all branches.
 
     Neighbouring queries are independent, so they choose unrelated blocks, the hardest case for kernels that share them;
-    `inputs="smooth"` makes each the average of SMOOTHED steps of a random walk: neighbours choose much the same, as
-    those of a model do.
+    with `inputs="smooth"` they choose much the same, as those of a model do: see `smooth_queries`.
     """
 
     def __init__(self, device: str, seed: int, **parameters: Any) -> None:
@@ -57,7 +55,9 @@ class Batch:
         dtype = getattr(torch, str(parameters["dtype"]))
         normal = partial(torch.randn, generator=generator, device=device, dtype=dtype)
         total = self.layout.total_q
-        self.q = _smooth(normal, total, heads, dim) if parameters["inputs"] == "smooth" else normal(total, heads, dim)
+        self.q = normal(total, heads, dim)
+        if parameters["inputs"] == "smooth":
+            self.q = smooth_queries(batch, self.tokens, heads, dim, dtype=dtype, device=device, seed=seed)
         self.k, self.v = (normal(total, kv_heads, dim) for _ in "kv")
         self.gates = normal(total, heads, 3).sigmoid()
         self.grad_out = normal(total, heads, dim) if parameters["direction"] == "training" else None
@@ -183,15 +183,6 @@ class Batch:
         return layer(self.device, **self.parameters)
 
 
-def _smooth(normal: Callable[..., Tensor], total: int, heads: int, dim: int) -> Tensor:
-    """[T, Hq, D], head by head: sums in fp64 are large."""
-    made = []
-    for _ in range(heads):
-        steps = normal(total + SMOOTHED, dim).double().cumsum(0)
-        made.append(((steps[SMOOTHED:] - steps[:-SMOOTHED]) * SMOOTHED**-0.5).to(normal(0).dtype))
-    return torch.stack(made, 1)
-
-
 def layer(device: str, S: int, **sizes: Any) -> Any:
     """The problem of a prefill of S tokens."""
     return routes.layer_of(device, S, S, **sizes)
@@ -227,8 +218,8 @@ def _workload(name: str, direction: str) -> Workload:
     given: dict[str, Any] = {"direction": direction}
 
     def refuse(device: str, **parameters: Any) -> str | None:
-        if parameters["inputs"] not in ("random", "smooth"):
-            return f"inputs: expected random or smooth, got {parameters['inputs']!r}"
+        if parameters["inputs"] not in INPUTS:
+            return f"inputs: expected one of {list(INPUTS)}, got {parameters['inputs']!r}"
         return routes.refusal(OPS, layer(device, **parameters, **given), parameters["backend"])
 
     return Workload(
