@@ -1,5 +1,7 @@
 """Is something shown as often as asked: by times, by seconds, by both? The clock is a list that the test winds."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -37,7 +39,7 @@ def test_what_is_shown(every: int, seconds: float, waits: list[float], expected:
 def test_the_first_is_shown_and_no_two_are_too_close(every: int, seconds: int, waits: list[int]) -> None:
     found = shown(every, float(seconds), [float(wait) for wait in waits])
     assert found[0] == 1
-    for before, after in zip(found, found[1:], strict=False):
+    for before, after in pairwise(found):
         assert every or seconds
         assert sum(waits[before:after]) >= seconds
         assert not every or any(number % every == 0 for number in range(before + 1, after + 1))

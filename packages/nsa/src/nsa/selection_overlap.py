@@ -1,0 +1,67 @@
+"""How much of what a query selects its neighbour selected too."""
+
+import torch
+from nsa_varlen.keeping import outside_inference
+from torch import Tensor
+
+NOBODY = -2  # a position that is right before no query's
+
+
+class ChosenBlocks:
+    """What the last query of each sequence of a cache selected, for the comparison with the next step's first.
+
+    Fields:
+        blocks: int32 [B, Hk, topk].
+        position: int64 [B], of those queries; `NOBODY` before there is one.
+    """
+
+    def __init__(self, batch_size: int, num_kv_heads: int, topk: int, device: torch.device) -> None:
+        self.blocks = outside_inference(torch.full)(
+            (batch_size, num_kv_heads, topk), -1, dtype=torch.int32, device=device
+        )
+        self.position = outside_inference(torch.full)((batch_size,), NOBODY, dtype=torch.int64, device=device)
+
+    def keep(self, block_indices: Tensor, position: Tensor, last: Tensor, there: Tensor) -> None:
+        """A step: of sequence b, row last[b] of its [T, Hk, topk] and [T] is the last query, if there[b]."""
+        last = last.clamp_min(0)
+        self.blocks.copy_(block_indices[last].where(there[:, None, None], self.blocks))
+        self.position.copy_(position[last].where(there, self.position))
+
+    def forget(self, sequence: int) -> None:
+        """The next query of this sequence has no neighbour: it goes on from what others selected."""
+        self.position[sequence] = NOBODY
+
+
+def overlap(
+    block_indices: Tensor, position: Tensor, sequence: Tensor, before: ChosenBlocks | None, rows: int
+) -> Tensor:
+    """Sum over neighbouring queries and kv heads of |I_t ∩ I_(t-1)| / |I_t|, and how many there are: fp64 [2].
+
+    Args:
+        block_indices: int32 [T, Hk, topk], T at least 1, each row's entries distinct; -1 is none.
+        position, sequence: int64 [T], of the queries; negative positions are padding.
+        before: what the sequences' last queries selected in an earlier step; None if there was none.
+        rows: how many rows are looked at, at most: the last ones.
+
+    Example:
+        >>> indices = torch.tensor([[[0, 1, 2, -1]], [[0, 2, 3, 4]]], dtype=torch.int32)
+        >>> overlap(indices, torch.tensor([190, 191]), torch.tensor([0, 0]), None, 256).tolist()
+        [0.5, 1.0]
+    """
+    start = max(0, len(position) - rows)
+    lead = min(1, start)  # the row before those that are looked at
+    now, at, of = (x[start - lead :] for x in (block_indices, position, sequence))
+    earlier, earlier_at, earlier_of = (x.roll(1, 0) for x in (now, at, of))
+    first = of != earlier_of
+    first[0] = True
+    if before is not None:
+        earlier = before.blocks[of].where(first[:, None, None], earlier)
+        earlier_at = before.position[of].where(first, earlier_at)
+        first = torch.zeros_like(first)
+    neighbours = (at >= 0) & (earlier_at == at - 1) & (earlier_at >= 0) & ~first
+    neighbours[:lead] = False
+    listed = now >= 0
+    common = ((now[..., None] == earlier[..., None, :]).any(-1) & listed).sum(-1)
+    share = common / listed.sum(-1).clamp_min(1).double()
+    shares = share.masked_fill(~neighbours[:, None], 0.0).sum()
+    return torch.stack((shares, neighbours.sum().double() * block_indices.shape[1]))
