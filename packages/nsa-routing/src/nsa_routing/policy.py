@@ -59,8 +59,8 @@ FLAGS: Mapping[str, Flag] = MappingProxyType(
         "NSA_LOG": Flag(
             "debug, info, warning, error, off",
             "",
-            "level of the loggers nsa_routing and nsa, shown on standard error; unset, logging is as the program set it "
-            "up",
+            "level of the loggers nsa_routing and nsa, shown on standard error; unset, logging is as the program set "
+            "it up",
         ),
         "NSA_LOG_EVERY": Flag(
             "times as 100, seconds as 30s, or both as 100,30s",

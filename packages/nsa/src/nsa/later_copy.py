@@ -18,7 +18,8 @@ class LaterCopy:
         self._source = source
         self._event: torch.cuda.Event | None = None
         with torch.inference_mode(False):
-            self._copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.device.type == "cuda")
+            pinned = source.device.type == "cuda"
+            self._copy = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=pinned)
         if source.device.type == "cuda":
             self._event = torch.cuda.Event()
 
