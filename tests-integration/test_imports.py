@@ -34,10 +34,18 @@ ALLOWED = {
     "nsa_kernels_triton": Allowed(frozenset({"nsa_varlen"}), frozenset({"torch", "triton"})),
     "nsa_fa2": Allowed(frozenset({"nsa_varlen"}), frozenset({"torch", "flash_attn"})),
     "nsa_routing": Allowed(third_party=frozenset({"torch", "packaging", "pydantic", "rich", "typer", "yaml"})),
-    "nsa": Allowed(frozenset({"nsa_varlen", "nsa_routing"}), frozenset({"torch"}), lazy=frozenset({"transformers"})),
+    "nsa": Allowed(
+        frozenset({"nsa_varlen", "nsa_routing"}),
+        frozenset({"torch"}),
+        lazy=frozenset({"transformers", "prometheus_client"}),
+    ),
     "nsa_bench": Allowed(third_party=frozenset({"numpy", "matplotlib", "typer", "rich"}), lazy=frozenset({"torch"})),
 }
-DISTRIBUTIONS = {"yaml": "pyyaml", "flash_attn": "flash-attn"}  # where the names differ
+DISTRIBUTIONS = {  # where the names differ
+    "yaml": "pyyaml",
+    "flash_attn": "flash-attn",
+    "prometheus_client": "prometheus-client",
+}
 UNDECLARED = {("nsa_bench", "torch")}  # met through the workloads, which bring it
 
 

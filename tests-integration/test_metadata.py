@@ -35,7 +35,7 @@ ENTRY_POINTS = {  # the others have none
     "nsa-kernels-triton": {("nsa.backends", "triton", "nsa_kernels_triton:BACKEND")},
 }
 EXTRAS = {
-    "nsa": {"triton", "fa2", "bench", "hf", "all"},
+    "nsa": {"triton", "fa2", "bench", "hf", "prometheus", "all"},
     "nsa-fa2": {"flash-attn"},
 }
 
