@@ -176,7 +176,7 @@ def test_chunks_and_decode_steps(changes: dict, make_layer: Callable, make_cache
         for lengths in ([70, 0, 20], [9, 3, 0], [1, 1, 1], [0, 0, 0]):
             layer(tokens(sum(lengths)), layout=VarlenLayout.from_lengths(lengths), cache=cache)
         for counts in ([1, 1, 1], [1, 0, 1], [4, 2, 0], [0, 0, 0], [1, 1, 1]):
-            step(layer, cache, tokens(3, 4), counts)
+            step(layer, cache, tokens(3, max(1, *counts)), counts)
     assert_numbers(numbers_of(observer), seen.expected(layer.config.blocks))
     assert numbers_of(observer)["queries"] == sum(cache.lengths)
     assert numbers_of(observer)["steps"] == 7
@@ -532,7 +532,7 @@ def test_every_number_is_finite(
             x[0] = torch.inf
         layer(x, layout=VarlenLayout.from_lengths(lengths), cache=cache)
         for counts in steps:
-            step(layer, cache, tokens(2, 4), counts)
+            step(layer, cache, tokens(2, max(1, *counts)), counts)
         for name, value in observer.snapshot().items():
             assert isinstance(value, str) or (type(value) in (int, float) and math.isfinite(value)), name
         assert numbers_of(observer)["queries"] == sum(cache.lengths)

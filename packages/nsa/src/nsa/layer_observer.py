@@ -19,7 +19,7 @@ from nsa.layer_statistics import SUMS, LayerStatistics, summary
 from nsa.noted_problems import noting
 from nsa.parity import decode_difference, prefill_difference
 from nsa.sampling import KINDS, LOGGER, Sampler, line, route_of
-from nsa.selection_overlap import ChosenBlocks, overlap
+from nsa.selection_overlap import ChosenBlocks, overlap, overlap_of_single
 
 if TYPE_CHECKING:
     from nsa.cache import NSACache
@@ -152,9 +152,12 @@ class LayerObserver:
         position, sequence = step.rows()
         indices = block_indices.flatten(0, 1)
         chosen = self._chosen_of(cache)
-        shared = overlap(indices, position, sequence, chosen, len(position))
-        first = torch.arange(0, len(position), q.shape[1], device=q.device)
-        chosen.keep(indices, position, first + counts - 1, counts > 0)
+        if q.shape[1] == 1:
+            shared = overlap_of_single(indices, position, chosen)
+        else:
+            shared = overlap(indices, position, sequence, chosen, len(position))
+            first = torch.arange(0, len(position), q.shape[1], device=q.device)
+            chosen.keep(indices, position, first + counts - 1, counts > 0)
         self.statistics.add(gates.flatten(0, 1), out.flatten(0, 1), indices, position, shared, blocks)
 
         def compare() -> None:

@@ -1,6 +1,6 @@
 """What an observer counted, for Prometheus. Needs `pip install "nsa[prometheus]"`; importing this module does not."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from nsa.layer_statistics import BRANCHES
@@ -67,9 +67,11 @@ class ObserverCollector:
         numbers = self._observer.snapshot()
         layers = [layer.number for layer in self._observer.layers]
 
-        def family(made: Any, name: str, says: str, rows: list[tuple[tuple[str, ...], str]], labels: list[str]) -> Any:
+        def family(
+            made: Any, name: str, says: str, keys: Iterable[tuple[tuple[str, ...], str]], labels: list[str]
+        ) -> Any:
             metric = made(name, says, labels=labels)
-            for values, key in rows:
+            for values, key in keys:
                 if key in numbers:
                     metric.add_metric(values, numbers[key])
             return metric

@@ -54,14 +54,36 @@ def overlap(
     earlier, earlier_at, earlier_of = (x.roll(1, 0) for x in (now, at, of))
     first = of != earlier_of
     first[0] = True
-    if before is not None:
+    if before is None:
+        neighbours = (at > 0) & (earlier_at == at - 1) & ~first
+    else:
         earlier = before.blocks[of].where(first[:, None, None], earlier)
-        earlier_at = before.position[of].where(first, earlier_at)
-        first = torch.zeros_like(first)
-    neighbours = (at >= 0) & (earlier_at == at - 1) & (earlier_at >= 0) & ~first
-    neighbours[:lead] = False
+        neighbours = (at > 0) & (before.position[of].where(first, earlier_at) == at - 1)
+    return _shares(now[lead:], earlier[lead:], neighbours[lead:])
+
+
+def overlap_of_single(block_indices: Tensor, position: Tensor, before: ChosenBlocks) -> Tensor:
+    """The same for one query of each sequence, [B, Hk, topk] and [B], which `before` keeps: a decode step's usual case.
+
+    Example:
+        >>> before = ChosenBlocks(1, 1, 2, torch.device("cpu"))
+        >>> for blocks, position in (([0, 1], 127), ([0, 2], 128)):
+        ...     indices = torch.tensor([[blocks]], dtype=torch.int32)
+        ...     found = overlap_of_single(indices, torch.tensor([position]), before)
+        >>> found.tolist()
+        [0.5, 1.0]
+    """
+    found = _shares(block_indices, before.blocks, (position > 0) & (before.position == position - 1))
+    there = position >= 0
+    before.blocks.copy_(block_indices.where(there[:, None, None], before.blocks))
+    before.position.copy_(position.where(there, before.position))
+    return found
+
+
+def _shares(now: Tensor, earlier: Tensor, neighbours: Tensor) -> Tensor:
+    """Of rows [R, Hk, topk] against the earlier ones, where bool [R] says that they are neighbours."""
     listed = now >= 0
     common = ((now[..., None] == earlier[..., None, :]).any(-1) & listed).sum(-1)
-    share = common / listed.sum(-1).clamp_min(1).double()
-    shares = share.masked_fill(~neighbours[:, None], 0.0).sum()
-    return torch.stack((shares, neighbours.sum().double() * block_indices.shape[1]))
+    shares = common / listed.sum(-1).clamp_min(1).double()
+    there = neighbours[:, None].expand(shares.shape)
+    return torch.stack((shares.where(there, 0.0), there.double())).sum((1, 2))
