@@ -8,8 +8,9 @@ A *step* is `reserve`, `NSAAttention.decode` and `advance` of each layer, one to
 - `lines`: the same with a line of every layer every 100 steps, formatted and thrown away.
 - `parity`: the same as `on`, compared with `sdpa` every 100 steps.
 
-On a GPU `off`, `on` and `lines` also as replays of `nsa.DecodeGraph`, where parity is not sampled. The presets are those of the environment, on a GPU `NSA_PRESET=perf` if it says nothing. Before anything is timed, observed
-steps and replays run there with `torch.cuda.set_sync_debug_mode("error")`.
+On a GPU `off`, `on` and `lines` also as replays of `nsa.DecodeGraph`, where parity is not sampled. The preset is that
+of the environment, on a GPU `NSA_PRESET=perf` if it says nothing. Before anything is timed, observed steps and replays
+run there with `torch.cuda.set_sync_debug_mode("error")`.
 
 Variants take turns, each going first in one round after another; each has caches of its own, which grow alike. A number
 is the wall time of STEPS steps, with one synchronisation at the end, over STEPS. `checks_ns` is what the switched-off
