@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nsa import NSAAttention, NSACache, NSAConfig, Observer, layer_observer, observe, ops, reuse_block_indices
 from nsa.layer_observer import making_a_graph
-from nsa.layer_statistics import BRANCHES, NEAR_ONE, NEAR_ZERO
+from nsa.layer_statistics import BRANCHES, NEAR_ONE, NEAR_ZERO, SUMS, LayerStatistics, summary
 from nsa.reads import count_reads
 from nsa.selection_overlap import overlap
 from nsa_varlen import BlockGeometry, VarlenLayout
@@ -182,6 +182,26 @@ def test_chunks_and_decode_steps(changes: dict, make_layer: Callable, make_cache
     assert numbers_of(observer)["steps"] == 7
 
 
+@torch.no_grad()
+def test_one_sequence_alone(make_layer: Callable, make_cache: Callable, seen: Seen) -> None:
+    """Its first row of a step follows the last one of the step before."""
+    layer = make_layer()
+    cache = make_cache(layer.config, 1)
+    with observe(layer) as observer:
+        layer(tokens(1, 70), cache=cache)
+        layer(tokens(1, 3), cache=cache)
+        for count in (3, 1, 2):
+            step(layer, cache, tokens(1, 3), [count])
+    assert_numbers(numbers_of(observer), seen.expected(layer.config.blocks))
+    neighbours = observer.layers[0].statistics.state[1][SUMS.index("neighbours")]
+    assert neighbours == (cache.lengths[0] - 1) * layer.config.num_kv_heads
+
+
+def test_the_first_row_is_no_neighbour_of_the_last() -> None:
+    indices = torch.tensor([[[0, 1]], [[0, 1]]], dtype=torch.int32)
+    assert overlap(indices, torch.tensor([70, 71]), torch.tensor([0, 0]), None, 256).tolist() == [1.0, 1.0]
+
+
 def test_reads_are_those_that_are_counted_from_indices(make_layer: Callable, seen: Seen) -> None:
     layer, layout = make_layer(), VarlenLayout.from_lengths([100, 33])
     with observe(layer) as observer:
@@ -217,6 +237,30 @@ def test_what_is_not_finite_is_counted_and_stays_out_of_the_means(make_layer: Ca
     assert 10 * 4 * 6 <= got["nonfinite"] <= 40 * 4 * 6, "its own row and those after it at least"
     assert got["parity_mae"] < 1e-13
     assert all(math.isfinite(x) for x in got.values())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_each_value_that_is_not_finite(value: float) -> None:
+    """Once in the output and once among the gates, of a query and of padding."""
+    statistics = LayerStatistics(torch.device("cpu"))
+    gates, out, indices = torch.full((3, 2, 3), 0.5), torch.ones(3, 2, 4), torch.zeros(3, 1, 1, dtype=torch.int32)
+    for row in (1, 2):
+        gates[row, 0, 1] = out[row, 1, 2] = value
+    statistics.add(gates, out, indices, torch.tensor([0, 1, -1]), torch.zeros(2, dtype=torch.float64), BlockGeometry())
+    statistics.add_parity(out.double() - 1.25, torch.tensor([True, True, False])[:, None, None])
+    numbers = summary(statistics.state[1].tolist(), 1)
+    assert (numbers["queries"], numbers["nonfinite"], numbers["parity_steps"]) == (2, 1, 1)
+    assert numbers["gate_mean.slc"] == 0.5
+    assert numbers["gate_low.slc"] == numbers["gate_high.slc"] == numbers["gate_std.slc"] == 0
+    assert numbers["parity_mae"] == 0.25
+
+
+def test_a_gate_whose_square_is_too_large_has_no_spread() -> None:
+    """Of a module of one's own: what cannot be said is left out."""
+    row = dict.fromkeys(SUMS, 1.0) | {"gate_squares.cmp": torch.inf}
+    numbers = summary(list(row.values()), 1)
+    assert "gate_std.cmp" not in numbers
+    assert numbers["gate_mean.cmp"] == 1.0
 
 
 def test_long_calls_are_counted_in_parts(make_layer: Callable, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +300,7 @@ def test_a_sequence_that_begins_like_another_has_no_neighbour_yet(make_layer: Ca
         cache.fork(0, 1)  # as long as the one that left: its position would fit
         step(layer, cache, tokens(2, 1), [1, 1])
         counted = observer.layers[0].statistics.state[1] - before
-    assert counted[layer_observer.SUMS.index("neighbours")] == layer.config.num_kv_heads, "of sequence 0 alone"
+    assert counted[SUMS.index("neighbours")] == layer.config.num_kv_heads, "of sequence 0 alone"
 
 
 # --- parity
@@ -281,7 +325,7 @@ def test_parity_of_the_reference_itself(make_layer: Callable, make_cache: Callab
 def test_parity_finds_a_fault(
     decoded: bool, make_layer: Callable, make_cache: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A quarter too much wherever nobody asked for a backend."""
+    """A quarter too much wherever nobody asked for a backend, and more in padding, which does not count."""
     combine, decode = ops.combine, ops.decode_attention
 
     def wrong(*args: Any, backend: str | None = None, **options: Any) -> Any:
@@ -289,7 +333,9 @@ def test_parity_finds_a_fault(
 
     def wrong_step(*args: Any, backend: str | None = None, **options: Any) -> Any:
         out, indices = decode(*args, backend=backend, **options)
-        return out + (0.25 if backend is None else 0.0), indices
+        there = torch.arange(out.shape[1]) < args[8][:, None]
+        fault = torch.where(there, 0.25, 9.0)[..., None, None]
+        return out + (fault if backend is None else 0.0), indices
 
     monkeypatch.setattr(ops, "combine", wrong)
     monkeypatch.setattr(ops, "decode_attention", wrong_step)
@@ -301,6 +347,24 @@ def test_parity_finds_a_fault(
         else:
             layer(tokens(2, 70))
     assert numbers_of(observer)["parity_mae"] == pytest.approx(0.25, rel=1e-12)
+
+
+@torch.no_grad()
+def test_parity_of_a_prefill_is_of_the_blocks_that_were_selected(
+    make_layer: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another selection is another output, and no fault of the attention."""
+    layer, x = make_layer(), tokens(1, 90)
+    expected, select = layer(x), ops.select_blocks
+
+    def fewer(*args: Any, backend: str | None = None, **options: Any) -> Tensor:
+        indices = select(*args, backend=backend, **options)
+        return indices.index_fill(-1, torch.tensor([0]), -1) if backend is None else indices
+
+    monkeypatch.setattr(ops, "select_blocks", fewer)
+    with observe(layer, parity_every=1) as observer:
+        assert not torch.allclose(layer(x), expected)
+    assert numbers_of(observer)["parity_mae"] < 1e-13
 
 
 @torch.no_grad()
@@ -518,6 +582,22 @@ def test_a_wrong_flag_is_said_at_once(make_layer: Callable, monkeypatch: pytest.
 STEPS = st.lists(st.lists(st.integers(0, 4), min_size=2, max_size=2), max_size=5)
 
 
+@pytest.mark.parametrize("moved", [False, True], ids=["", "moved"])
+@torch.no_grad()
+def test_an_observer_follows_its_layer(moved: bool, make_config: Callable) -> None:
+    """From another device, where it was observed before it was there."""
+    layer = NSAAttention(make_config())
+    state = layer.state_dict()
+    if moved:
+        layer = layer.to("meta")
+    with observe(layer) as observer:
+        layer.to_empty(device="cpu").load_state_dict({name: torch.randn_like(x) for name, x in state.items()})
+        layer(torch.randn(1, 30, HIDDEN))
+        numbers = observer.snapshot()
+    assert numbers["layer.0.queries"] == 30
+    assert numbers["layer.0.route.compress_mean"] == "sdpa"
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lengths=st.lists(st.integers(0, 40), min_size=2, max_size=2), steps=STEPS, poison=st.booleans())
 @torch.no_grad()
@@ -622,7 +702,7 @@ def test_a_replay_counts_and_ticks(
         assert_numbers(got, expected)
         torch.cuda.synchronize()
         before = len(caplog.messages)
-        for _ in range(4):
+        for _ in range(8):  # one of four is due, and its copy is there with the next
             graph.replay(x)
             torch.cuda.synchronize()
         assert len(caplog.messages) > before

@@ -72,8 +72,11 @@ class LayerObserver:
     def _begin(self) -> None:
         self._steps = 0  # those that parity may be sampled in
         self._problems: dict[str, dict[str, Problem]] = {}
+        self._sampler = self._new_sampler()
+
+    def _new_sampler(self) -> Sampler:
         limits = {kind: RateLimit(self._policy.log_every, self._policy.log_seconds, self._clock) for kind in KINDS}
-        self._sampler = Sampler(self.statistics.state, self._describe, limits)
+        return Sampler(self.statistics.state, self._describe, limits)
 
     def reset(self) -> None:
         """Start anew: sums, routes, and the log's first line. Graphs that accumulate here go on."""
@@ -202,7 +205,7 @@ class LayerObserver:
         if self.statistics.state.device != device:
             _check_no_capture(device)
             self.statistics.move(device)
-            self._begin()
+            self._sampler = self._new_sampler()
 
     def _chosen_of(self, cache: "NSACache") -> ChosenBlocks:
         if cache.chosen is None:

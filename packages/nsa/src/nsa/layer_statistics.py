@@ -84,8 +84,9 @@ class LayerStatistics:
         self.state[1, PARITY:].add_(torch.stack((elements.sign(), size, elements)))
 
     def move(self, device: torch.device) -> None:
-        """Go on on another device."""
-        self.state = outside_inference(self.state.to)(device)
+        """Go on on another device. What was on "meta" is nothing yet."""
+        state = torch.zeros_like(self.state, device="cpu") if self.state.is_meta else self.state
+        self.state = outside_inference(state.to)(device, copy=True)
 
     def reset(self) -> None:
         """Start anew, in place: graphs hold the tensor."""

@@ -55,7 +55,7 @@ def overlap(
     first = of != earlier_of
     first[0] = True
     if before is None:
-        neighbours = (at > 0) & (earlier_at == at - 1) & ~first
+        neighbours = (at > 0) & ~first  # a sequence's rows follow one another
     else:
         earlier = before.blocks[of].where(first[:, None, None], earlier)
         neighbours = (at > 0) & (before.position[of].where(first, earlier_at) == at - 1)
