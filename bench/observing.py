@@ -13,7 +13,9 @@ of the environment, on a GPU `NSA_PRESET=perf` if it says nothing. Before anythi
 run there with `torch.cuda.set_sync_debug_mode("error")`.
 
 Variants take turns, each going first in one round after another; each has caches of its own, which grow alike. A number
-is the wall time of STEPS steps, with one synchronisation at the end, over STEPS. `checks_ns` is what the switched-off
+is the time of STEPS steps over STEPS: on a GPU wall time, with one synchronisation at the end; on a CPU that of one
+thread while it ran, which other work on the machine does not lengthen much. `over_off_us` is the median of the
+differences from `off`, turn by turn. `checks_ns` is what the switched-off
 parts take by themselves: the layer's look at its observer, and `noted` and the range around an operation.
 """
 
@@ -105,17 +107,18 @@ def in_turns(runs: dict[str, Step], repeats: int, device: torch.device) -> dict[
     """Microseconds per step, `repeats` of each."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     for turn in range(-WARM_UPS, repeats):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            begin = time.perf_counter()
+            begin = clock()
             for _ in range(STEPS):
                 runs[name]()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if turn >= 0:
-                found[name].append(1e6 * (time.perf_counter() - begin) / STEPS)
+                found[name].append(1e6 * (clock() - begin) / STEPS)
     return found
 
 
@@ -128,7 +131,7 @@ def checks_ns() -> dict[str, float]:
         return None
 
     def least(run: Callable[[], object]) -> float:
-        return min(timeit.repeat(run, number=100_000, repeat=7)) * 1e4
+        return min(timeit.repeat(run, timer=time.process_time, number=100_000, repeat=7)) * 1e4
 
     empty = least(nothing)
     return {
@@ -136,6 +139,14 @@ def checks_ns() -> dict[str, float]:
         "noted": least(lambda: noted(problem)) - empty,
         "range": least(ranged(nothing)) - empty,
     }
+
+
+def processor() -> str:
+    """The CPU's model, where the system tells it in this way."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text(encoding="utf-8").splitlines() if told.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0]}, {len(models)} cores" if models else platform.machine()
 
 
 def nobody_waits(step: Step) -> None:
@@ -176,10 +187,12 @@ def main() -> None:
     device = torch.device(options.device)
     if device.type == "cuda":
         os.environ.setdefault("NSA_PRESET", "perf")
+    else:
+        torch.set_num_threads(1)
     logger = logging.getLogger("nsa")
     logger.addHandler(logging.NullHandler())
     logger.propagate = False
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     comment = f"# {name}, Python {platform.python_version()}, torch {torch.__version__}; "
     comment += f"bench/observing.py --device {device} --layers {options.layers} --tokens {options.tokens} "
     comment += f"--batch {options.batch} --repeats {options.repeats}; "
