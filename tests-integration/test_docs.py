@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from nsa.layer_statistics import SUMS, summary
 from nsa_routing.profile import Threshold
 
 ROOT = Path(__file__).parents[1]
@@ -29,16 +30,26 @@ def test_the_table_of_thresholds_says_where_a_number_comes_from(versions: str | 
     assert source(Threshold.model_validate({"measured": measured})) == ", ".join(expected)
 
 
-def test_the_code_of_the_serving_page_prints_what_it_says() -> None:
+@pytest.mark.parametrize("name", ["decode-and-serving.md", "observability.md"])
+def test_the_code_of_a_page_prints_what_it_says(name: str) -> None:
     """Block after block, as one program."""
-    page = (ROOT / "docs" / "decode-and-serving.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
     code = "".join(re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(code, "decode-and-serving.md", "exec"), {})
+        exec(compile(code, name, "exec"), {})
     expected = re.findall(r"^ *print\(.*\)  # (.*)$", code, re.MULTILINE)
     assert len(expected) == code.count("print(") > 0
     assert printed.getvalue().splitlines() == expected
+
+
+def test_the_table_of_numbers_has_every_number() -> None:
+    """Of a layer, as `summary` names them once everything happened, and of the process."""
+    page = (ROOT / "docs" / "observability.md").read_text(encoding="utf-8")
+    rows = "".join(re.findall(r"^\| (.*?) \|", page, re.MULTILINE))
+    named = set(re.findall(r"`([a-z_]+)[.`<]", rows))
+    found = {name.partition(".")[0] for name in summary([1.0] * len(SUMS), 1)}
+    assert found | {"module", "route", "compiled", "failures", "closed"} <= named
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -37,11 +37,15 @@ ALLOWED = {
     "nsa": Allowed(
         frozenset({"nsa_varlen", "nsa_routing"}),
         frozenset({"torch"}),
-        lazy=frozenset({"transformers", "fla", "native_sparse_attention_pytorch"}),
+        lazy=frozenset({"transformers", "prometheus_client", "fla", "native_sparse_attention_pytorch"}),
     ),
     "nsa_bench": Allowed(third_party=frozenset({"numpy", "matplotlib", "typer", "rich"}), lazy=frozenset({"torch"})),
 }
-DISTRIBUTIONS = {"yaml": "pyyaml", "flash_attn": "flash-attn"}  # where the names differ
+DISTRIBUTIONS = {  # where the names differ
+    "yaml": "pyyaml",
+    "flash_attn": "flash-attn",
+    "prometheus_client": "prometheus-client",
+}
 UNDECLARED = {
     ("nsa_bench", "torch"),  # met through the workloads, which bring it
     ("nsa", "fla"),  # peers to be timed beside, where somebody installed them

@@ -37,7 +37,7 @@ ENTRY_POINTS = {  # the others have none
     },
 }
 EXTRAS = {
-    "nsa": {"triton", "fa2", "bench", "hf", "all"},
+    "nsa": {"triton", "fa2", "bench", "hf", "prometheus", "all"},
     "nsa-fa2": {"flash-attn"},
 }
 

@@ -32,6 +32,23 @@ def test_a_message_comes_again_each_so_many_times(logged: Any) -> None:
     assert logged.warnings() == ["slow", "slow (3 times so far)", "slow (6 times so far)"]
 
 
+def test_a_message_comes_again_after_so_many_seconds(logged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(events._settings, "clock", lambda: now[0])
+    events.configure(Policy(log_every=2, log_seconds=10.0))
+    for seconds in (0, 1, 8, 2, 9, 1, 10):  # shown at 0, 11 and 21
+        now[0] += seconds
+        events.tell(logging.WARNING, "slow", "route")
+    assert logged.warnings() == ["slow", "slow (4 times so far)", "slow (6 times so far)"]
+
+
+def test_another_rate_holds_for_messages_that_came_before(logged: Any) -> None:
+    events.tell(logging.WARNING, "slow", "route")
+    events.configure(Policy(log_every=2))
+    events.tell(logging.WARNING, "slow", "route")
+    assert logged.warnings() == ["slow", "slow (2 times so far)"]
+
+
 def test_reset_makes_messages_new(logged: Any) -> None:
     events.configure(Policy(log_every=2))
     events.tell(logging.WARNING, "slow", "route")
@@ -79,6 +96,17 @@ def test_without_a_level_the_program_hears_it(caplog: pytest.LogCaptureFixture) 
     events.tell(logging.WARNING, "slow", "route")
     assert [record.getMessage() for record in caplog.records] == ["slow"]
     assert LOGGER.handlers == []
+
+
+def test_a_level_shows_the_layers_too(capsys: pytest.CaptureFixture) -> None:
+    layers = logging.getLogger("nsa")
+    before = layers.handlers.copy(), layers.level, layers.propagate
+    events.configure(Policy(log="info"))
+    layers.info("nsa decode layer=0")
+    layers.debug("no more than asked for")
+    events.configure(Policy())
+    assert capsys.readouterr().err.splitlines()[0].endswith(" nsa INFO nsa decode layer=0")
+    assert (layers.handlers, layers.level, layers.propagate) == before
 
 
 @pytest.mark.parametrize("undo", [reset, lambda: events.configure(Policy())], ids=["reset", "no NSA_LOG"])

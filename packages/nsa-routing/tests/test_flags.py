@@ -45,6 +45,7 @@ def test_defaults() -> None:
         deterministic=False,
         log=None,
         log_every=0,
+        log_seconds=0.0,
     )
     assert all(Policy().backend_for(op) is None for op in OPS)
 
@@ -81,6 +82,10 @@ VALUES: list[tuple[str, str, dict[str, Any]]] = [
     ("NSA_LOG", "off", {"log": "off"}),
     ("NSA_LOG_EVERY", "0", {"log_every": 0}),
     ("NSA_LOG_EVERY", "100", {"log_every": 100}),
+    ("NSA_LOG_EVERY", "30s", {"log_seconds": 30.0}),
+    ("NSA_LOG_EVERY", "0.5s", {"log_seconds": 0.5}),
+    ("NSA_LOG_EVERY", "100,30s", {"log_every": 100, "log_seconds": 30.0}),
+    ("NSA_LOG_EVERY", "0,0s", {}),
 ]
 
 
@@ -129,9 +134,10 @@ def test_the_table_says_what_a_flag_does(name: str) -> None:
         ({"NSA_FA2": "2"}, r"^NSA_FA2: expected one of \['auto', '0', '1'\], got '2'$"),
         ({"NSA_DETERMINISTIC": "true"}, r"^NSA_DETERMINISTIC: expected one of \['0', '1'\], got 'true'$"),
         ({"NSA_LOG": "WARNING"}, r"^NSA_LOG: expected one of \['debug', .*\], got 'WARNING'$"),
-        ({"NSA_LOG_EVERY": "-1"}, r"^NSA_LOG_EVERY: expected a whole number of at least 0, got '-1'$"),
-        ({"NSA_LOG_EVERY": "1.5"}, r"^NSA_LOG_EVERY: expected a whole number of at least 0, got '1.5'$"),
-        ({"NSA_LOG_EVERY": "²"}, r"^NSA_LOG_EVERY: expected a whole number of at least 0, got '²'$"),
+        *(
+            ({"NSA_LOG_EVERY": value}, rf"^NSA_LOG_EVERY: expected times .* seconds .* both .*, got {value!r}$")
+            for value in ("-1", "1.5", "²", "s", "30 s", "30S", ",30s", "100,", "30s,100", "1,2", "infs", "1e3s", "²s")
+        ),
         ({"NSA_BACKEND": "sdpa,fa2"}, r"^NSA_BACKEND: expected a name or op=name pairs, got 'sdpa,fa2'$"),
         ({"NSA_BACKEND": "combine=sdpa,"}, r"^NSA_BACKEND: expected a name or op=name pairs, got 'combine=sdpa,'$"),
         ({"NSA_BACKEND": "combine="}, r"^NSA_BACKEND: expected a name or op=name pairs, got 'combine='$"),
@@ -196,4 +202,19 @@ def test_is_frozen_and_equal_by_value() -> None:
 def test_a_policy_made_in_code_is_checked_too(wrong: dict) -> None:
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=rf"^{name}: expected one of \[.*\], got {value!r}$"):
+        Policy(**wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong, error, message",
+    [
+        ({"log_every": -1}, ValueError, "^log_every: expected at least 0, got -1$"),
+        ({"log_every": 1.0}, TypeError, "^log_every: expected an int, got 1.0 of type float$"),
+        ({"log_seconds": -0.5}, ValueError, "^log_seconds: expected a finite number of at least 0, got -0.5$"),
+        ({"log_seconds": float("nan")}, ValueError, "^log_seconds: expected a finite number of at least 0, got nan$"),
+        ({"log_seconds": "30s"}, TypeError, "^log_seconds: expected a number, got '30s' of type str$"),
+    ],
+)
+def test_a_rate_made_in_code_is_checked_too(wrong: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         Policy(**wrong)

@@ -26,6 +26,7 @@ def test_names() -> None:
         "Policy",
         "Problem",
         "Profile",
+        "RateLimit",
         "Rejected",
         "__version__",
         "closed",
@@ -47,6 +48,7 @@ def test_names() -> None:
 @pytest.mark.parametrize(
     "name, expected",
     [
+        ("RateLimit", "(every=0, seconds=0.0, clock=<built-in function monotonic>)"),
         ("closed", "()"),
         ("dispatch", "(op, problem, *, backend=None)"),
         ("explain", "(plan)"),
@@ -78,7 +80,7 @@ def test_policy_reads_the_environment() -> None:
             Policy,
             [
                 *("backends", "preset", "profile", "triton_sel_force", "fa2", "fallback", "check_finite"),
-                *("deterministic", "log", "log_every"),
+                *("deterministic", "log", "log_every", "log_seconds"),
             ],
         ),
         (

@@ -26,11 +26,13 @@ def test_names() -> None:
         "NSAAux",
         "NSACache",
         "NSAConfig",
+        "Observer",
         "PagePool",
         "SequenceState",
         "SharedPrefix",
         "__version__",
         "nsa_attention",
+        "observe",
         "ops",
         "reuse_block_indices",
     ]
@@ -91,6 +93,14 @@ def test_names() -> None:
         (NSACache.shortest, "(self, sequence)"),
         (PagePool, "(num_pages, page_size, num_heads, dims, *, device=None, dtype=None)"),
         (PagePool.for_config, "(config, num_pages, *, page_size=64, device=None, dtype=None)"),
+        (
+            nsa.observe,
+            "(model, *, parity_every=0, parity_rows=64, ranges=False, log_every=None, log_seconds=None, "
+            "clock=<built-in function monotonic>)",
+        ),
+        (nsa.Observer.snapshot, "(self)"),
+        (nsa.Observer.reset, "(self)"),
+        (nsa.Observer.close, "(self)"),
         (nsa.reads.count_reads, "(block_indices, layout, blocks)"),
         (nsa.reads.reads_when_selected, "(length, blocks)"),
     ],
@@ -179,7 +189,7 @@ def test_names_in_a_checkpoint() -> None:
 
 
 def test_importing_is_light() -> None:
-    code = "import sys, nsa; print(*{'triton', 'flash_attn', 'transformers'} & sys.modules.keys())"
+    code = "import sys, nsa; print(*{'triton', 'flash_attn', 'transformers', 'prometheus_client'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 

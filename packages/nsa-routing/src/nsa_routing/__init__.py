@@ -8,6 +8,7 @@ from nsa_routing.planning import Accepted, Plan, Rejected, explain, plan
 from nsa_routing.policy import FLAGS, Policy
 from nsa_routing.problem import OPS, Problem
 from nsa_routing.profile import Profile, load_profile
+from nsa_routing.rate_limit import RateLimit
 from nsa_routing.together import judged_together, outcome
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Policy",
     "Problem",
     "Profile",
+    "RateLimit",
     "Rejected",
     "__version__",
     "closed",

@@ -1,18 +1,21 @@
 """What the operator asked for: environment variables, read in one place, when the first operation runs."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple, Self
 
 from nsa_routing.problem import OPS
+from nsa_routing.rate_limit import check_rate
 
 PRESETS = ("safe", "perf")
 FA2_BACKENDS = ("fa2", "fa2-torch")  # what NSA_FA2 speaks of
 CHECKS = ("always", "flag", "off")
 CHECK_OF_PRESET = {"safe": "always", "perf": "flag"}
 LOG_LEVELS = ("debug", "info", "warning", "error", "off")
+LOG_EVERY = re.compile(r"(?P<times>[0-9]+)|((?P<least>[0-9]+),)?(?P<seconds>[0-9]+(\.[0-9]+)?)s")
 
 
 class Flag(NamedTuple):
@@ -56,10 +59,14 @@ FLAGS: Mapping[str, Flag] = MappingProxyType(
         "NSA_LOG": Flag(
             "debug, info, warning, error, off",
             "",
-            "level of the logger nsa_routing, shown on standard error; unset, logging is as the program set it up",
+            "level of the loggers nsa_routing and nsa, shown on standard error; unset, logging is as the program set "
+            "it up",
         ),
         "NSA_LOG_EVERY": Flag(
-            "a whole number", "0", "show a message that repeats again every so many times; 0 shows it once"
+            "times as 100, seconds as 30s, or both as 100,30s",
+            "0",
+            "show a message that repeats again every so many times, after so many seconds, or once both have passed; 0 "
+            "shows it once. The lines of nsa.observe follow it too",
         ),
     }
 )
@@ -84,10 +91,12 @@ class Policy:
         backends: (op, backend) pairs, one per op that must run on a named backend.
         preset: "safe" or "perf".
         profile: name or path; None takes the device's.
-        triton_sel_force, fa2, fallback, deterministic, log, log_every: as FLAGS has them.
+        triton_sel_force, fa2, fallback, deterministic, log: as FLAGS has them.
+        log_every, log_seconds: the times and the seconds of NSA_LOG_EVERY; 0 leaves either out.
         check_finite: None takes the preset's.
 
     Raises:
+        TypeError: log_every or log_seconds is no number.
         ValueError: a field has a value that its flag does not take.
 
     Example:
@@ -106,11 +115,13 @@ class Policy:
     deterministic: bool = False
     log: str | None = None
     log_every: int = 0
+    log_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         for name, values in VALUES.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}: expected one of {list(values)}, got {getattr(self, name)!r}")
+        check_rate("log_every", self.log_every, "log_seconds", self.log_seconds)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:
@@ -131,9 +142,7 @@ class Policy:
                 raise ValueError(f"{name}: expected one of {list(values)}, got {value!r}")
             return value
 
-        every = given["NSA_LOG_EVERY"] or "0"
-        if not (every.isascii() and every.isdigit()):
-            raise ValueError(f"NSA_LOG_EVERY: expected a whole number of at least 0, got {every!r}")
+        every, seconds = _parse_rate(given["NSA_LOG_EVERY"] or "0")
         return cls(
             backends=_parse_backends(given["NSA_BACKEND"]),
             preset=one_of("NSA_PRESET", PRESETS, "safe"),
@@ -144,7 +153,8 @@ class Policy:
             check_finite=one_of("NSA_CHECK_FINITE", CHECKS, "") if given["NSA_CHECK_FINITE"] else None,
             deterministic=one_of("NSA_DETERMINISTIC", ("0", "1"), "0") == "1",
             log=one_of("NSA_LOG", LOG_LEVELS, "") if given["NSA_LOG"] else None,
-            log_every=int(every),
+            log_every=every,
+            log_seconds=seconds,
         )
 
     def backend_for(self, op: str) -> str | None:
@@ -159,6 +169,14 @@ class Policy:
     def lifts(self, flag: str | None) -> bool:
         """Whether the flag that a denial names is set."""
         return flag == "NSA_TRITON_SEL_FORCE" and self.triton_sel_force
+
+
+def _parse_rate(value: str) -> tuple[int, float]:
+    """Times and seconds."""
+    found = LOG_EVERY.fullmatch(value)
+    if found is None:
+        raise ValueError(f"NSA_LOG_EVERY: expected times as 100, seconds as 30s, or both as 100,30s, got {value!r}")
+    return int(found["times"] or found["least"] or 0), float(found["seconds"] or 0)
 
 
 def _parse_backends(value: str) -> tuple[tuple[str, str], ...]:

@@ -8,6 +8,7 @@ from nsa.checkpointing import reuse_block_indices
 from nsa.config import NSAConfig
 from nsa.decode_graph import DecodeGraph
 from nsa.layer import NSAAttention
+from nsa.observing import Observer, observe
 from nsa.pages import CacheFull, PagePool
 
 __all__ = [
@@ -17,11 +18,13 @@ __all__ = [
     "NSAAux",
     "NSACache",
     "NSAConfig",
+    "Observer",
     "PagePool",
     "SequenceState",
     "SharedPrefix",
     "__version__",
     "nsa_attention",
+    "observe",
     "ops",
     "reuse_block_indices",
 ]

@@ -18,6 +18,7 @@ from nsa.pages import Change, PagedStream, PagePool
 from nsa.raw_tail import RawTail
 from nsa.reads import ReadCounters
 from nsa.rope import make_rope
+from nsa.selection_overlap import ChosenBlocks
 from nsa.sizes import check_size
 
 
@@ -113,6 +114,7 @@ class NSACache:
         self._step: CacheStep | None = None  # the one that is open
         self._ahead = False  # the device's lengths are ahead of the host's
         self.counters: ReadCounters | None = None
+        self.chosen: ChosenBlocks | None = None  # an observed layer's
         self._layouts: dict[int, VarlenLayout] = {}
         # Made here, so that no graph's capture has to.
         self.places = outside_inference(torch.arange)(self.most_decoded, device=self.device)
@@ -470,6 +472,8 @@ class NSACache:
             stream.release(rows)
 
     def _begin(self, sequence: int, length: int, k_raw: Tensor, v_raw: Tensor) -> None:
+        if self.chosen is not None:
+            self.chosen.forget(sequence)
         self.tail.put(sequence, k_raw, v_raw, length)
         lengths = list(self._lengths)
         lengths[sequence] = length

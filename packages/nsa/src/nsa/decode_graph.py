@@ -7,6 +7,7 @@ from nsa_varlen.transfer import to_device
 from torch import Tensor
 
 from nsa.cache import NSACache
+from nsa.layer_observer import making_a_graph
 
 WARM_UPS = 3  # before the capture: what is compiled, tuned or kept at a first call must be there
 
@@ -17,6 +18,8 @@ class DecodeGraph:
     A replay reserves pages, runs the graph and tells the caches' hosts. It crosses the boundaries of blocks and pages
     without another capture, and asks the device for nothing. Sequences may join and leave between replays: those whose
     count is 0 are left as they are.
+
+    Layers that are observed when it is made (`nsa.observe`) go on counting in its replays.
 
     Args:
         step: `(x, counts) -> out`: the model's step, which calls `NSAAttention.decode` with each layer's cache and
@@ -44,7 +47,7 @@ class DecodeGraph:
             raise ValueError(f"x: expected [{batch}, N, ...] of the caches' batch, got {list(x.shape)}")
         self.caches = list(caches)
         self.x, self.counts = x.clone(), torch.zeros(batch, dtype=torch.int32, device=device)
-        with torch.no_grad():
+        with torch.no_grad(), making_a_graph() as self._observers:
             # With counts of 0: nothing is appended.
             side = torch.cuda.Stream(device)
             side.wait_stream(torch.cuda.current_stream(device))
@@ -79,4 +82,6 @@ class DecodeGraph:
         self.graph.replay()
         for cache in self.caches:
             cache.advance(lengths)
+        for observer in self._observers:
+            observer.replayed()
         return self.out

@@ -107,13 +107,15 @@ class DecodeStep:
         """Which rows are tokens: bool [B, N]."""
         return self._cache.places[: self._rows] < self.counts[:, None]
 
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Position, -1 for padding, and sequence of each row: int64 [B * N]."""
+        sequence = torch.arange(self._cache.batch_size, device=self._cache.device)
+        return self.positions.where(self._there(), -1).flatten(), sequence[:, None].expand(-1, self._rows).flatten()
+
     def count(self, block_indices: Tensor) -> None:
         """Tell the cache's counters, if it has some, what was chosen: int32 [B, N, Hk, topk]."""
         if self._cache.counters is not None:
-            sequence = torch.arange(self._cache.batch_size, device=self._cache.device)
-            sequence = sequence[:, None].expand(-1, self._rows).flatten()
-            position = self.positions.where(self._there(), -1).flatten()
-            self._cache.counters.add(block_indices.flatten(0, 1), position, sequence, self._cache.config.blocks)
+            self._cache.counters.add(block_indices.flatten(0, 1), *self.rows(), self._cache.config.blocks)
 
     def commit(self) -> None:
         """The new tokens count from now on, on the device; `NSACache.advance` tells the host."""

@@ -1,18 +1,25 @@
 """Native Sparse Attention as a layer: projections, rotation, compression, gates, and a cache if there is one."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
 import torch
 from nsa_varlen import VarlenLayout, pack, unpack
 from nsa_varlen.packing import check_mask_of
 from torch import Tensor, nn
 
 from nsa import ops
-from nsa.attention import nsa_attention
+from nsa.attention import NSAAux, nsa_attention
 from nsa.autocasting import autocast_dtype
 from nsa.cache import NSACache
 from nsa.compression import make_compression, pool_of
 from nsa.config import NSAConfig
 from nsa.gates import GateMLP
 from nsa.rope import make_rope
+
+if TYPE_CHECKING:
+    from nsa.layer_observer import LayerObserver
 
 
 class NSAAttention(nn.Module):
@@ -33,6 +40,8 @@ class NSAAttention(nn.Module):
         >>> layer(torch.randn(107, 64), layout=VarlenLayout.from_lengths([100, 7])).shape
         torch.Size([107, 64])
     """
+
+    observer: "LayerObserver | None" = None  # `nsa.observe` sets it
 
     def __init__(self, config: NSAConfig) -> None:
         super().__init__()
@@ -73,13 +82,14 @@ class NSAAttention(nn.Module):
             TypeError, ValueError: arguments that do not fit; the cache is left as it was.
         """
         self._check(x, layout, padding_mask, cache)
+        attend = self._attend if self.observer is None else self.observer.noted(self._attend)
         if padding_mask is not None:
             packed, layout, pad_index = pack(x, padding_mask)
-            return unpack(self._attend(packed, layout, cache), pad_index)
+            return unpack(attend(packed, layout, cache), pad_index)
         if layout is None:
             layout = VarlenLayout.from_shape(x.shape[0], x.shape[1], x.device)
-            return self._attend(x.flatten(0, 1), layout, cache).unflatten(0, x.shape[:2])
-        return self._attend(x, layout, cache)
+            return attend(x.flatten(0, 1), layout, cache).unflatten(0, x.shape[:2])
+        return attend(x, layout, cache)
 
     def decode(self, x: Tensor, cache: NSACache, counts: Tensor | None = None) -> Tensor:
         """Append the newest tokens of each sequence and attend, as a CUDA graph can hold it.
@@ -121,7 +131,9 @@ class NSAAttention(nn.Module):
         )
         compress = pool_of(self.compress_k, self.compress_v) or self._compress
         new = step.new_tokens((k_slc, v_slc), (k_win, v_win), (k_cmp, v_cmp), compress)
-        out, block_indices = ops.decode_attention(
+        observer = self.observer
+        attend = ops.decode_attention if observer is None else partial(observer.decode_attention, cache, step)
+        out, block_indices = attend(
             q, *step.cmp, *step.slc, *step.win, gates, step.counts, self.config.blocks, q_cmp=q_cmp, new=new
         )
         step.count(block_indices)
@@ -135,7 +147,8 @@ class NSAAttention(nn.Module):
             positions = layout.positions()
             q_cmp, q, k_cmp, k_slc, k_win = self._rotate_new(q, k_cmp, k_slc, k_win, positions)
             k_cmp, v_cmp = self._compress(k_cmp, v_cmp, positions, layout, layout.compressed_starts(blocks))
-            out = nsa_attention(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, layout, blocks, q_cmp=q_cmp)
+            kv = k_cmp, v_cmp, k_slc, v_slc, k_win, v_win
+            out, _ = self._attention(None)(q, *kv, gates, layout, blocks, q_cmp=q_cmp, return_aux=True)
         else:
             with cache.extend(layout.host.cu_seqlens_q.diff().tolist()) as step:
                 positions = step.layout.positions()
@@ -143,11 +156,15 @@ class NSAAttention(nn.Module):
                 step.write_slc(k_slc, v_slc)
                 step.write_win(k_win, v_win)
                 step.write_cmp(k_cmp, v_cmp, self._compress)
-                out, aux = nsa_attention(
+                out, aux = self._attention(cache)(
                     q, *step.cmp, *step.slc, *step.win, gates, step.layout, blocks, q_cmp=q_cmp, return_aux=True
                 )
                 step.count(aux.block_indices)
         return self.o_proj(out.flatten(1))
+
+    def _attention(self, cache: NSACache | None) -> Callable[..., tuple[Tensor, NSAAux]]:
+        """`nsa_attention`, by way of the observer if there is one."""
+        return nsa_attention if self.observer is None else partial(self.observer.attention, cache)
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """(q, k_cmp, k_slc, k_win, v_cmp, v_slc, v_win, gates) of packed x, nothing rotated yet."""

@@ -30,6 +30,8 @@ from torch import Tensor
 
 from nsa.autocasting import autocast
 from nsa.checkpointing import selected_once
+from nsa.noted_problems import noted
+from nsa.profiler_ranges import ranged
 
 __all__ = [
     "combine",
@@ -42,6 +44,7 @@ __all__ = [
 ]
 
 
+@ranged
 def compress_mean(x: Tensor, layout: VarlenLayout, blocks: BlockGeometry, *, backend: str | None = None) -> Tensor:
     """x_cmp[i] = mean of x[i*d : i*d + l] for each complete block: [Tk, H, D] -> [Tc, H, D].
 
@@ -53,9 +56,10 @@ def compress_mean(x: Tensor, layout: VarlenLayout, blocks: BlockGeometry, *, bac
     check_layout(layout, blocks)
     check_rows("x", x, layout.total_k, layout)
     problem = _problem("compress_mean", layout, blocks, x, x)
-    return dispatch("compress_mean", problem, backend=backend)(x, layout, blocks)
+    return dispatch("compress_mean", noted(problem), backend=backend)(x, layout, blocks)
 
 
+@ranged
 def compressed_attention(
     q: Tensor,
     k_cmp: KV,
@@ -88,10 +92,11 @@ def compressed_attention(
     check_layout(layout, blocks)
     check_attention(("k_cmp", "v_cmp"), q, k_cmp, v_cmp, layout.compressed(blocks).total, layout)
     problem = _problem("compressed_attention", layout, blocks, q, k_cmp, v_cmp, deterministic=deterministic)
-    run = dispatch("compressed_attention", problem, backend=backend)
+    run = dispatch("compressed_attention", noted(problem), backend=backend)
     return run(q, k_cmp, v_cmp, layout, blocks, scale=scale, **_said(deterministic))
 
 
+@ranged
 def select_blocks(
     q: Tensor,
     k_cmp: KV,
@@ -120,7 +125,7 @@ def select_blocks(
 
     def select() -> Tensor:
         problem = _problem("select_blocks", layout, blocks, q, k_cmp)
-        indices: Tensor = dispatch("select_blocks", problem, backend=backend)(
+        indices: Tensor = dispatch("select_blocks", noted(problem), backend=backend)(
             q, k_cmp, lse, layout, blocks, scale=scale
         )
         return indices
@@ -128,6 +133,7 @@ def select_blocks(
     return selected_once(select, (layout.total_q, heads_and_dim(k_cmp)[0], blocks.topk))
 
 
+@ranged
 def selected_attention(
     q: Tensor,
     k: KV,
@@ -161,10 +167,11 @@ def selected_attention(
     check_layout(layout, blocks)
     check_attention(("k", "v"), q, k, v, layout.total_k, layout)
     problem = _problem("selected_attention", layout, blocks, q, k, v, deterministic=deterministic)
-    run = dispatch("selected_attention", problem, backend=backend)
+    run = dispatch("selected_attention", noted(problem), backend=backend)
     return run(q, k, v, block_indices, layout, blocks, scale=scale, **_said(deterministic))
 
 
+@ranged
 def window_attention(
     q: Tensor,
     k: KV,
@@ -188,10 +195,11 @@ def window_attention(
     check_layout(layout, blocks)
     check_attention(("k", "v"), q, k, v, layout.total_k, layout)
     problem = _problem("window_attention", layout, blocks, q, k, v, deterministic=deterministic)
-    run = dispatch("window_attention", problem, backend=backend)
+    run = dispatch("window_attention", noted(problem), backend=backend)
     return run(q, k, v, layout, blocks, scale=scale, **_said(deterministic))
 
 
+@ranged
 def combine(gates: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, *, backend: str | None = None) -> Tensor:
     """out = sum of gate_c * o_c over cmp, slc, win (Eq. 5): gates [Tq, Hq, 3], o_c [Tq, Hq, Dv] -> [Tq, Hq, Dv].
 
@@ -212,9 +220,10 @@ def combine(gates: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, *, backe
         device_index=o_cmp.device.index or 0,
         total_q=o_cmp.shape[0],
     )
-    return dispatch("combine", problem, backend=backend)(gates, o_cmp, o_slc, o_win)
+    return dispatch("combine", noted(problem), backend=backend)(gates, o_cmp, o_slc, o_win)
 
 
+@ranged
 def decode_attention(
     q: Tensor,
     k_cmp: PagedKV,
@@ -286,7 +295,7 @@ def decode_attention(
             max_seqlen_q=q.shape[1],
             max_seqlen_k=k_slc.block_table.shape[1] * k_slc.page_size,
         )
-    run = dispatch("decode_attention", problem, backend=backend)
+    run = dispatch("decode_attention", noted(problem), backend=backend)
     if torch.compiler.is_compiling():
         return run(q, *pages, gates, counts, blocks, q_cmp=q_cmp, scale=scale, new=new)
     with Checked((q, asked, *pages, gates, counts, blocks, new), accepted):  # the backend need not look again

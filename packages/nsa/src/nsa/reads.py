@@ -49,6 +49,19 @@ def _reads(indices: Tensor, position: Tensor, blocks: BlockGeometry) -> Reads:
     return Reads(cmp, slc, win)
 
 
+def reads_and_budget(block_indices: Tensor, position: Tensor, blocks: BlockGeometry) -> Tensor:
+    """Keys read in cmp, slc and win and the budget, summed over the kv heads: int64 [T, 4], 0 for padding.
+
+    Of queries at int64 `position` [T], negative ones being padding, that chose int32 `block_indices` [T, Hk, N], each
+    block once.
+    """
+    reads = _reads(block_indices, position, blocks)
+    seen = (position + 1).clamp_min(0)
+    budget = blocks.num_compressed(seen) + blocks.topk * blocks.block_size + seen.clamp_max(blocks.window_size)
+    budget = budget.masked_fill(position < 0, 0) * block_indices.shape[1]
+    return torch.stack([*(x.sum(-1) for x in reads), budget], -1)
+
+
 class ReadCounters:
     """Keys that the queries of a cache's sequences read, counted from their real block indices, on the device.
 
@@ -81,12 +94,7 @@ class ReadCounters:
 
         Negative positions are padding.
         """
-        reads = _reads(block_indices, position, blocks)
-        seen = (position + 1).clamp_min(0)
-        budget = blocks.num_compressed(seen) + blocks.topk * blocks.block_size + seen.clamp_max(blocks.window_size)
-        budget = budget.masked_fill(position < 0, 0) * block_indices.shape[1]
-        rows = torch.stack([*(x.sum(-1) for x in reads), budget], -1)
-        self.last.zero_().index_add_(0, sequence, rows)
+        self.last.zero_().index_add_(0, sequence, reads_and_budget(block_indices, position, blocks))
         self.total[0] += 1
         self.total[1:] += self.last.sum(0)
 

@@ -17,6 +17,7 @@ from nsa_varlen.geometry import BlockGeometry
 from nsa_varlen.layout import VarlenLayout
 from nsa_varlen.testing import plain_attention
 
+CHECKED = 1024  # tokens whose gradients are checked in full
 STEPS = 16  # decode steps of a sample, at S + 1 ... S + 16 tokens
 PARAMETERS: dict[str, Value] = {
     "S": 4096,
@@ -113,6 +114,39 @@ def check_prefill(point: Point, results: Sequence[Tensor]) -> str:
     return check_dense(results[0][-1][rows], q[rows], k, v, f"last {ROWS} rows")
 
 
+def _train(point: Point, _: int) -> tuple[Tensor, ...]:
+    """(out, dq, dk, dv) for a gradient of out that is q."""
+    leaves = [x.detach().requires_grad_() for x in point[:3]]
+    with torch.enable_grad():
+        out = _prefill(point._replace(q=leaves[0], k=leaves[1], v=leaves[2]), 0)
+        return (out.detach(), *torch.autograd.grad(out, leaves, point.q))
+
+
+def _check_train(point: Point, results: Sequence[tuple[Tensor, ...]]) -> str:
+    """The last rows of the output; the gradients in full of CHECKED tokens."""
+    words = _check_prefill(point, [results[0][0]])
+    short = Point(*(x[-1:, :CHECKED] for x in point[:3]), point.backend)
+    _, *found = _train(short, 0)
+    exact, plain = (_dense_gradients(short, dtype) for dtype in (torch.float64, point.q.dtype))
+    told = [within(x, lambda y=y: y, z, name) for name, x, y, z in zip(("dq", "dk", "dv"), found, plain, exact, strict=True)]
+    return f"{words}; {short.q.shape[1]} tokens: {', '.join(told)}"
+
+
+def _dense_gradients(point: Point, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Of one sequence, by plain torch in a dtype."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in point[:3]]
+    seen = torch.ones(point.q.shape[1], point.q.shape[1], dtype=torch.bool, device=point.q.device).tril()
+    with torch.enable_grad():
+        out = plain_attention(*(x[0] for x in leaves), seen[:, None])
+        return torch.autograd.grad(out[None], leaves, point.q.to(dtype))
+
+
+def train_cost(**parameters: Any) -> tuple[float, float]:
+    """(flops, bytes): five products of the backward for two of the forward; everything and its gradient moved."""
+    flops, size = prefill_cost(**parameters)
+    return 3.5 * flops, 3.0 * size
+
+
 def _decode(point: Point, index: int) -> Tensor:
     """One query a sequence over its first tokens, S + 1 + index of them."""
     length = point.k.shape[1] - STEPS + 1 + index
@@ -147,7 +181,7 @@ def decode_facts(point: Point) -> dict[str, Value]:
 
 
 def workloads() -> list[Workload]:
-    """Prefill and decode."""
+    """Prefill, training and decode."""
     return [
         Workload(
             "dense.prefill",
@@ -157,6 +191,17 @@ def workloads() -> list[Workload]:
             call=_prefill,
             cost=prefill_cost,
             check=check_prefill,
+            facts=dense_facts,
+            refuse=refuse,
+        ),
+        Workload(
+            "dense.train",
+            "forward and backward of the same",
+            PARAMETERS,
+            setup=lambda device, seed, S, **sizes: make_point(device, seed, S, S, **sizes),
+            call=_train,
+            cost=train_cost,
+            check=_check_train,
             facts=dense_facts,
             refuse=refuse,
         ),
