@@ -124,20 +124,23 @@ def _train(point: Point, _: int) -> tuple[Tensor, ...]:
 
 def _check_train(point: Point, results: Sequence[tuple[Tensor, ...]]) -> str:
     """The last rows of the output; the gradients in full of CHECKED tokens."""
-    words = _check_prefill(point, [results[0][0]])
-    short = Point(*(x[-1:, :CHECKED] for x in point[:3]), point.backend)
+    words = check_prefill(point, [results[0][0]])
+    short = point._replace(**{name: getattr(point, name)[-1:, :CHECKED] for name in "qkv"})
     _, *found = _train(short, 0)
     exact, plain = (_dense_gradients(short, dtype) for dtype in (torch.float64, point.q.dtype))
-    told = [within(x, lambda y=y: y, z, name) for name, x, y, z in zip(("dq", "dk", "dv"), found, plain, exact, strict=True)]
+    named = zip(("dq", "dk", "dv"), found, plain, exact, strict=True)
+    told = [within(x, lambda y=y: y, z, name) for name, x, y, z in named]  # type: ignore[misc]
     return f"{words}; {short.q.shape[1]} tokens: {', '.join(told)}"
 
 
 def _dense_gradients(point: Point, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Of one sequence, by plain torch in a dtype."""
+    """Of one sequence, by plain torch in a dtype: a head of k and v for each of q, as torch does it, then summed."""
     leaves = [x.detach().to(dtype).requires_grad_() for x in point[:3]]
     seen = torch.ones(point.q.shape[1], point.q.shape[1], dtype=torch.bool, device=point.q.device).tril()
     with torch.enable_grad():
-        out = plain_attention(*(x[0] for x in leaves), seen[:, None])
+        q, k, v = (x[0] for x in leaves)
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        out = plain_attention(q, k, v, seen[:, None])
         return torch.autograd.grad(out[None], leaves, point.q.to(dtype))
 
 
