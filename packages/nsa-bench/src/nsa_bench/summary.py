@@ -101,7 +101,7 @@ def cells(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
                 line.label,
                 f"{row.ms_total:.4g}" if is_timed(row) else "-",
                 _percent(line.spread, "±"),
-                "-" if line.speedup is None else f"{line.speedup:.2f}×",
+                _times(line.speedup),
                 "-" if line.reads is None else f"{line.reads:,.0f}",
                 "-" if line.budget is None else f"{line.budget:.1%}",
                 _percent(line.floor),
@@ -144,6 +144,10 @@ def _place(row: Row) -> tuple[object, ...]:
 
 def _integer(value: int | None) -> str:
     return "-" if value is None else str(value)
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}×" if ratio >= 0.1 else f"{ratio:.2g}×"
 
 
 def _percent(share: float | None, sign: str = "") -> str:

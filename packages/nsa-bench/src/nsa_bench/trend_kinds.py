@@ -1,6 +1,7 @@
 """The kinds of trends: each a function of a series, and of all rows where it is held against others, with an answer.
 
-Each gives True, False, or None where there is nothing to say. What noise could explain is no evidence: a median's
+Each gives True, False, or None where there is nothing to say. What noise could explain is no evidence, neither that a
+trend holds nor, where the medians themselves are on its side, that it is broken. A median's
 relative standard error is derived from its quartiles (`nsa_bench.measurements.error`), errors of a ratio add in
 quadrature, and SIGMAS of them are granted. Rows without a time or without quartiles are passed over.
 """
@@ -47,9 +48,9 @@ def follows_budget(line: Sequence[Row], rows: Sequence[Row], *, tolerance: float
     """Decode time grows like the budget of a step, not like S.
 
     With g the growth from the shortest length on, of time t, budget b = reads_expected_decode / calls, and S:
-    g_t <= g_b * (1 + tolerance) at every length, and g_t < g_S at the longest, both beyond noise. Slower growth than
-    the budget's is fine: a launch costs the same at every length. Where the budget itself, with its tolerance, grows no
-    slower than S, lengths are too short to tell.
+    it is broken where g_t > g_b * (1 + tolerance) at some length beyond noise, and holds where, besides, g_t < g_S at
+    the longest beyond noise. Slower growth than the budget's is fine: a launch costs the same at every length. Where
+    the budget itself, with its tolerance, grows no slower than S, lengths are too short to tell.
     """
     told = [(row, budget[1]) for row in _sure(line) if (budget := decode_reads(row))]
     if len(told) < 2 or told[0][0].S == told[-1][0].S:
@@ -66,33 +67,34 @@ def follows_budget(line: Sequence[Row], rows: Sequence[Row], *, tolerance: float
             at = f"; {grown:.2f}-fold by {short_length(row.S)}, the budget {keys / least:.2f}-fold"
             return False, f"{spoken}{'' if row is last else at}; tolerance {tolerance:g}"
     if math.log(_ratio(last, first)) + SIGMAS * _error(last, first) >= math.log(length):
-        return False, f"{spoken}: not clearly slower than S"
+        return None, f"{spoken}: too noisy to tell it from S"
     return True, spoken
 
 
 def crossover(line: Sequence[Row], rows: Sequence[Row], *, at_most: float) -> Answer:
     """The smallest length from which it is faster than the fastest dense anchor, there and at every longer one.
 
-    Of lengths that were measured; faster is t_dense / t > 1 beyond noise. Broken where it is not faster at some length
+    Of lengths that were measured; faster is t_dense / t > 1 beyond noise. Broken where t_dense / t <= 1 at some length
     from `at_most` on; nothing can be said where that is not so, but no length up to `at_most` is won.
     """
     anchors = _sure(anchors_for(line[0].workload, rows))
     pairs = [(row, dense) for row in _sure(line) if (dense := fastest(row, anchors))]
     if not pairs:
         return None, "expected a dense anchor at a length with a time, got none"
-    won = [(row.S, math.log(_ratio(dense, row)) > SIGMAS * _error(dense, row)) for row, dense in pairs]
-    lost = max((S for S, faster in won if not faster), default=0)
-    since = min((S for S, _ in won if lost < S), default=None)
-    last, dense = pairs[-1]
-    longest = f"{_ratio(dense, last):.2f}× dense attention's speed at {short_length(last.S)}"
+    ratios = {row.S: _ratio(dense, row) for row, dense in pairs}
+    won = {row.S for row, dense in pairs if math.log(ratios[row.S]) > SIGMAS * _error(dense, row)}
+    last, open_until = max(ratios), max(ratios.keys() - won, default=0)
+    since = min((S for S in ratios if open_until < S), default=None)
     words = "at no length" if since is None else f"from {short_length(since)} on"
-    if lost:
-        slower, anchor = next((row, dense) for row, dense in pairs if lost == row.S)
-        words += f", not at {short_length(lost)} ({_ratio(anchor, slower):.2f}×)"
-    words = f"faster {words}; {longest}"
+    if open_until:
+        words += f", not at {short_length(open_until)} ({ratios[open_until]:.2f}×)"
+    words = f"faster {words}; {ratios[last]:.2f}× dense attention's speed at {short_length(last)}"
     if since is not None and since <= at_most:
         return True, words
-    return (False, words) if lost >= at_most else (None, f"{words}; not measured up to {short_length(at_most)}")
+    if any(at_most <= S and ratio <= 1 for S, ratio in ratios.items()):
+        return False, words
+    reason = "too noisy to tell" if open_until >= at_most else f"not measured up to {short_length(at_most)}"
+    return None, f"{words}: {reason}"
 
 
 def exponent(line: Sequence[Row], rows: Sequence[Row], *, at_most: float, at_least: float | None = None) -> Answer:
@@ -160,7 +162,10 @@ def faster(
     by: float = 1.0,
     **given: float,
 ) -> Answer:
-    """At every length from `from` on, t_than / t >= `by`, beyond noise; of several `than`, the fastest counts."""
+    """At every length from `from` on, t_than / t >= `by`, beyond noise; of several `than`, the fastest counts.
+
+    With `by` 1 it has to be faster: t_than / t > 1. Broken where the ratio of medians is less at some length.
+    """
     start = given.get("from", 0)
     others = [row for row in _sure(rows) if row.workload == than]
     others = [row for row in others if than_backend in (None, row.backend, asked_backend(row))]
@@ -171,7 +176,13 @@ def faster(
     beyond = [(_ratio(other, row) / math.exp(SIGMAS * _error(other, row)), row, other) for row, other in pairs]
     least, row, other = min(beyond, key=lambda each: each[0])
     words = f"least {_ratio(other, row):.2f}×, at {short_length(row.S)}; {least:.2f}× beyond noise"
-    return least >= by if by != 1 else least > 1, words
+
+    def enough(ratio: float) -> bool:
+        return ratio > 1 if by == 1 else ratio >= by
+
+    if not all(enough(_ratio(other, row)) for row, other in pairs):
+        return False, words
+    return (True, words) if enough(least) else (None, f"{words}: too noisy to tell")
 
 
 KINDS: dict[str, Kind] = {
