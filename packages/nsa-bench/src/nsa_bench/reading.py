@@ -40,9 +40,7 @@ def _choice(values: Sequence[str]) -> Callable[[str], str]:
 
 
 Files = Annotated[list[Path], typer.Argument(metavar="FILE...", help="What `nsa-bench run` wrote.")]
-Where = Annotated[
-    list[str] | None, typer.Option("--where", metavar="COLUMN=VALUE", help="Only such rows; repeatable.")
-]
+Where = Annotated[list[str] | None, typer.Option("--where", metavar="COLUMN=VALUE", help="Only such rows; repeatable.")]
 
 
 def summarize(

@@ -148,4 +148,3 @@ def _integer(value: int | None) -> str:
 
 def _percent(share: float | None, sign: str = "") -> str:
     return "-" if share is None else f"{sign}{share:.1%}" if share < 0.1 else f"{sign}{share:.0%}"
-

@@ -215,6 +215,4 @@ def test_two_files_of_one_name_would_overwrite_each_other(folder: Path, measured
     Path("a").mkdir()
     for path in ("run.csv", "a/run.csv"):
         write(Path(path), measured((8192,)))
-    assert "a/run.csv: expected another name than that of run.csv" in told(
-        called("plot", "run.csv", "a/run.csv")
-    )
+    assert "a/run.csv: expected another name than that of run.csv" in told(called("plot", "run.csv", "a/run.csv"))

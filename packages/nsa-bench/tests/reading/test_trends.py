@@ -248,10 +248,7 @@ def test_without_reads_there_is_nothing_to_say(measured: Rows) -> None:
 def test_faster_by_so_much_from_so_long_on(measured: Rows, by: float, start: int, expected: bool) -> None:
     rows = measured(backends=("triton", "sdpa"), noise=0.001)
     table = {"kind": "faster", "backend": "triton", "than": "nsa.decode", "than_backend": "sdpa"}
-    ratios = {
-        row.S: other.ms_total / row.ms_total
-        for row, other in zip(rows[::4], rows[1::4], strict=True)
-    }
+    ratios = {row.S: other.ms_total / row.ms_total for row, other in zip(rows[::4], rows[1::4], strict=True)}
     assert 16.2 < ratios[8192] < 17.3 < 17.7 < ratios[65536] < 19.8  # what the cases above are about
     assert holds(rows, by=by, **table, **{"from": start}) is expected
 

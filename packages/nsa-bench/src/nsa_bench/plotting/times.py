@@ -122,8 +122,9 @@ def _anchors_last(names: Iterable[str]) -> list[str]:
 SAID: dict[str, Callable[[Row], str]] = {
     "batch": lambda row: f"batch {row.batch}",
     "heads": lambda row: f"{row.num_heads} heads over {row.num_kv_heads}",
-    "head_dim": lambda row: f"head dim {row.head_dim}"
-    + (f"/{row.v_head_dim}" if row.v_head_dim not in (None, row.head_dim) else ""),
+    "head_dim": lambda row: (
+        f"head dim {row.head_dim}" + (f"/{row.v_head_dim}" if row.v_head_dim not in (None, row.head_dim) else "")
+    ),
     "dtype": lambda row: row.dtype,
 }
 
