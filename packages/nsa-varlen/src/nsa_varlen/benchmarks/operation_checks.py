@@ -148,6 +148,7 @@ def _check_decode(args: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> str:
     return check_rows(out[-1], indices[-1], q[-1], kv, gates[-1], blocks, f"sequence {sequence}")
 
 
+@torch.enable_grad()
 def check_backward(op: str, args: tuple[Any, ...], grad_out: Tensor, found: Sequence[Tensor]) -> str:
     """An operation's gradients in the last sequence: of ROWS rows, of all of one of up to CHECKED tokens.
 
