@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from nsa_varlen.benchmarks.workload import Value
 
 TINY: dict[str, Value] = {
@@ -12,7 +14,7 @@ TINY: dict[str, Value] = {
 
 
 def tried(workload: Any, device: str = "cpu", seed: int = 0, **changes: Value) -> str:
-    """What the check says of all calls, with parameters that differ from the workload's defaults.
+    """What the check says of all calls, with parameters that differ from the workload's defaults; without gradients.
 
     Raises:
         AssertionError: a result is wrong, or the workload refuses.
@@ -26,8 +28,9 @@ def tried(workload: Any, device: str = "cpu", seed: int = 0, **changes: Value) -
     parameters = {**workload.parameters, **changes}
     refused = workload.refuse(device, **parameters)
     assert refused is None, refused
-    state = workload.setup(device, seed, **parameters)
-    return str(workload.check(state, [workload.call(state, index) for index in range(workload.calls)]))
+    with torch.no_grad():
+        state = workload.setup(device, seed, **parameters)
+        return str(workload.check(state, [workload.call(state, index) for index in range(workload.calls)]))
 
 
 class FaultyBackend:
