@@ -137,6 +137,14 @@ def test_workloads_that_are_not_installed_are_left_out(document: Callable[..., d
     assert [m.variant.clock for m in cuda] == ["host", "graph"]
 
 
+def test_a_variant_may_be_of_one_device(document: Callable[..., dict[str, Any]], toy: Any) -> None:
+    variants = [{"workload": "toy", "clock": "host", "device": device} for device in ("cpu", "cuda")]
+    suite = parse("toys", document(8, variant=variants, cuda={"points": [{"S": 8}]}))
+    for device in ("cpu", "cuda"):
+        ((found,),) = points_of(suite, {"toy": toy}, device)
+        assert found.variant.devices == (device,)
+
+
 @pytest.mark.parametrize(
     ("changes", "workload", "words"),
     [

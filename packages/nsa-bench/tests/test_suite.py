@@ -35,6 +35,7 @@ BAD: dict[str, dict[str, Any]] = {
     "at least one": {"variant": []},
     r"expected \[\[variant\]\] tables": {"variant": {"workload": "toy"}},
     "a workload and a clock": {"variant": [{"workload": "toy", "clock": "sundial"}]},
+    "a device of": {"variant": [{"workload": "toy", "clock": "host", "device": "tpu"}]},
     "expected ints and words for clock": {"variant": [{"workload": "toy", "clock": []}]},
     "expected points of": {"cpu": {}},
     "points and quick": {"cpu": {"point": []}},

@@ -21,6 +21,7 @@ app = typer.Typer(
     help="Workloads of Native Sparse Attention: measured, summarized, drawn.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # errors stay one line: rich boxes would cut them at the width of a pipe
     pretty_exceptions_enable=False,
 )
 

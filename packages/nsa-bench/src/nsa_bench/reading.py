@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nsa_bench import schema
-from nsa_bench.measurements import device_words, is_timed, numbered
+from nsa_bench.measurements import device_words, is_timed, numbered, on_cpu
 from nsa_bench.plotting import FORMATS, KINDS
 from nsa_bench.regressions import FAILURES, compare
 from nsa_bench.schema import Row, SchemaError
@@ -187,6 +187,8 @@ def _verdicts(rows: Sequence[Row], named: str | None) -> tuple[list[Verdict], li
         except TrendError as error:
             raise typer.BadParameter(f"{named or name}: {error}", param_hint="'--suite'") from None
         own = [row for row in rows if row.suite == name]
+        devices = {"cpu" if on_cpu(row) else "cuda" for row in own}
+        trends = [trend for trend in trends if trend.device in ("", *devices)]
         verdicts += [verdict for trend in trends for verdict in ask(trend, own)]
     return verdicts, unknown
 

@@ -81,9 +81,10 @@ def points_of(
     places = (suite.quick if quick else suite.points)[device]
     if not places:
         raise RunError(f"suite {suite.name}: expected points for {device}, got none")
-    variants = [v for v in suite.variants if v.workload in workloads and (device == "cuda" or v.clock == "host")]
+    there = [v for v in suite.variants if device in v.devices and (device == "cuda" or v.clock == "host")]
+    variants = [variant for variant in there if variant.workload in workloads]
     if not variants:
-        wanted = sorted({variant.workload for variant in suite.variants})
+        wanted = sorted({variant.workload for variant in there})
         raise RunError(f"suite {suite.name}: expected one of the workloads {wanted} on {device}, got (installed) none")
     known = {name for variant in variants for name in workloads[variant.workload].parameters}
     for point in places:

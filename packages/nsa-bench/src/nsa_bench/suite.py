@@ -7,7 +7,8 @@ about = "One decode step"                     # a line for `nsa-bench list`
 
 [[variant]]                                   # what takes turns at every point; lists multiply
 workload = "nsa.decode"
-clock = ["graph", "host"]                     # "host" alone runs on a CPU
+clock = ["graph", "host"]                     # on a CPU "host" alone
+device = "cuda"                               # there alone; without it everywhere
 backend = ["triton", "sdpa"]                  # a parameter of the workload
 
 [[variant]]
@@ -53,11 +54,12 @@ class SuiteError(ValueError):
 
 @dataclass(frozen=True)
 class Variant:
-    """A workload under a clock, with the parameters that are its own."""
+    """A workload under a clock, with the parameters that are its own; `devices` are those that it is measured on."""
 
     workload: str
     clock: str
     parameters: Mapping[str, Value]
+    devices: tuple[str, ...] = DEVICES
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,10 @@ def parse(name: str, document: Mapping[str, Any]) -> Suite:
             workload, clock = chosen.pop("workload", None), chosen.pop("clock", None)
             if not isinstance(workload, str) or clock not in CLOCKS:
                 raise SuiteError(f"suite {name}: expected a workload and a clock of {list(CLOCKS)} in {table}")
-            variants.append(Variant(workload, str(clock), chosen))
+            device = chosen.pop("device", None)
+            if device not in (None, *DEVICES):
+                raise SuiteError(f"suite {name}: expected a device of {list(DEVICES)} in {table}")
+            variants.append(Variant(workload, str(clock), chosen, DEVICES if device is None else (str(device),)))
     points: dict[str, tuple[Mapping[str, Value], ...]] = {}
     quick: dict[str, tuple[Mapping[str, Value], ...]] = {}
     for device in DEVICES:

@@ -1,5 +1,6 @@
 """Which backend a workload's operations run on, and who decided so: what a row of nsa-bench says of it."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -40,13 +41,13 @@ def refusal(ops: Sequence[str], layer: Workload, backend: Value) -> str | None:
 
 
 def facts(ops: Sequence[str], layer: Workload, backend: Value) -> dict[str, Value]:
-    """backend, why, profile and preset: one backend's name, or op=name where they differ."""
+    """backend, why, profile and preset: the backend of most operations, and op=name for the others."""
     made = dict(zip(ops, plans(ops, layer, backend), strict=True))
     names = {op: str(chosen.backend) for op, chosen in made.items()}
-    one = len(set(names.values())) == 1
+    ((most, _),) = Counter(names.values()).most_common(1)
     chosen = next(iter(made.values()))
     return {
-        "backend": next(iter(names.values())) if one else " ".join(f"{op}={name}" for op, name in names.items()),
+        "backend": " ".join([most, *(f"{op}={name}" for op, name in names.items() if name != most)]),
         "why": "plan" if chosen.requested is None else "requested",
         "profile": chosen.profile,
         "preset": chosen.preset,
