@@ -5,10 +5,11 @@ A *step* is `reserve`, `NSAAttention.decode` and `advance` of each layer, one to
 - `bare`: `decode` as it would be without observers, and the operation without its range: nothing to switch on.
 - `off`: the layer as it is, `observer` None.
 - `on`: `nsa.observe(model)`, nobody listening to the log.
-- `lines`: the same with a line of every layer every 100 steps, formatted and thrown away.
+- `sampled`: two of 64 steps are counted, `nsa.observe(model, every=64)`.
+- `lines`: as `on`, with a line of every layer every 100 steps, formatted and thrown away.
 - `parity`: the same as `on`, compared with `sdpa` every 100 steps.
 
-On a GPU `off`, `on` and `lines` also as replays of `nsa.DecodeGraph`, where parity is not sampled. The preset is that
+On a GPU all but `bare` and `parity` also as replays of `nsa.DecodeGraph`, where parity is not sampled. The preset is that
 of the environment, on a GPU `NSA_PRESET=perf` if it says nothing. Before anything is timed, observed steps and replays
 run there with `torch.cuda.set_sync_debug_mode("error")`.
 
@@ -42,7 +43,7 @@ from torch import Tensor, nn
 STEPS = 20
 WARM_UPS = 2  # rounds that do not count
 SIZES = {"cpu": (512, 8, 2, 64, torch.float32), "cuda": (4096, 32, 4, 128, torch.bfloat16)}
-OPTIONS = {"bare": None, "off": None, "on": {}, "lines": {"log_every": 100}, "parity": {"parity_every": 100}}
+OPTIONS = {"bare": None, "off": None, "on": {}, "sampled": {"every": 64}, "lines": {"log_every": 100}, "parity": {"parity_every": 100}}
 FIELDS = ("case", "variant", "layers", "tokens", "batch", "median_us", "p25_us", "p75_us", "repeats", "over_off_us")
 
 Step = Callable[[], object]
@@ -218,15 +219,16 @@ def main() -> None:
         models[variant] = Model(variant, *sizes, room, device)
     runs = {variant: listening(model, model.step) for variant, model in models.items()}
     if device.type == "cuda":
-        for variant in ("on", "lines", "parity"):
+        for variant in ("on", "sampled", "lines", "parity"):
             nobody_waits(runs[variant])
         for _ in range(3 + STEPS):
             runs["bare"]()
             runs["off"]()
     rows = rows_of("eager", in_turns(runs, options.repeats, device), sizes)
     if device.type == "cuda":
-        models |= {variant: Model(variant, *sizes, room, device) for variant in ("off", "on", "lines")}
-        runs = {variant: listening(models[variant], models[variant].graph()) for variant in ("off", "on", "lines")}
+        in_graphs = ("off", "on", "sampled", "lines")
+        models |= {variant: Model(variant, *sizes, room, device) for variant in in_graphs}
+        runs = {variant: listening(models[variant], models[variant].graph()) for variant in in_graphs}
         for run in runs.values():
             nobody_waits(run)
         rows += rows_of("graph", in_turns(runs, options.repeats, device), sizes)

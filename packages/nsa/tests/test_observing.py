@@ -1,5 +1,6 @@
 """Are the numbers of an observed layer those of its tensors, recomputed plainly? And is the layer still the layer?"""
 
+import contextlib
 import copy
 import math
 import pickle
@@ -12,7 +13,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from nsa import NSAAttention, NSACache, NSAConfig, Observer, layer_observer, observe, ops, reuse_block_indices
+from nsa import (
+    NSAAttention,
+    NSACache,
+    NSAConfig,
+    Observer,
+    decode_graph,
+    layer_observer,
+    observe,
+    ops,
+    reuse_block_indices,
+)
 from nsa.layer_observer import making_a_graph
 from nsa.layer_statistics import BRANCHES, NEAR_ONE, NEAR_ZERO, SUMS, LayerStatistics, summary
 from nsa.reads import count_reads
@@ -622,15 +633,96 @@ def test_every_number_is_finite(
 
 
 @torch.no_grad()
-def test_steps_that_a_graph_is_made_of_are_no_steps(make_layer: Callable, make_cache: Callable) -> None:
+def test_steps_that_a_graph_is_made_of_are_no_steps(
+    make_layer: Callable, make_cache: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layer, other = make_layer(), make_layer()
     cache = make_cache(layer.config, 1)
     with observe(layer, parity_every=1) as observer, observe(other):
         with making_a_graph() as found:
             for _ in range(3):
-                step(layer, cache, tokens(1, 1), [0])
-        assert found == [observer.layers[0]]
-        assert numbers_of(observer) == {"steps": 0, "queries": 0, "nonfinite": 0, "parity_steps": 0}
+                step(layer, cache, tokens(1, 1), [0])  # warm-ups
+            assert found == []
+            monkeypatch.setattr(layer_observer, "capturing", lambda device: True)
+            step(layer, cache, tokens(1, 1), [1])
+        assert [recorded.observer for recorded in found] == [observer.layers[0]]
+        nothing = {"steps": 0, "queries": 0, "nonfinite": 0, "parity_steps": 0}
+        assert numbers_of(observer) == nothing
+        found[0].count()  # as behind a replay
+        assert {**nothing, "steps": 1, "queries": 1}.items() <= numbers_of(observer).items()
+
+
+class Graph:
+    """A graph that only counts its replays."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+@torch.no_grad()
+def test_replays_are_counted_as_often_as_asked(
+    make_layer: Callable, make_cache: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Graph] = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(Graph()) or made[-1])
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    layer = make_layer()
+    cache = make_cache(layer.config, 1)
+    observer = observe(layer, every=5)
+    with making_a_graph() as found, monkeypatch.context() as capture:
+        step(layer, cache, tokens(1, 1), [0])
+        capture.setattr(layer_observer, "capturing", lambda device: True)
+        step(layer, cache, tokens(1, 1), [1])
+    replays = decode_graph.ObservedReplays(found)
+    counted = []
+    for _ in range(12):
+        before = made[0].replays
+        replays.replayed()
+        counted.append(made[0].replays - before)
+    assert counted == [1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 1, 1]
+    observer.close()
+    replays.replayed()
+    assert made[0].replays == sum(counted)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 7])
+@torch.no_grad()
+def test_of_so_many_steps_the_first_two_are_counted(every: int, make_layer: Callable, make_cache: Callable) -> None:
+    layer = make_layer()
+    cache = make_cache(layer.config, 1)
+    with observe(layer, every=every) as observer:
+        for _ in range(3):
+            layer(tokens(1, 40)[:, :4])
+        layer(tokens(1, 40), cache=cache)
+        for _ in range(10):
+            step(layer, cache, tokens(1, 1), [1])
+        numbers = numbers_of(observer)
+    prefills = [4, 4, 4, 40]
+    of_prefills = [length for number, length in enumerate(prefills) if number % every < 2]
+    of_steps = [number for number in range(10) if number % every < 2]
+    assert numbers["queries"] == sum(of_prefills) + len(of_steps)
+    assert numbers["steps"] == len(of_prefills) + len(of_steps)
+    if every == 7:  # steps 0, 1, 7, 8: only 1 and 8 stand behind a step that was counted
+        lengths = [length - 1 for length in of_prefills]
+        assert observer.layers[0].statistics.state[1, SUMS.index("neighbours")] == 2 * (sum(lengths) + 2)
+
+
+@torch.no_grad()
+def test_lines_are_of_counted_steps(
+    make_layer: Callable, make_cache: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "nsa")
+    layer = make_layer()
+    cache = make_cache(layer.config, 1)
+    with observe(layer, every=4, log_every=1):
+        for _ in range(9):
+            step(layer, cache, tokens(1, 1), [1])
+    assert [message.split(" reads")[0] for message in caplog.messages] == [
+        f"nsa decode layer=0 S={length}" for length in (1, 2, 5, 6, 9)
+    ]
 
 
 @pytest.fixture
@@ -707,4 +799,4 @@ def test_a_replay_counts_and_ticks(
             torch.cuda.synchronize()
         assert len(caplog.messages) > before
     graph.replay(x)
-    assert numbers_of(captured)["queries"] > 150, "a graph keeps counting, and nobody ticks"
+    assert numbers_of(captured)["queries"] == 150 + 8 * 2, "closed: nobody counts"

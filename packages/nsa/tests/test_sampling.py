@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from nsa import NSACache, observe
+from nsa import NSACache, layer_observer, observe
 from nsa.later_copy import LaterCopy
 from nsa.layer_observer import making_a_graph
 from nsa.sampling import Sampler, line, route_of
@@ -173,20 +173,23 @@ def test_a_step_without_queries_leaves_its_turn_to_the_next(
 
 @torch.no_grad()
 def test_a_replay_ticks_until_the_observer_is_closed(
-    make_layer: Callable, make_cache: Callable, lines: Callable
+    make_layer: Callable, make_cache: Callable, lines: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `DecodeGraph` does it; the device's part is done by a step here."""
     layer = make_layer()
     cache = make_cache(layer.config)
     with observe(layer, log_every=1):
-        with making_a_graph() as found:
+        with making_a_graph() as found, monkeypatch.context() as capture:
+            capture.setattr(layer_observer, "capturing", lambda device: True)
             step(layer, cache, [1])
         assert lines() == []
-        for observer in found:
-            observer.replayed()
+        (recorded,) = found
+        recorded.observer.replayed(is_counted=False)
+        assert lines() == []
+        recorded.count()
+        recorded.observer.replayed(is_counted=True)
         assert len(lines()) == 1
-    for observer in found:
-        observer.replayed()
+    recorded.observer.replayed(is_counted=True)
     assert len(lines()) == 1
 
 

@@ -7,7 +7,7 @@ from nsa_varlen.transfer import to_device
 from torch import Tensor
 
 from nsa.cache import NSACache
-from nsa.layer_observer import making_a_graph
+from nsa.layer_observer import Recorded, counted, making_a_graph
 
 WARM_UPS = 3  # before the capture: what is compiled, tuned or kept at a first call must be there
 
@@ -47,7 +47,7 @@ class DecodeGraph:
             raise ValueError(f"x: expected [{batch}, N, ...] of the caches' batch, got {list(x.shape)}")
         self.caches = list(caches)
         self.x, self.counts = x.clone(), torch.zeros(batch, dtype=torch.int32, device=device)
-        with torch.no_grad(), making_a_graph() as self._observers:
+        with torch.no_grad(), making_a_graph() as recorded:
             # With counts of 0: nothing is appended.
             side = torch.cuda.Stream(device)
             side.wait_stream(torch.cuda.current_stream(device))
@@ -60,6 +60,7 @@ class DecodeGraph:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.out = step(self.x, self.counts)
+        self._counting = ObservedReplays(recorded) if recorded else None
 
     def replay(self, x: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """The step for x [B, N, ...]: of sequence b the first counts[b] rows are tokens (None: all N).
@@ -82,6 +83,34 @@ class DecodeGraph:
         self.graph.replay()
         for cache in self.caches:
             cache.advance(lengths)
-        for observer in self._observers:
-            observer.replayed()
+        if self._counting is not None:
+            self._counting.replayed()
         return self.out
+
+
+class ObservedReplays:
+    """Counts what observed layers did in a graph, in some of its replays: by a graph of its own, replayed behind it.
+
+    The steps' tensors keep their places in the first graph's memory, since what counts them holds them.
+    """
+
+    def __init__(self, recorded: Sequence[Recorded]) -> None:
+        self._observers = [each.observer for each in recorded]
+        self._every = min(observer.every for observer in self._observers)
+        self._replays = 0
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(self._graph):
+            for each in recorded:
+                each.count()
+        self._recorded = list(recorded)
+
+    def replayed(self) -> None:
+        """The graph with the steps was replayed once more."""
+        if all(observer.closed for observer in self._observers):
+            return
+        is_counted = counted(self._replays, self._every)
+        self._replays += 1
+        if is_counted:
+            self._graph.replay()
+        for observer in self._observers:
+            observer.replayed(is_counted)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -41,6 +42,7 @@ class LayerObserver:
         number, path: of the layer among those observed, and of its module.
         num_kv_heads: of the layer.
         statistics: the sums.
+        every: of so many steps of a kind the first two are counted: see `counted`.
         compiled: whether torch.compile has traced the layer since it is observed.
         closed: whether the observation is over.
     """
@@ -51,6 +53,7 @@ class LayerObserver:
         path: str,
         layer: "NSAAttention",
         *,
+        every: int = 1,
         parity_every: int = 0,
         parity_rows: int = 64,
         policy: Policy | None = None,
@@ -59,6 +62,7 @@ class LayerObserver:
         self.number, self.path = number, path
         self.compiled = self.closed = False
         self.num_kv_heads = layer.config.num_kv_heads
+        self.every = every
         self._parity_every, self._parity_rows = parity_every, parity_rows
         self._policy, self._clock = Policy() if policy is None else policy, clock
         self._key = str(next(_keys))
@@ -70,6 +74,7 @@ class LayerObserver:
         return type(None), ()  # the copy of an observed layer is a layer that nobody observes
 
     def _begin(self) -> None:
+        self._seen = dict.fromkeys(KINDS, 0)
         self._steps = 0  # those that parity may be sampled in
         self._problems: dict[str, dict[str, Problem]] = {}
         self._sampler = self._new_sampler()
@@ -125,14 +130,15 @@ class LayerObserver:
         self, cache: "NSACache | None", *given: Any, q_cmp: Tensor, out: Tensor, block_indices: Tensor
     ) -> None:
         q, *kv, gates, layout, blocks = given
-        self._be_on(q.device)
-        position, sequence = layout.positions(), layout.sequence_of_queries()
-        chosen = None if cache is None else self._chosen_of(cache)
-        shared = overlap(block_indices, position, sequence, chosen, OVERLAP_ROWS)
-        if chosen is not None:
-            offsets = layout.cu_seqlens_q.long()
-            chosen.keep(block_indices, position, offsets[1:] - 1, offsets.diff() > 0)
-        self.statistics.add(gates, out, block_indices, position, shared, blocks)
+
+        def count() -> None:
+            position, sequence = layout.positions(), layout.sequence_of_queries()
+            chosen = None if cache is None else self._chosen_of(cache)
+            shared = overlap(block_indices, position, sequence, chosen, OVERLAP_ROWS)
+            if chosen is not None:
+                offsets = layout.cu_seqlens_q.long()
+                chosen.keep(block_indices, position, offsets[1:] - 1, offsets.diff() > 0)
+            self.statistics.add(gates, out, block_indices, position, shared, blocks)
 
         def compare() -> None:
             rows = self._parity_rows
@@ -144,47 +150,56 @@ class LayerObserver:
         decodes = cache is not None and layout.max_seqlen_q <= cache.most_decoded
         if decodes:
             self._problems["decode"] = self._problems["prefill"]
-        self._stepped("decode" if decodes else "prefill", q.device, compare)
+        self._stepped("decode" if decodes else "prefill", q.device, count, compare)
 
     @torch.no_grad()
     def _count_decode(
         self, cache: "NSACache", step: "DecodeStep", *given: Any, q_cmp: Tensor, out: Tensor, block_indices: Tensor
     ) -> None:
         q, *_, gates, counts, blocks = given
-        self._be_on(q.device)
-        position, sequence = step.rows()
-        indices = block_indices.flatten(0, 1)
-        chosen = self._chosen_of(cache)
-        if q.shape[1] == 1:
-            shared = overlap_of_single(indices, position, chosen)
-        else:
-            shared = overlap(indices, position, sequence, chosen, len(position))
-            first = torch.arange(0, len(position), q.shape[1], device=q.device)
-            chosen.keep(indices, position, first + counts - 1, counts > 0)
-        self.statistics.add(gates.flatten(0, 1), out.flatten(0, 1), indices, position, shared, blocks)
+        width = q.shape[1]
+
+        def count() -> None:
+            position, sequence = step.rows()
+            indices = block_indices.flatten(0, 1)
+            chosen = self._chosen_of(cache)
+            if width == 1:
+                shared = overlap_of_single(indices, position, chosen)
+            else:
+                shared = overlap(indices, position, sequence, chosen, len(position))
+                first = torch.arange(0, len(position), width, device=position.device)
+                chosen.keep(indices, position, first + counts - 1, counts > 0)
+            self.statistics.add(gates.flatten(0, 1), out.flatten(0, 1), indices, position, shared, blocks)
 
         def compare() -> None:
+            position, _ = step.rows()
             difference = decode_difference(step, q, gates, blocks, q_cmp=q_cmp, out=out)
             self.statistics.add_parity(difference, (position >= 0)[:, None, None])
 
-        self._stepped("decode", q.device, compare)
+        self._stepped("decode", q.device, count, compare)
 
-    def _stepped(self, kind: str, device: torch.device, compare: Callable[[], None]) -> None:
-        """A step was counted. One that a graph is made of did not run: whoever replays it calls `replayed`."""
+    def _stepped(self, kind: str, device: torch.device, count: Callable[[], None], compare: Callable[[], None]) -> None:
+        """A step ran, or is being captured: then whoever replays it counts, if it is a `DecodeGraph`."""
+        self._be_on(device)
         graph = _graph.get()
-        if graph is not None and self not in graph:
-            graph.append(self)
-        if graph is not None or capturing(device):
-            return
-        if self._parity_every and self._steps % self._parity_every == 0:
-            compare()
-        self._steps += 1
-        self._sampler.tick(kind)
+        if graph is not None and capturing(device):
+            graph.append(Recorded(self, count))
+        elif graph is not None or capturing(device):
+            count()  # a warm-up, in which nobody asks; or part of a graph that was captured by hand
+        else:
+            is_counted = counted(self._seen[kind], self.every)
+            self._seen[kind] += 1
+            if is_counted:
+                count()
+            if self._parity_every and self._steps % self._parity_every == 0:
+                compare()
+            self._steps += 1
+            self._sampler.tick(kind, is_counted)
 
-    def replayed(self) -> None:
-        """A graph that holds a decode step of this layer was replayed."""
+    def replayed(self, is_counted: bool) -> None:
+        """A graph that holds a decode step of this layer was replayed, and that step counted or not."""
         if not self.closed:
-            self._sampler.tick("decode")
+            self._sampler.tick("decode", is_counted)
 
     def routes(self) -> dict[str, str]:
         """By operation that ran since the beginning, the backend that its last problem would go to now."""
@@ -217,13 +232,33 @@ class LayerObserver:
 
 _keys = count()
 _observers: WeakValueDictionary[str, LayerObserver] = WeakValueDictionary()
-_graph: ContextVar[list[LayerObserver] | None] = ContextVar("graph", default=None)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A layer's step in a graph. `count` counts it on the tensors that the graph's last replay left."""
+
+    observer: LayerObserver
+    count: Callable[[], None]
+
+
+_graph: ContextVar[list[Recorded] | None] = ContextVar("graph", default=None)
+
+
+def counted(step: int, every: int) -> bool:
+    """Whether the step of this number is: the first two of each `every`, so that one has a neighbour before it.
+
+    Example:
+        >>> [step for step in range(10) if counted(step, 4)], all(counted(step, 1) for step in range(10))
+        ([0, 1, 4, 5, 8, 9], True)
+    """
+    return step % every < 2
 
 
 @contextmanager
-def making_a_graph() -> Iterator[list[LayerObserver]]:
-    """Warm-ups and the capture of a graph: observed layers that take part are listed, and no step of theirs counts."""
-    found: list[LayerObserver] = []
+def making_a_graph() -> Iterator[list[Recorded]]:
+    """Warm-ups and the capture of a graph: no step in them is one. What was captured of observed layers is listed."""
+    found: list[Recorded] = []
     token = _graph.set(found)
     try:
         yield found

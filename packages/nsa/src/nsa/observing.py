@@ -107,6 +107,7 @@ class Observer:
 def observe(
     model: nn.Module,
     *,
+    every: int = 1,
     parity_every: int = 0,
     parity_rows: int = 64,
     ranges: bool = False,
@@ -124,6 +125,8 @@ def observe(
     ```
 
     Args:
+        every: of each so many decode steps, and prefills, of a layer the first two are counted, the second being the
+            first one's neighbour; 1 counts all. What is left on in production is sampled: 64, say.
         parity_every: compare with backend `sdpa` in a layer's first step and each so many later; 0 never does. Steps
             in a CUDA graph are not compared.
         parity_rows: at the last so many queries of each sequence, at most.
@@ -146,6 +149,7 @@ def observe(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_size("every", every)
     check_size("parity_every", parity_every, 0)
     check_size("parity_rows", parity_rows)
     if type(ranges) is not bool:
@@ -164,6 +168,7 @@ def observe(
     layers = {
         layer: LayerObserver(
             *(number, path, layer),
+            every=every,
             parity_every=parity_every,
             parity_rows=parity_rows,
             policy=policy,

@@ -36,13 +36,16 @@ class Sampler:
         self._due: set[str] = set()
         self._awaited: str | None = None
 
-    def tick(self, kind: str) -> None:
-        """A step of this kind was queued. Waits for nothing; not to be called while a graph is captured."""
+    def tick(self, kind: str, counted: bool = True) -> None:
+        """A step of this kind was queued, and `state` is of it if it is `counted`: else a line waits for one that is.
+
+        Waits for nothing; not to be called while a graph is captured.
+        """
         if not LOGGER.isEnabledFor(logging.INFO):
             return
         if self._limits[kind].due():
             self._due.add(kind)
-        if kind in self._due and self._awaited is None:
+        if kind in self._due and self._awaited is None and counted:
             self._copy.start()
             self._due.remove(kind)
             self._awaited = kind
