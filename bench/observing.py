@@ -9,9 +9,9 @@ A *step* is `reserve`, `NSAAttention.decode` and `advance` of each layer, one to
 - `lines`: as `on`, with a line of every layer every 100 steps, formatted and thrown away.
 - `parity`: the same as `on`, compared with `sdpa` every 100 steps.
 
-On a GPU all but `bare` and `parity` also as replays of `nsa.DecodeGraph`, where parity is not sampled. The preset is that
-of the environment, on a GPU `NSA_PRESET=perf` if it says nothing. Before anything is timed, observed steps and replays
-run there with `torch.cuda.set_sync_debug_mode("error")`.
+On a GPU all but `bare` and `parity` also as replays of `nsa.DecodeGraph`, where parity is not sampled. The preset is
+that of the environment, on a GPU `NSA_PRESET=perf` if it says nothing. Before anything is timed, observed steps and
+replays run there with `torch.cuda.set_sync_debug_mode("error")`.
 
 Variants take turns, each going first in one round after another; each has caches of its own, which grow alike. A number
 is the time of STEPS steps over STEPS: on a GPU wall time, with one synchronisation at the end; on a CPU that of one
@@ -43,7 +43,10 @@ from torch import Tensor, nn
 STEPS = 20
 WARM_UPS = 2  # rounds that do not count
 SIZES = {"cpu": (512, 8, 2, 64, torch.float32), "cuda": (4096, 32, 4, 128, torch.bfloat16)}
-OPTIONS = {"bare": None, "off": None, "on": {}, "sampled": {"every": 64}, "lines": {"log_every": 100}, "parity": {"parity_every": 100}}
+OPTIONS = {
+    **{"bare": None, "off": None, "on": {}, "sampled": {"every": 64}},
+    **{"lines": {"log_every": 100}, "parity": {"parity_every": 100}},
+}
 FIELDS = ("case", "variant", "layers", "tokens", "batch", "median_us", "p25_us", "p75_us", "repeats", "over_off_us")
 
 Step = Callable[[], object]

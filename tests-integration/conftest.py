@@ -47,6 +47,11 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["PYTHONPATH"] = str(folder / "unpacked") + (f"{os.pathsep}{before}" if before else "")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The suite ends by drawing: plots last."""
+    items.sort(key=lambda item: item.path.stem == "test_trend_plots")
+
+
 _MODULES = {name.replace("-", "_") for name in built_packages.PACKAGES}
 
 

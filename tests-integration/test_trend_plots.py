@@ -1,0 +1,122 @@
+"""The last thing that this suite does: measure a little, hold trends against what was measured, draw.
+
+`bench/plots` is drawn anew from the results in `bench/results`; with the same matplotlib not a byte changes.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from nsa_bench import schema
+from nsa_bench.schema import PREFIX
+
+BENCH = Path(__file__).parents[1] / "bench"
+TABLES = sorted(BENCH.glob("results/*.csv"))
+RESULTS = [path for path in TABLES if path.read_text(encoding="utf-8").startswith(",".join(PREFIX))]
+
+SUITE = """
+about = "Everything, small"
+
+[[variant]]
+workload = ["nsa.decode", "nsa.prefill", "nsa.train"]
+clock = "host"
+backend = ["auto", "sdpa"]
+
+[[variant]]
+workload = ["dense.decode", "dense.prefill", "dense.train"]
+clock = "host"
+backend = "sdpa"
+
+[[cpu.points]]
+S = [128, 256]
+batch = 2
+num_heads = 4
+num_kv_heads = 2
+head_dim = 16
+kernel_size = 8
+kernel_stride = 4
+block_size = 16
+topk = 4
+window_size = 32
+
+[[trend]]
+kind = "reads_within_budget"
+workload = "nsa.decode"
+
+[[trend]]
+kind = "exponent"
+workload = "nsa.prefill"
+at_most = 3.0
+"""
+
+
+def nsa_bench(*words: str | Path, status: int = 0) -> str:
+    command = [sys.executable, "-m", "nsa_bench", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a small suite of everything came to on this CPU."""
+    folder = tmp_path_factory.mktemp("measured")
+    (folder / "small.toml").write_text(SUITE)
+    nsa_bench("run", folder / "small.toml", "--device", "cpu", "--repeats", "3", "--out", folder / "small.csv")
+    return folder
+
+
+def test_packages_together_are_measured_and_right(measured: Path) -> None:
+    rows = schema.read(measured / "small.csv")
+    assert len(rows) == 2 * (3 * 2 + 3)
+    assert [row.status for row in rows] == ["ok"] * len(rows)
+    assert {row.backend for row in rows} == {"sdpa"}
+    decode = [row for row in rows if row.workload == "nsa.decode"]
+    assert all(row.ms_cmp and row.ms_sel and row.ms_win and row.ms_choice and row.ms_combine for row in decode)
+    assert all(row.ms_slc_win is None for row in decode)
+
+
+def test_trends_are_asked_of_what_was_measured(measured: Path) -> None:
+    said = nsa_bench("summarize", measured / "small.csv", "--suite", measured / "small.toml")
+    assert any(line.split()[:2] == ["holds", "reads_within_budget"] for line in said.splitlines())
+    (measured / "never.toml").write_text(SUITE.replace("at_most = 3.0", "at_most = 9.0\nat_least = 8.0"))
+    said = nsa_bench("summarize", measured / "small.csv", "--suite", measured / "never.toml", status=1)
+    assert any(line.split()[:2] == ["BROKEN", "exponent,"] for line in said.splitlines())
+
+
+def test_what_was_measured_can_be_drawn(measured: Path) -> None:
+    nsa_bench("plot", measured / "small.csv", "--out", measured / "plots")
+    drawn = {path.name for path in (measured / "plots").iterdir()}
+    assert {"small-time.png", "small-branches.png", "small-roofline.png", "small-reads.png"} <= drawn
+
+
+def test_there_are_results_of_a_gpu_and_of_a_cpu() -> None:
+    devices = {bool(row.cudnn) for path in RESULTS for row in schema.read(path)}
+    assert devices == {True, False}
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_trends_hold_in_committed_results(path: Path) -> None:
+    said = nsa_bench("summarize", path)  # whose status is 1 if one is broken
+    assert any(line.startswith("0 of ") or line == "no trend declared" for line in said.splitlines())
+
+
+def test_committed_results_are_of_committed_code_and_right() -> None:
+    for path in RESULTS:
+        for row in schema.read(path):
+            assert row.commit, path
+            assert not row.commit.endswith("+"), path
+            assert not row.status.startswith(("wrong", "failed")), (path, row)
+
+
+def test_the_plots_of_committed_results_are_drawn() -> None:
+    folder = BENCH / "plots"
+    before = {path.name for path in folder.glob("*.svg")}
+    for path in folder.glob("*.svg"):
+        path.unlink()
+    for path in RESULTS:
+        nsa_bench("plot", path, "--out", folder, "--format", "svg")
+    drawn = {path.name for path in folder.glob("*.svg")}
+    assert drawn == before
+    assert all(any(name.startswith(f"{path.stem}-") for name in drawn) for path in RESULTS)
