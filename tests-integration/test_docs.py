@@ -6,15 +6,24 @@ import re
 import runpy
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import typer
 from nsa.layer_statistics import SUMS, summary
+from nsa_bench import cli, plotting, runner, trend_kinds
+from nsa_bench.schema import COLUMNS
+from nsa_bench.suite import CLOCKS, DEVICES, parse, shipped
+from nsa_bench.trends import parse_trend
+from nsa_bench.workload import load_workloads
 from nsa_routing.profile import Threshold
 
 ROOT = Path(__file__).parents[1]
 TABLES = ROOT / ".github" / "scripts" / "routing_tables.py"
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("packages/*/README.md")])
+PLACES = ("*.md", "bench/*.md", "docs/**/*.md", "packages/*/README.md")
+PAGES = sorted(page for place in PLACES for page in ROOT.glob(place))
 
 
 def test_the_tables_of_the_routing_page_are_those_of_the_code() -> None:
@@ -50,6 +59,64 @@ def test_the_table_of_numbers_has_every_number() -> None:
     named = set(re.findall(r"`([a-z_]+)[.`<]", rows))
     found = {name.partition(".")[0] for name in summary([1.0] * len(SUMS), 1)}
     assert found | {"module", "route", "compiled", "failures", "closed"} <= named
+
+
+def table(section: str) -> list[list[str]]:
+    """Cells of the tables of a section of docs/benchmarks.md, without headings."""
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    (body,) = re.findall(rf"^## {section}\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+    return [line.strip("| ").split(" | ") for line in body.splitlines() if line.startswith("| `")]
+
+
+def named(section: str) -> list[str]:
+    """What the first cells of these tables name, in their order."""
+    return [name for cells in table(section) for name in re.findall(r"`([^`]+)`", cells[0])]
+
+
+@pytest.mark.parametrize(
+    ("section", "names"),
+    [
+        ("Suites", shipped()),
+        ("Trends", trend_kinds.KINDS),
+        ("Plots", plotting.KINDS),
+        ("How a number comes about", CLOCKS),
+    ],
+)
+def test_the_tables_of_the_benchmarks_page_name_all_that_there_is(section: str, names: Iterable[str]) -> None:
+    assert sorted(named(section)) == sorted(names)
+
+
+def test_the_benchmarks_page_has_every_column_in_its_place() -> None:
+    assert named("The file") == list(COLUMNS)
+
+
+def test_the_benchmarks_page_has_every_command() -> None:
+    said = {words.split()[1] for words in named("What nsa-bench is")}
+    assert said == typer.main.get_command(cli.app).commands.keys()  # type: ignore[attr-defined]
+
+
+def test_the_benchmarks_page_has_every_key_of_a_trend() -> None:
+    said = {cells[0].strip("`"): set(re.findall(r"`([^`]+)`", cells[1])) for cells in table("Trends")}
+    assert said == {name: {*kind.keys} for name, kind in trend_kinds.KINDS.items()}
+
+
+def test_the_benchmarks_page_has_every_workload() -> None:
+    """By name, or with those of its backend."""
+    said, (found, _) = named("Workloads"), load_workloads()
+    assert [name for name in found if name not in said and f"{name.partition('.')[0]}.*" not in said] == []
+
+
+def test_the_suite_of_the_benchmarks_page_is_one() -> None:
+    """It is read, its trends too, and there is something to measure."""
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    documents = re.findall(r"^```toml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert documents
+    for document in documents:
+        suite = parse("page", tomllib.loads(document))
+        assert {parse_trend(trend).kind for trend in suite.trends} == trend_kinds.KINDS.keys()
+        for device in DEVICES:
+            assert runner.points_of(suite, load_workloads()[0], device)
+            assert runner.points_of(suite, load_workloads()[0], device, quick=True)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
