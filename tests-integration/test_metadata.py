@@ -18,7 +18,6 @@ from packaging.requirements import Requirement
 ENTRY_POINTS = {  # the others have none
     "nsa-varlen": {
         ("nsa.backends", "sdpa", "nsa_varlen.sdpa:BACKEND"),
-        ("nsa.bench", "varlen", "nsa_varlen.benchmarks:workloads"),
         ("nsa.op_inputs", "varlen", "nsa_varlen.op_inputs:op_inputs"),
         ("nsa.bench", "varlen", "nsa_varlen.benchmarks:workloads"),
     },

@@ -18,7 +18,7 @@ OPERATIONS = {
     *(f"{backend.name}.{op}" for backend in (FA2, FA2_TORCH) for op in BRANCHES),
     f"{CUDNN.name}.compressed_attention",
 }
-ANCHORS = {f"dense.{name}{by}" for name in ("prefill", "decode") for by in ("", ".flash-attn")}
+ANCHORS = {f"dense.{name}{by}" for name in ("prefill", "decode") for by in ("", ".flash-attn")} | {"dense.train"}
 
 
 def test_none_is_broken() -> None:

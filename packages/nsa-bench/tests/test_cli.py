@@ -110,12 +110,25 @@ def test_rows_of_another_machine_or_commit_are_not_gone_on_with(run: Callable[..
     assert out.read_bytes() == before
 
 
+def test_rows_of_another_preset_are_not_gone_on_with(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "rows.csv"
+    assert run("--out", str(out)).exit_code == 0
+    monkeypatch.setenv("NSA_PRESET", "perf")
+    monkeypatch.setenv("NSA_CHECK_FINITE", "off")
+    done = run("--out", str(out))
+    assert done.exit_code == 2
+    assert "got '' instead of 'NSA_CHECK_FINITE=off NSA_PRESET=perf'" in done.output
+
+
 def test_rows_of_code_that_is_in_no_commit_are_measured_again(
     run: Callable[..., Any], toy: Any, tmp_path: Path
 ) -> None:
     out = tmp_path / "rows.csv"
-    for _ in range(2):
-        assert run("--out", str(out), "--commit", "abc+").exit_code == 0
+    done = [run("--out", str(out), "--commit", "abc+") for _ in range(2)]
+    assert [each.exit_code for each in done] == [0, 0]
+    assert ["measured anew" in each.output for each in done] == [False, True]
     assert [said[1] for said in toy.said if said[0] == "check"] == [64, 128, 64, 128]
 
 

@@ -149,6 +149,7 @@ def test_a_variant_may_be_of_one_device(document: Callable[..., dict[str, Any]],
     ("changes", "workload", "words"),
     [
         ({"cpu": {}, "cuda": {"points": [{"S": 1}]}}, "toy", "expected points for cpu"),
+        ({"variant": [{"workload": "toy", "clock": "graph"}]}, "toy", "expected variants for cpu, got none"),
         ({}, "another", r"expected one of the workloads \['toy'\]"),
         ({"cpu": {"points": [{"S": 1, "heads": 2}]}}, "toy", r"got \['heads'\]"),
         ({"cpu": {"points": [{"S": 1, "batch": "two"}]}}, "toy", "expected int for batch of toy, got 'two'"),

@@ -150,7 +150,10 @@ def _known(out: Path | None, machine: dict[str, str]) -> list[Row]:
         return []
     if not out.parent.is_dir() or out.is_dir():
         raise ValueError(f"out: expected a file in a folder that is there, got {str(out)!r}")
-    if not out.exists() or machine["commit"].endswith("+"):  # with changes that are in no commit: who knows which
+    if not out.exists():
+        return []
+    if machine["commit"].endswith("+"):  # who knows which changes
+        typer.echo(f"{out}: measured anew, since the code has changes that are in no commit", err=True)
         return []
     rows = schema.read(out)
     here = tuple(machine[name] for name in PROVENANCE)

@@ -1,5 +1,6 @@
 """What a measurement ran on: device, versions, commit."""
 
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -49,6 +50,7 @@ def provenance(device: str, commit: str | None = None) -> dict[str, str]:
         "cudnn": "" if cudnn is None else str(cudnn),
         "packages": " ".join(f"{name}={_version(name)}" for name in FAMILY if _version(name)),
         "commit": head() if commit is None else commit,
+        "flags": " ".join(f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("NSA_")),
     }
 
 

@@ -133,9 +133,11 @@ def anchors_for(workload: str, rows: Iterable[Row]) -> list[Row]:
         >>> names = ["dense.decode", "dense.decode.flash-attn", "dense.prefill"]
         >>> [row.workload for row in anchors_for("nsa.decode", [Row(64, workload=name) for name in names])]
         ['dense.decode', 'dense.decode.flash-attn']
+        >>> [row.workload for row in anchors_for(names[1], [Row(64, workload=name) for name in names])]
+        ['dense.decode', 'dense.decode.flash-attn']
     """
     anchors = [row for row in rows if is_anchor(row)]
-    namesake = ANCHOR + workload.partition(".")[2]
+    namesake = ANCHOR + workload.split(".")[1] if "." in workload else workload
     return [row for row in anchors if f"{row.workload}.".startswith(f"{namesake}.")] or anchors
 
 

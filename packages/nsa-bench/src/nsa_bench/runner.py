@@ -83,6 +83,8 @@ def points_of(
         raise RunError(f"suite {suite.name}: expected points for {device}, got none")
     there = [v for v in suite.variants if device in v.devices and (device == "cuda" or v.clock == "host")]
     variants = [variant for variant in there if variant.workload in workloads]
+    if not there:
+        raise RunError(f"suite {suite.name}: expected variants for {device}, got none")
     if not variants:
         wanted = sorted({variant.workload for variant in there})
         raise RunError(f"suite {suite.name}: expected one of the workloads {wanted} on {device}, got (installed) none")

@@ -31,7 +31,7 @@ IDENTITY = (  # of a measurement: what was run, under which clock
     *("suite", "workload", "clock", "S", "batch", "num_heads", "num_kv_heads", "head_dim", "v_head_dim", "dtype"),
     "parameters",
 )
-PROVENANCE = ("device", "python", "torch", "triton", "flash_attn", "cudnn", "packages", "commit")
+PROVENANCE = ("device", "python", "torch", "triton", "flash_attn", "cudnn", "packages", "commit", "flags")
 OK = "ok"
 
 
@@ -43,8 +43,9 @@ class Row:
         S: context length in tokens.
         ms_total: of one call (a decode step, a prefill, an operation), median, in milliseconds; None where `status` is
             not "ok".
-        ms_cmp, ms_sel, ms_win: of it the branches, from their own kernels: compressed (the choice of blocks included
-            where `ms_choice` is blank), selected, window. They need not sum up to `ms_total`: kernels overlap.
+        ms_cmp, ms_sel, ms_win: of it the branches, from their own kernels: compressed (with it the choice of blocks
+            where `ms_choice` is blank, and in a decode step what stores the new tokens), selected, window. They need
+            not sum up to `ms_total`: kernels overlap.
         reads_actual, reads_expected: keys read, counted from real block indices, and the budget
             num_cmp(S) + topk * block_size + min(window_size, S), summed over queries, kv heads and sequences, over the
             prefill and all decode steps of the row.
@@ -58,13 +59,15 @@ class Row:
         check: what the comparison with the oracle said.
         suite, workload, clock: what was run. clock: "graph" (CUDA graph replay), "events" (CUDA events, L2 written over
             before each call) or "host" (wall time of a call from Python, the device waited for).
-        batch, num_heads, num_kv_heads, head_dim, v_head_dim, dtype: as the workload has them.
+        batch, num_heads, num_kv_heads, head_dim, v_head_dim, dtype: as the workload has them. A blank v_head_dim is
+            head_dim.
         parameters: its other parameters, `name=value` joined by spaces, in the order of their names.
         backend, why: what ran, and who decided so. profile, preset: of the plan.
         flops, bytes: of one call: what it has to compute, and to move at least, each tensor once.
         ceiling_flops, ceiling_bandwidth: a second, of this machine, measured in the same run.
         floor_ms: max(flops / ceiling_flops, bytes / ceiling_bandwidth), in milliseconds.
         device, python, torch, triton, flash_attn, cudnn, packages, commit: what it ran on; packages: of this family.
+        flags: `NSA_*` variables that were set, `NAME=value` joined by spaces, in the order of their names.
         date: ISO. schema: version of the columns.
     """
 
@@ -114,6 +117,7 @@ class Row:
     cudnn: str = ""
     packages: str = ""
     commit: str = ""
+    flags: str = ""
     date: str = ""
     schema: int = SCHEMA
 

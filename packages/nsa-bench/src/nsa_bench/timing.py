@@ -4,7 +4,7 @@
   the next, and the sets together are several times as large as the L2 cache: every call finds its data cold.
 - "events": CUDA events around each call. Before it other memory is written over, which empties the L2 cache and keeps
   the GPU busy while the call is being launched, as other work does in a model.
-- "host": wall time from Python, the device waited for at the end; sets of data as for "graph".
+- "host": wall time from Python, the device waited for at the end; on a GPU sets of data as for "graph".
 """
 
 import statistics
