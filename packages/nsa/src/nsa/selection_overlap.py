@@ -29,7 +29,7 @@ class ChosenBlocks:
 
     def forget(self, sequence: int) -> None:
         """The next query of this sequence has no neighbour: it goes on from what others selected."""
-        self.position[sequence] = NOBODY
+        self.position[sequence : sequence + 1].fill_(NOBODY)
 
 
 def overlap(
@@ -53,7 +53,7 @@ def overlap(
     now, at, of = (x[start - lead :] for x in (block_indices, position, sequence))
     earlier, earlier_at, earlier_of = (x.roll(1, 0) for x in (now, at, of))
     first = of != earlier_of
-    first[0] = True
+    first[:1].fill_(True)
     if before is None:
         neighbours = (at > 0) & ~first  # a sequence's rows follow one another
     else:
