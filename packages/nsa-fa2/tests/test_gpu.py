@@ -232,11 +232,25 @@ def test_unequal_head_dims(name: str, op: str, lengths: str, dims: tuple[int, in
 def test_a_reduced_build_of_flash_attn_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Such a build returns whatever memory held: here a call that writes nothing stands for it."""
     able(FA2, "window_attention", problem())
-    flash_attn.check_built(64, torch.bfloat16, torch.device("cuda", 0))
+    for windowed in (False, True):
+        flash_attn.check_built(64, torch.bfloat16, torch.device("cuda", 0), windowed=windowed)
     monkeypatch.setattr(flash_attn, "_built", set())
     monkeypatch.setattr(flash_attn, "_forward", lambda q, *_: (torch.full_like(q, 3.0), q))
-    with pytest.raises(RuntimeError, match=r"was built without a kernel for head_dim 64 in torch\.bfloat16"):
-        flash_attn.check_built(64, torch.bfloat16, torch.device("cuda", 0))
+    for windowed, words in ((False, "a kernel"), (True, "a kernel of windows")):
+        with pytest.raises(RuntimeError, match=rf"was built without {words} for head_dim 64 in torch\.bfloat16"):
+            flash_attn.check_built(64, torch.bfloat16, torch.device("cuda", 0), windowed=windowed)
+
+
+@pytest.mark.parametrize("dim", [8, 32, 40, 96, 256])
+@pytest.mark.parametrize("op", OPS)
+def test_a_head_dim_is_computed_or_refused(op: str, dim: int) -> None:
+    """flash-attn may have been built for some: for the others there must be words, not numbers."""
+    backend = able(FA2, op, problem(head_dim=dim, v_head_dim=dim))
+    try:
+        assert_as_the_oracle(backend, op, case(op, "ragged", torch.bfloat16, heads=HEADS[4], dim=dim))
+    except RuntimeError as error:
+        if "was built without a kernel" not in str(error):
+            raise
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nsa_fa2.kernel import Limits, Segments
+from nsa_fa2.providers.built import computes
 from nsa_fa2.providers.shapes import FittedKernel
 
 NO_WINDOW = -1
@@ -27,7 +28,7 @@ class FlashAttn(FittedKernel):
         causal: bool,
         window: int | None,
     ) -> tuple[Tensor, Tensor]:
-        check_built(q.shape[-1], q.dtype, q.device)
+        check_built(q.shape[-1], q.dtype, q.device, windowed=window is not None)
         return _forward(q, k, v, segments, scale, causal, window)
 
     def _backward(
@@ -82,26 +83,28 @@ def _interface() -> Any:
     return flash_attn_interface
 
 
-def check_built(head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise unless the installed flash-attn has kernels for a head dim; one small call that waits, the first time.
-
-    flash-attn can be built for some head dims only, and then computes nothing for the others without a word.
+def check_built(head_dim: int, dtype: torch.dtype, device: torch.device, *, windowed: bool) -> None:
+    """Raise unless the installed flash-attn computes for a head dim; one small call that waits, the first time.
 
     Raises:
-        RuntimeError: it has none, in words that routing takes for a kernel that does not compile.
+        RuntimeError: it does not, in words that routing takes for a kernel that does not compile.
     """
-    kind = -(-head_dim // 32) * 32, dtype, device.index  # it has one kernel for head dims up to 32, 64, 96, ...
+    kind = head_dim, dtype, device.index, windowed
     if kind in _built or torch.cuda.is_current_stream_capturing():
         return
-    x = torch.ones(1, 1, 1, kind[0], dtype=dtype, device=device)
-    out, _ = _forward(x, x, x, None, 1.0, False, None)
-    if not torch.equal(out, x):  # the mean of one value is that value
+    if not computes(_causal, head_dim, dtype, device, windowed=windowed):
         import flash_attn
 
+        of_windows = " of windows" if windowed else ""
         raise RuntimeError(
-            f"flash-attn {flash_attn.__version__} was built without a kernel for head_dim {head_dim} in {dtype}"
+            f"flash-attn {flash_attn.__version__} was built without a kernel{of_windows} for head_dim {head_dim} "
+            f"in {dtype}"
         )
     _built.add(kind)
 
 
-_built: set[tuple[int, torch.dtype, int | None]] = set()
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    return _forward(q, k, v, None, scale, True, window)[0]
+
+
+_built: set[tuple[int, torch.dtype, int | None, bool]] = set()
