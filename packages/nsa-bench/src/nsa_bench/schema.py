@@ -62,7 +62,7 @@ class Row:
         batch, num_heads, num_kv_heads, head_dim, v_head_dim, dtype: as the workload has them. A blank v_head_dim is
             head_dim.
         parameters: its other parameters, `name=value` joined by spaces, in the order of their names.
-        backend, why: what ran, and who decided so. profile, preset: of the plan.
+        backend, why: what ran, and why: it was requested, or planned. profile, preset: of the plan.
         flops, bytes: of one call: what it has to compute, and to move at least, each tensor once.
         ceiling_flops, ceiling_bandwidth: a second, of this machine, measured in the same run.
         floor_ms: max(flops / ceiling_flops, bytes / ceiling_bandwidth), in milliseconds.

@@ -1,12 +1,13 @@
 """Which backend a workload's operations run on, and who decided so: what a row of nsa-bench says of it."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 import torch
-from nsa_routing import OPS, Plan, Policy, plan_for
+from nsa_routing import OPS, Plan, Policy, Rejected, plan_for
 from nsa_routing.workload import Workload
 from nsa_varlen.benchmarks.workload import Value
 
@@ -41,17 +42,30 @@ def refusal(ops: Sequence[str], layer: Workload, backend: Value) -> str | None:
 
 
 def facts(ops: Sequence[str], layer: Workload, backend: Value) -> dict[str, Value]:
-    """backend, why, profile and preset: the backend of most operations, and op=name for the others."""
+    """backend, why, profile and preset: the backend of most operations, and op=name for the others.
+
+    `why` is "requested", or "plan" with the reasons against the backends that it would have taken before.
+    """
     made = dict(zip(ops, plans(ops, layer, backend), strict=True))
     names = {op: str(chosen.backend) for op, chosen in made.items()}
     ((most, _),) = Counter(names.values()).most_common(1)
     chosen = next(iter(made.values()))
     return {
         "backend": " ".join([most, *(f"{op}={name}" for op, name in names.items() if name != most)]),
-        "why": "plan" if chosen.requested is None else "requested",
+        "why": "requested" if chosen.requested is not None else "; ".join(["plan", *_against(made)]),
         "profile": chosen.profile,
         "preset": chosen.preset,
     }
+
+
+def _against(made: Mapping[str, Plan]) -> list[str]:
+    """What stood in the way of better candidates than the chosen ones, each reason once, with its operations."""
+    reasons: dict[str, list[str]] = {}
+    for op, chosen in made.items():
+        for candidate in takewhile(lambda found: isinstance(found, Rejected), chosen.candidates):
+            assert isinstance(candidate, Rejected)
+            reasons.setdefault(f"not {candidate.backend}: {candidate.reason}", []).append(op)
+    return [f"{reason} ({', '.join(ops)})" for reason, ops in reasons.items()]
 
 
 def layer_of(device: str, queries: int, keys: int, **sizes: Any) -> Workload:
