@@ -67,6 +67,15 @@ def test_trouble_gets_a_row_and_no_number(
     assert outcome.bad == ([] if trouble == "refusing" else [bad])
 
 
+def test_who_cannot_even_refuse_fails(toy: Any, measure: Callable[..., runner.Outcome]) -> None:
+    class Confused(type(toy)):  # type: ignore[misc]
+        def refuse(self, device: str, **parameters: Any) -> str | None:
+            raise ValueError("block_size: expected a multiple of kernel_stride, got 5")
+
+    (row,) = measure(Confused(), 64).rows
+    assert row.status == "failed: ValueError: block_size: expected a multiple of kernel_stride, got 5"
+
+
 def test_trouble_of_one_variant_leaves_the_others(document: Callable[..., dict[str, Any]], toy: Any) -> None:
     variants = [{"workload": name, "clock": "host"} for name in ("bad", "toy")]
     workloads = {"bad": toy.but(name="bad", wrong=frozenset({8})), "toy": toy}

@@ -26,10 +26,6 @@ app = typer.Typer(
 )
 
 
-app.command()(reading.summarize)
-app.command()(reading.plot)
-
-
 def _version(shown: bool) -> None:
     if shown:
         print(f"nsa-bench {version('nsa-bench')}")
@@ -119,6 +115,10 @@ def run(
         left = f"{outcome.left} of {len(points)} points left"
         console.print(f"{left}: the budget of {budget:g} s is spent", highlight=False)
     raise typer.Exit(BAD if outcome.bad else INCOMPLETE if outcome.left else 0)
+
+
+app.command()(reading.summarize)
+app.command()(reading.plot)
 
 
 def _workloads() -> dict[str, Workload]:

@@ -190,10 +190,6 @@ class _Point:
 
     def _ready(self, place: int, measurement: Measurement) -> Sample | None:
         """What samples the whole, after the check; None where there is nothing to time."""
-        refusal = measurement.workload.refuse(self.device, **measurement.parameters)
-        if refusal is not None:
-            self.columns[place]["status"] = f"refused: {_line(refusal)}"
-            return None
         return self._tried(place, partial(self._checked, measurement, self.columns[place]))
 
     def _tried(self, place: int, run: Callable[[], Made]) -> Made | None:
@@ -206,8 +202,12 @@ class _Point:
             self.columns[place]["status"] = f"failed: {type(error).__name__}: {_line(error)}"
         return None
 
-    def _checked(self, measurement: Measurement, columns: dict[str, Any]) -> Sample:
+    def _checked(self, measurement: Measurement, columns: dict[str, Any]) -> Sample | None:
         workload, clock = measurement.workload, measurement.variant.clock
+        refusal = workload.refuse(self.device, **measurement.parameters)
+        if refusal is not None:
+            columns["status"] = f"refused: {_line(refusal)}"
+            return None
         columns |= self._floor(measurement)
         states = self._states(measurement)
         columns |= {name: value for name, value in workload.facts(states[0]).items() if name in FACTS}
