@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGES = Path(__file__).parents[1] / "packages"
-OWNERS = ("nsa_varlen/layout.py", "nsa_varlen/buckets.py")
+OWNERS = ("nsa_varlen/layout.py", "nsa_varlen/buckets.py", "nsa_varlen/benchmarks/inputs.py")  # the last: random walks
 # What turns lengths into offsets, offsets into rows, or rows into sequences.
 LAYING_OUT = {
     "accumulate",

@@ -10,8 +10,16 @@ TINY = {"S": 100, "batch": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
 
 
 def test_names() -> None:
-    assert list(WORKLOADS)[:2] == ["dense.prefill", "dense.decode"]
+    assert list(WORKLOADS)[:3] == ["dense.prefill", "dense.train", "dense.decode"]
     assert {name.partition(".")[0] for name in WORKLOADS} == {"dense", "sdpa"}
+
+
+def test_dense_gradients_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "dq off by" in tried(WORKLOADS["dense.train"], **TINY)
+    right = dense._prefill
+    monkeypatch.setattr(dense, "_prefill", lambda *args: right(*args) * 2 - right(*args).detach())
+    with pytest.raises(AssertionError, match="dq: max-abs error"):
+        tried(WORKLOADS["dense.train"], **TINY)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

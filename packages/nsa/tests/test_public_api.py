@@ -95,7 +95,7 @@ def test_names() -> None:
         (PagePool.for_config, "(config, num_pages, *, page_size=64, device=None, dtype=None)"),
         (
             nsa.observe,
-            "(model, *, parity_every=0, parity_rows=64, ranges=False, log_every=None, log_seconds=None, "
+            "(model, *, every=1, parity_every=0, parity_rows=64, ranges=False, log_every=None, log_seconds=None, "
             "clock=<built-in function monotonic>)",
         ),
         (nsa.Observer.snapshot, "(self)"),

@@ -39,6 +39,6 @@ def _expected(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None)
     place = torch.arange(q.shape[1], device=q.device)
     behind = place[:, None] - place
     seen = (behind >= 0) & (behind < (len(place) if window is None else window))
-    k, v = (x.float().repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+    k, v = (x.float().expand(-1, -1, HEADS, -1) for x in (k, v))  # of one kv head
     logits = torch.einsum("bthd,bshd->bhts", q.float(), k) * scale
     return torch.einsum("bhts,bshd->bthd", logits.masked_fill(~seen, -torch.inf).softmax(-1), v)

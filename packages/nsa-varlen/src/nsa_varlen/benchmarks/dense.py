@@ -139,7 +139,8 @@ def _dense_gradients(point: Point, dtype: torch.dtype) -> tuple[Tensor, ...]:
     seen = torch.ones(point.q.shape[1], point.q.shape[1], dtype=torch.bool, device=point.q.device).tril()
     with torch.enable_grad():
         q, k, v = (x[0] for x in leaves)
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        group = q.shape[1] // k.shape[1]
+        k, v = (x[:, :, None].expand(-1, -1, group, -1).flatten(1, 2) for x in (k, v))
         out = plain_attention(q, k, v, seen[:, None])
         return torch.autograd.grad(out[None], leaves, point.q.to(dtype))
 
