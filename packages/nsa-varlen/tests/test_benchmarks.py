@@ -40,6 +40,39 @@ def test_a_wrong_row_is_seen(name: str) -> None:
         workload.check(state, results)
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [((0, slice(0, 50)), 7.0, "max-abs error"), ((0, slice(60, 100)), float("nan"), "expected finite values")],
+)
+def test_rows_of_other_sequences_are_looked_at(place: tuple[int, slice], value: float, words: str) -> None:
+    workload = WORKLOADS["dense.prefill"]
+    state = workload.setup("cpu", 0, **{**workload.parameters, **TINY})
+    out = workload.call(state, 0).clone()
+    out[place] = value
+    with pytest.raises(AssertionError, match=words):
+        workload.check(state, [out])
+
+
+@pytest.mark.parametrize("value", [7.0, float("nan")])
+def test_steps_of_other_sequences_are_looked_at(value: float) -> None:
+    workload = WORKLOADS["dense.decode"]
+    state = workload.setup("cpu", 0, **{**workload.parameters, **TINY})
+    results = [workload.call(state, index).clone() for index in range(workload.calls)]
+    for out in results:
+        out[0] = value
+    with pytest.raises(AssertionError, match="step"):
+        workload.check(state, results)
+
+
+def test_gradients_of_what_is_timed_are_finite() -> None:
+    workload = WORKLOADS["dense.train"]
+    state = workload.setup("cpu", 0, **{**workload.parameters, **TINY})
+    results = [x.clone() for x in workload.call(state, 0)]
+    results[2][0, 3] = torch.nan
+    with pytest.raises(AssertionError, match="dk: expected finite values"):
+        workload.check(state, [results])
+
+
 def test_steps_grow() -> None:
     """Each reads one token more, and none that is not there yet."""
     workload = WORKLOADS["dense.decode"]

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from nsa.benchmarks import routes, workloads
+from nsa import ops
+from nsa.benchmarks import decode, routes, workloads
 from nsa.benchmarks.decode import STEPS, Sequences
 from nsa.reads import reads_when_selected
 from nsa_routing import Accepted, Plan, Rejected, reset
@@ -103,7 +104,7 @@ def test_wrong_gradients_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(type(BACKEND), "combine", wrong)
     reset()
-    with pytest.raises(AssertionError, match="dq: max-abs error"):
+    with pytest.raises(AssertionError, match="dq of last 64 rows: max-abs error"):
         workload.check(state, results(workload, state))
 
 
@@ -129,6 +130,87 @@ def test_a_wrong_row_in_the_cache_is_seen(stream: str) -> None:
     slot = pages.slots(torch.tensor([1]), torch.tensor([rows]))
     pages.pages.flatten(0, 1)[slot] += 1e-3
     with pytest.raises(AssertionError, match="k_"):
+        workload.check(state, found)
+
+
+def _storing_nothing(right: Any) -> Any:
+    def run(*args: Any, new: Any, **options: Any) -> Any:
+        return right(*args, **options)
+
+    return run
+
+
+def test_steps_that_store_nothing_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they find was stored by the setup."""
+    workload, state, _ = made("nsa.decode")
+    monkeypatch.setattr(decode.ops, "decode_attention", _storing_nothing(ops.decode_attention))
+    with pytest.raises(AssertionError, match=r"expected the (means|rows)"):
+        workload.check(state, results(workload, state))
+    monkeypatch.undo()
+    assert "off by" in workload.check(state, results(workload, state))  # nothing of it is left
+
+
+@pytest.mark.parametrize("value", [7.0, float("nan")])
+def test_a_decode_step_has_to_be_right_in_every_sequence(value: float) -> None:
+    workload, state, _ = made("nsa.decode")
+    found = [(out.clone(), indices) for out, indices in results(workload, state)]
+    for out, _ in found:
+        out[0] = value
+    with pytest.raises(AssertionError, match="step"):
+        workload.check(state, found)
+
+
+@pytest.mark.parametrize(
+    ("rows", "value", "words"),
+    [(slice(0, 75), 7.0, "middle 64 rows"), (slice(80, 200), float("nan"), "out: expected finite")],
+)
+@pytest.mark.parametrize("name", ["nsa.prefill", "nsa.train"])
+def test_a_prefill_has_to_be_right_before_its_last_rows(name: str, rows: slice, value: float, words: str) -> None:
+    workload, state, _ = made(name)
+    found = [[x.clone() for x in result] for result in results(workload, state)]
+    found[0][0][rows] = value
+    with pytest.raises(AssertionError, match=words):
+        workload.check(state, found)
+
+
+class _DenseBackward(torch.autograd.Function):
+    """Selected attention with the gradients of attention to everything."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        ctx.save_for_backward(*args[:3])
+        ctx.layout = args[4]
+        return args[6](*args[:6])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        with torch.enable_grad():
+            out, _ = ops.window_attention(*leaves, ctx.layout, BlockGeometry(window_size=1 << 20))
+        return (*torch.autograd.grad(out, leaves, grads[0]), None, None, None, None)
+
+
+@pytest.mark.parametrize("spoiled", ["long", "all"])
+def test_gradients_of_blocks_that_were_not_chosen_are_seen(spoiled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the short sequence, too: with no more tokens than topk blocks hold each block is chosen."""
+    workload, state, _ = made("nsa.train", S=400, batch=1)
+    right = BACKEND.selected_attention
+
+    def wrong(self: Any, *args: Any, **options: Any) -> Any:
+        return _DenseBackward.apply(*args[:6], right)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(BACKEND), "selected_attention", wrong)
+        reset()
+        found = results(workload, state)
+        if spoiled == "all":
+            # As if rows of the timed problem were right.
+            patch.setattr(type(state), "_check_row_gradients", lambda *args: None)
+            with pytest.raises(AssertionError, match="dq: max-abs error"):
+                workload.check(state, found)
+            return
+    reset()
+    with pytest.raises(AssertionError, match="dq of last 64 rows: max-abs error"):
         workload.check(state, found)
 
 
@@ -236,8 +318,6 @@ def test_costs_count_each_tensor_once() -> None:
 
 
 def test_long_sequences_are_prefilled_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nsa.benchmarks import decode
-
     whole = Sequences("cpu", 0, **{**WORKLOADS["nsa.decode"].parameters, **SIZES, **BLOCKS})
     monkeypatch.setattr(decode, "CHUNK", 64)
     workload, state, _ = made("nsa.decode", batch=1)

@@ -108,10 +108,20 @@ def _prefill(point: Point, _: int) -> Tensor:
 
 
 def check_prefill(point: Point, results: Sequence[Tensor]) -> str:
-    """The last rows of the last sequence."""
-    q, k, v = (x[-1] for x in point[:3])
-    rows = slice(max(0, len(q) - ROWS), None)
-    return check_dense(results[0][-1][rows], q[rows], k, v, f"last {ROWS} rows")
+    """The last rows of the last sequence, and some in the middle of the first; everything has to be finite."""
+    out, tokens = results[0], point.q.shape[1]
+    _check_finite("out", out)
+    said = []
+    for sequence, end, about in ((len(out) - 1, tokens, "last"), (0, max(1, tokens // 2), "middle")):
+        rows = slice(max(0, end - ROWS), end)
+        q, k, v = point.q[sequence, rows], point.k[sequence, :end], point.v[sequence, :end]
+        said.append(check_dense(out[sequence, rows], q, k, v, f"{about} {len(q)} rows"))
+    return "; ".join(said)
+
+
+def _check_finite(name: str, x: Tensor) -> None:
+    if not bool(torch.isfinite(x).all()):
+        raise AssertionError(f"{name}: expected finite values, got others")
 
 
 def _train(point: Point, _: int) -> tuple[Tensor, ...]:
@@ -123,8 +133,10 @@ def _train(point: Point, _: int) -> tuple[Tensor, ...]:
 
 
 def _check_train(point: Point, results: Sequence[tuple[Tensor, ...]]) -> str:
-    """The last rows of the output; the gradients in full of CHECKED tokens."""
+    """Rows of the output, gradients that are finite; those of CHECKED tokens in full."""
     words = check_prefill(point, [results[0][0]])
+    for name, x in zip(("dq", "dk", "dv"), results[0][1:], strict=True):
+        _check_finite(name, x)
     short = point._replace(**{name: getattr(point, name)[-1:, :CHECKED] for name in "qkv"})
     _, *found = _train(short, 0)
     exact, plain = (_dense_gradients(short, dtype) for dtype in (torch.float64, point.q.dtype))
@@ -163,12 +175,15 @@ def _decode(point: Point, index: int) -> Tensor:
 
 
 def check_decode(point: Point, results: Sequence[Tensor]) -> str:
-    """First and last step of the last sequence."""
-    words = ""
-    for index in (0, STEPS - 1):
+    """First and last step of the last sequence, and one of the first; everything has to be finite."""
+    for index, out in enumerate(results):
+        _check_finite(f"step {index}", out)
+    words, last = "", len(point.q) - 1
+    for sequence, index in ((0, STEPS // 2), (last, 0), (last, STEPS - 1)):
         length = point.k.shape[1] - STEPS + 1 + index
-        k, v = point.k[-1, :length], point.v[-1, :length]
-        words = check_dense(results[index][-1], point.q[-1, index : index + 1], k, v, f"step {index}")
+        k, v = point.k[sequence, :length], point.v[sequence, :length]
+        q = point.q[sequence, index : index + 1]
+        words = check_dense(results[index][sequence], q, k, v, f"step {index} of sequence {sequence}")
     return words
 
 

@@ -94,6 +94,19 @@ class Sequences:
         self.cache.advance(1)
         return args, kwargs
 
+    def spoil(self) -> None:
+        """What the steps are to store is NaN, until they do."""
+        (_, *pages, _, _, blocks), _ = self.steps[-1]
+        end = self.tokens + STEPS
+        device = self.k.device
+        for number, x in enumerate(pages):
+            rows = range(self.tokens, end)
+            if number < 2:
+                rows = range(blocks.num_compressed(self.tokens), blocks.num_compressed(end))
+            sequence = torch.arange(self.cache.batch_size, device=device)[:, None]
+            slots = x.slots(sequence, torch.arange(rows.start, rows.stop, device=device)[None])
+            x.pages[slots // x.page_size, slots % x.page_size] = torch.nan
+
 
 # One set of sequences for all backends: they are large, and a prefill takes longer than what is timed.
 _made: WeakValueDictionary[tuple[Any, ...], Sequences] = WeakValueDictionary()
@@ -127,25 +140,46 @@ class Decode:
         return {name: partial(_stage, [steps[name] for steps in made]) for name in made[0]}
 
     def check(self, results: Sequence[tuple[Tensor, Tensor]]) -> str:
-        """First and last step of the last sequence: what was stored, what was chosen, the result."""
-        made, words = self.sequences, ""
-        last = made.cache.batch_size - 1
-        for index in (0, STEPS - 1):
-            (q, *pages, gates, _, blocks), _ = made.steps[index]
-            length = made.tokens + index + 1
-            compressed = blocks.num_compressed(length)
-            k, v = made.k[last, :length], made.v[last, :length]
-            k_cmp, v_cmp = (x.span(last, 0, compressed) for x in pages[:2])
-            for name, rows, raw in (("k_cmp", k_cmp, k), ("v_cmp", v_cmp, v)):
-                check_pooled(rows, raw, blocks, name)
-            for name, x, raw in (("k_slc", pages[2], k), ("v_slc", pages[3], v), ("k_win", pages[4], k)):
-                start = max(0, length - blocks.window_size) if name == "k_win" else 0
-                if not torch.equal(x.span(last, start, length), raw[start:]):
-                    raise AssertionError(f"{name}: expected the rows of the tokens, got others")
-            out, indices = (x[last] for x in results[index])
-            kv = (k_cmp, v_cmp, k, v, k, v)
-            words = check_rows(out, indices, q[last], kv, gates[last], blocks, f"step {index} of sequence {last}")
+        """First and last step of the last sequence, one of the first: what was stored and chosen, the result.
+
+        All results have to be finite. What the setup stored, and other backends, is spoiled and stored again, since
+        steps that store nothing would find it.
+        """
+        for index, (out, _) in enumerate(results):
+            if not bool(torch.isfinite(out).all()):
+                raise AssertionError(f"out of step {index}: expected finite values, got others")
+        last, words = self.sequences.cache.batch_size - 1, ""
+        for sequence, index in ((0, STEPS // 2), (last, 0), (last, STEPS - 1)):
+            words = self._check_step(sequence, index, results[index])
+        self.sequences.spoil()
+        for index in range(STEPS):
+            self.call(index)
+        for sequence in (0, last):
+            self._check_stored(sequence, STEPS - 1)
         return words
+
+    def _check_step(self, sequence: int, index: int, result: tuple[Tensor, Tensor]) -> str:
+        (q, *_, gates, _, blocks), _ = self.sequences.steps[index]
+        kv = self._check_stored(sequence, index)
+        out, indices = (x[sequence] for x in result)
+        about = f"step {index} of sequence {sequence}"
+        return check_rows(out, indices, q[sequence], kv, gates[sequence], blocks, about)
+
+    def _check_stored(self, sequence: int, index: int) -> tuple[Tensor, ...]:
+        """Rows of cmp, slc and win by the time of a step, which have to be those of the tokens."""
+        made = self.sequences
+        (_, *pages, _, _, blocks), _ = made.steps[index]
+        length = made.tokens + index + 1
+        compressed = blocks.num_compressed(length)
+        k, v = made.k[sequence, :length], made.v[sequence, :length]
+        k_cmp, v_cmp = (x.span(sequence, 0, compressed) for x in pages[:2])
+        for name, rows, raw in (("k_cmp", k_cmp, k), ("v_cmp", v_cmp, v)):
+            check_pooled(rows, raw, blocks, name)
+        for name, x, raw in zip(("k_slc", "v_slc", "k_win", "v_win"), pages[2:], (k, v, k, v), strict=True):
+            start = max(0, length - blocks.window_size) if name.endswith("win") else 0
+            if not torch.equal(x.span(sequence, start, length), raw[start:]):
+                raise AssertionError(f"{name}: expected the rows of the tokens, got others")
+        return k_cmp, v_cmp, k, v, k, v
 
     def facts(self) -> dict[str, Value]:
         """Route and reads."""

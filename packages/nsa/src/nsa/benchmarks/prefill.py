@@ -28,7 +28,7 @@ SIZES: dict[str, Value] = {
     "dtype": "float32",
     "backend": routes.AUTO,
 }
-CHECKED = 1024  # tokens of the sequence whose gradients are checked in full
+UNCHOSEN = 256  # tokens of the sequence whose gradients are checked in full, beside those that topk blocks hold
 
 
 def geometry(parameters: Mapping[str, Value]) -> BlockGeometry:
@@ -123,35 +123,57 @@ class Batch:
         return both
 
     def check(self, results: Sequence[tuple[Tensor, ...]]) -> str:
-        """The last rows of the last sequence against the oracle; the gradients in full on a shorter sequence."""
+        """Rows of the last sequence's end and of the first one's middle against the oracle, and their gradients.
+
+        Everything has to be finite. The gradients are held against the oracle's in full on a shorter sequence.
+        """
         out, indices, *grads = results[0]
-        start = self.layout.total_q - self.tokens
-        q, k, v, gates = (x[start:] for x in (self.q, self.k, self.v, self.gates))
+        for name, x in zip(("out", "dq", "dk", "dv", "dgates"), (out, *grads), strict=False):
+            if not bool(torch.isfinite(x).all()):
+                raise AssertionError(f"{name}: expected finite values, got others")
         pooled = [ops.compress_mean(x, self.layout, self.blocks, backend=self.backend) for x in (self.k, self.v)]
-        count = self.blocks.num_compressed(self.tokens)
-        k_cmp, v_cmp = (x[len(x) - count :] for x in pooled)
+        last, middle = self.layout.batch_size - 1, max(1, self.tokens // 2)
+        said = []
+        for sequence, end, about in ((last, self.tokens, "last"), (0, middle, "middle")):
+            kv, rows = self._until(sequence, end, pooled)
+            about = f"{about} {rows.stop - rows.start} rows"
+            q, gates = self.q[rows], self.gates[rows]
+            said.append(check_rows(out[rows], indices[rows], q, kv, gates, self.blocks, about))
+            if grads:
+                self._check_row_gradients(rows, kv, indices[rows], (grads[0][rows], grads[3][rows]), about)
+        words = "; ".join(said)
+        return f"{words}; {self._check_gradients()}" if grads else words
+
+    def _until(self, sequence: int, end: int, pooled: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], slice]:
+        """(a sequence's rows of cmp, slc and win up to token `end`, where the batch has the last ROWS of its queries)."""
+        begin, count = sequence * self.tokens, self.blocks.num_compressed(self.tokens)
+        k, v = (x[begin : begin + end] for x in (self.k, self.v))
+        k_cmp, v_cmp = (x[sequence * count :][: self.blocks.num_compressed(end)] for x in pooled)
         for name, rows, raw in (("k_cmp", k_cmp, k), ("v_cmp", v_cmp, v)):
             check_pooled(rows, raw, self.blocks, name)
-        last = slice(max(0, self.tokens - ROWS), None)
-        words = check_rows(
-            out[start:][last],
-            indices[start:][last],
-            q[last],
-            (k_cmp, v_cmp, k, v, k, v),
-            gates[last],
-            self.blocks,
-            f"last {len(q[last])} rows",
-        )
-        if not grads:
-            return words
-        for name, x in zip(("q", "k", "v", "gates"), grads, strict=True):
-            if not bool(torch.isfinite(x).all()):
-                raise AssertionError(f"gradient of {name}: expected finite values, got others")
-        return f"{words}; {self._check_gradients()}"
+        return (k_cmp, v_cmp, k, v, k, v), slice(begin + max(0, end - ROWS), begin + end)
+
+    def _check_row_gradients(
+        self, rows: slice, kv: Sequence[Tensor], indices: Tensor, found: Sequence[Tensor], about: str
+    ) -> None:
+        """dq and dgates of some rows, which no other rows add to."""
+        assert self.grad_out is not None
+        above, dtype = self.grad_out[rows], self.q.dtype
+        layout = VarlenLayout.from_lengths([len(above)], [len(kv[2])], self.q.device)
+
+        def expected(dtype: torch.dtype) -> tuple[Tensor, ...]:
+            leaves = [x[rows].detach().to(dtype).requires_grad_() for x in (self.q, self.gates)]
+            with torch.enable_grad():
+                out = attended(leaves[0], kv, leaves[1], indices, layout, self.blocks, dtype)
+                return torch.autograd.grad(out, leaves, above.to(dtype))
+
+        for name, x, y, z in zip(("dq", "dgates"), found, expected(dtype), expected(torch.float64), strict=True):
+            within(x, lambda y=y: y, z, f"{name} of {about}")  # type: ignore[misc]
 
     def _check_gradients(self) -> str:
         """All gradients of a short sequence, by the same backends, against those of the oracle in fp64."""
-        short = Batch(self.device, 1, **{**self.parameters, "S": min(self.tokens, CHECKED), "batch": 1})
+        tokens = min(self.tokens, self.blocks.topk * self.blocks.block_size + UNCHOSEN)
+        short = Batch(self.device, 1, **{**self.parameters, "S": tokens, "batch": 1})
         _, indices, *found = short.run()
         k_cmp = ops.compress_mean(short.k, short.layout, short.blocks, backend=short.backend)
         check_chosen(indices, short.q, k_cmp, short.layout, short.blocks, "the sequence with gradients")
