@@ -132,11 +132,42 @@ def test_rows_of_code_that_is_in_no_commit_are_measured_again(
     assert [said[1] for said in toy.said if said[0] == "check"] == [64, 128, 64, 128]
 
 
-def test_a_file_that_is_no_table_is_left_alone(run: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("commit", ["abc", "abc+"])
+def test_a_file_that_is_no_table_is_left_alone(commit: str, run: Callable[..., Any], tmp_path: Path) -> None:
     out = tmp_path / "notes.csv"
     out.write_text("my,notes\n1,2\n")
-    assert run("--out", str(out)).exit_code == 2
+    assert run("--out", str(out), "--commit", commit).exit_code == 2
     assert out.read_text() == "my,notes\n1,2\n"
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_before_anything_is_measured(
+    run: Callable[..., Any], toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mkstemp(**_: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(schema.tempfile, "mkstemp", mkstemp)
+    done = run("--out", str(tmp_path / "rows.csv"))
+    assert done.exit_code == 2
+    assert "out: expected a file that can be written" in done.output
+    assert "Permission denied" in done.output
+    assert toy.said == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("S = [64, 128]", "S = [64, 64]"),
+        ("[[cpu.points]]", '[[variant]]\nworkload = "toy"\nclock = "host"\n[[cpu.points]]'),
+    ],
+)
+def test_a_suite_that_measures_something_twice(old: str, new: str, run: Callable[..., Any], tmp_path: Path) -> None:
+    """A file has one row for each measurement."""
+    path = tmp_path / "twice.toml"
+    path.write_text(SUITE.replace(old, new))
+    done = run(suite=str(path))
+    assert done.exit_code == 2
+    assert "suite twice: expected each measurement once, got toy [host] S=64 twice" in done.output
 
 
 def test_a_cuda_device_that_is_not_there(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

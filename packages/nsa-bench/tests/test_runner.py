@@ -100,10 +100,27 @@ def test_a_part_without_a_column_is_a_failure(toy: Any, measure: Callable[..., r
     assert row.status.startswith("failed: ValueError: parts of toy: expected")
 
 
+@pytest.mark.parametrize(
+    ("method", "answer", "status"),
+    [
+        ("facts", {"reads_actual": float("nan")}, "facts: expected an int of at least 0 for reads_actual, got nan"),
+        ("facts", {"reads_expected": -1}, "facts: expected an int of at least 0 for reads_expected, got -1"),
+        ("cost", (float("nan"), 1.0), "cost: expected finite numbers of at least 0, got nan and 1.0"),
+        ("cost", (1.0, -1.0), "cost: expected finite numbers of at least 0, got 1.0 and -1.0"),
+    ],
+)
+def test_what_a_file_could_not_give_back_is_a_failure(
+    method: str, answer: Any, status: str, toy: Any, measure: Callable[..., runner.Outcome]
+) -> None:
+    setattr(toy, method, lambda *args, **parameters: answer)
+    (row,) = measure(toy, 64).rows
+    assert (row.status, row.ms_total) == (f"failed: ValueError: {status}", None)
+
+
 def test_states_are_shared_by_clocks_and_not_by_parameters(document: Callable[..., dict[str, Any]], toy: Any) -> None:
-    variants = [{"workload": "toy", "clock": ["host", "host"], "backend": ["a", "b"]}]
-    points = points_of(parse("toys", document(8, variant=variants)), {"toy": toy}, "cpu")
-    runner.run(points, "cpu", MACHINE, repeats=3)
+    variants = [{"workload": "toy", "clock": "host", "backend": ["a", "b"]}]
+    ((a, b),) = points_of(parse("toys", document(8, variant=variants)), {"toy": toy}, "cpu")
+    runner.run([[a, a, b, b]], "cpu", MACHINE, repeats=3)
     setups = [parameters["backend"] for kind, *rest in toy.said if kind == "setup" for parameters in rest[1:]]
     assert setups == ["a", "b"]
 

@@ -14,7 +14,7 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\0"), max_si
 NUMBERS = st.floats(1e-6, 1e15).map(lambda x: float(f"{x:.6g}"))
 ROWS = st.builds(
     Row,
-    S=st.integers(0, 2**40),
+    S=st.integers(1, 2**40),
     ms_total=st.none() | NUMBERS,
     reads_actual=st.none() | st.integers(0, 2**62),
     flops=st.none() | NUMBERS,
@@ -76,6 +76,12 @@ BAD = {
     GOOD.replace(",1\n", ",2\n"): "schema 1, got 2",
     GOOD.replace("64,", ",", 1): "line 2: expected S",
     GOOD.replace("1.5", "fast"): "line 2, ms_total: expected float, got 'fast'",
+    GOOD.replace("1.5", "-1.5"): "line 2, ms_total: expected a finite number of at least 0, got '-1.5'",
+    GOOD.replace("1.5", "nan"): "line 2, ms_total: expected a finite number",
+    GOOD.replace("1.5", "inf"): "line 2, ms_total: expected a finite number",
+    GOOD.replace("64,", "-64,", 1): "line 2, S: expected a finite number",
+    GOOD.replace("64,", "0,", 1): "line 2: expected S",
+    GOOD.replace("1.5", "1" * 200_000): "expected CSV, got: field larger",
     GOOD.replace("1.5", "1.5,7"): "as many cells",
     GOOD.replace(",,,,1\n", ",1\n"): "as many cells",
 }

@@ -40,6 +40,7 @@ BAD: dict[str, dict[str, Any]] = {
     "expected points of": {"cpu": {}},
     "points and quick": {"cpu": {"point": []}},
     "expected points with S": {"cpu": {"points": [{"batch": 1}]}},
+    "S of at least 1": {"cpu": {"points": [{"S": [8, 0]}]}},
     "expected ints and words for S": {"cpu": {"points": [{"S": [1.5]}]}},
     r"without \['S'\]": {"variant": [{"workload": "toy", "clock": "host", "S": 4}]},
 }
@@ -58,6 +59,8 @@ def test_files_that_are_not_there_or_no_toml(tmp_path: Path) -> None:
     path.write_text("about = ")
     with pytest.raises(SuiteError, match=r"mine\.toml"):
         load_suite(str(path))
+    with pytest.raises(SuiteError, match="null"):
+        load_suite("bench\0decode")
     with pytest.raises(SuiteError, match=str(tmp_path)):
         load_suite(f"{tmp_path}/other.toml")
 

@@ -144,18 +144,23 @@ def _known(out: Path | None, machine: dict[str, str]) -> list[Row]:
     """Rows of a file that is gone on with: measured on this machine, with this code.
 
     Raises:
-        ValueError: they were not, or it is no such file.
+        ValueError: they were not, it is no such file, or cannot be written.
+        OSError: it cannot be read.
     """
     if out is None:
         return []
     if not out.parent.is_dir() or out.is_dir():
         raise ValueError(f"out: expected a file in a folder that is there, got {str(out)!r}")
+    try:
+        schema.check_writable(out)
+    except OSError as error:
+        raise ValueError(f"out: expected a file that can be written, got {str(out)!r}: {error.strerror}") from None
     if not out.exists():
         return []
+    rows = schema.read(out)  # what is no such table is not written over, whatever the commit
     if machine["commit"].endswith("+"):  # who knows which changes
         typer.echo(f"{out}: measured anew, since the code has changes that are in no commit", err=True)
         return []
-    rows = schema.read(out)
     here = tuple(machine[name] for name in PROVENANCE)
     for row in rows:
         if row.provenance != here:

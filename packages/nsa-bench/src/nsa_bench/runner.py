@@ -2,6 +2,7 @@
 
 import datetime
 import gc
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,7 +77,8 @@ def points_of(
     A workload that is not installed is left out; so is a clock that the device does not have.
 
     Raises:
-        RunError: no point, no workload, or a parameter that no workload or this one does not take.
+        RunError: no point, no workload, a parameter that no workload or this one does not take, or one measurement
+            twice.
     """
     places = (suite.quick if quick else suite.points)[device]
     if not places:
@@ -93,7 +95,14 @@ def points_of(
         unknown = sorted(point.keys() - known)
         if unknown:
             raise RunError(f"suite {suite.name}: expected parameters {sorted(known)}, got {unknown}")
-    return [[_measurement(suite, v, workloads[v.workload], point) for v in variants] for point in places]
+    points = [[_measurement(suite, v, workloads[v.workload], point) for v in variants] for point in places]
+    seen = set()
+    for measurement in (measurement for point in points for measurement in point):
+        identity = _row(measurement, {}).identity
+        if identity in seen:  # of two rows of one name, a file would keep the later
+            raise RunError(f"suite {suite.name}: expected each measurement once, got {measurement} twice")
+        seen.add(identity)
+    return points
 
 
 def run(
@@ -210,7 +219,7 @@ class _Point:
             return None
         columns |= self._floor(measurement)
         states = self._states(measurement)
-        columns |= {name: value for name, value in workload.facts(states[0]).items() if name in FACTS}
+        columns |= _facts(workload, states[0])
         columns["check"] = workload.check(states[0], [workload.call(states[0], i) for i in range(workload.calls)])
         # From one set of data to the next, then the next call of each.
         calls = [partial(workload.call, state, i) for i in range(workload.calls) for state in states]
@@ -244,6 +253,8 @@ class _Point:
     def _floor(self, measurement: Measurement) -> dict[str, float]:
         """What the call costs at least, on this machine."""
         flops, size = measurement.workload.cost(**measurement.parameters)
+        if not (0 <= flops < math.inf and 0 <= size < math.inf):
+            raise ValueError(f"cost: expected finite numbers of at least 0, got {flops} and {size}")
         dtype = str(measurement.parameters.get("dtype", "float32"))
         reached = ceilings.flops_per_second(self.device, dtype), ceilings.bytes_per_second(self.device)
         floor = 1e3 * max(flops / reached[0], size / reached[1])
@@ -287,6 +298,15 @@ def _row(measurement: Measurement, columns: Columns, common: Columns | None = No
     if values.get("status", OK) != OK:
         values = {name: value for name, value in values.items() if "ms" not in name.split("_")}
     return Row(**values)
+
+
+def _facts(workload: Workload, state: Any) -> dict[str, Any]:
+    """Of what a workload tells, what rows have columns for. What a file could not give back is its failure."""
+    found = {name: value for name, value in workload.facts(state).items() if name in FACTS}
+    for name, value in found.items():
+        if name.startswith("reads") and (type(value) is not int or value < 0):
+            raise ValueError(f"facts: expected an int of at least 0 for {name}, got {value!r}")
+    return found
 
 
 def _line(error: object) -> str:

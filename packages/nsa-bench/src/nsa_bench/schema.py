@@ -6,6 +6,7 @@ goes up when a column changes its meaning or leaves, not when one is added at th
 """
 
 import csv
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -145,16 +146,30 @@ def read(path: Path) -> list[Row]:
 
     Raises:
         SchemaError: the file does not begin with the columns of `PREFIX`, has unknown ones, another schema version, or
-            a cell that is not of its column's type.
+            a cell that is not of its column's type, or a number that is negative or not finite.
         OSError: there is no such file.
     """
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        names = tuple(reader.fieldnames or ())
-        unknown = [name for name in names if name not in COLUMNS]
-        if names[: len(PREFIX)] != PREFIX or unknown:
-            raise SchemaError(f"{path}: expected columns {','.join(PREFIX)},..., got {','.join(names) or 'none'}")
-        return [_row(path, reader.line_num, cells) for cells in reader]
+        try:
+            names = tuple(reader.fieldnames or ())
+            unknown = [name for name in names if name not in COLUMNS]
+            if names[: len(PREFIX)] != PREFIX or unknown:
+                raise SchemaError(f"{path}: expected columns {','.join(PREFIX)},..., got {','.join(names) or 'none'}")
+            return [_row(path, reader.line_num, cells) for cells in reader]
+        except csv.Error as error:
+            raise SchemaError(f"{path}, line {reader.line_num}: expected CSV, got: {error}") from None
+
+
+def check_writable(path: Path) -> None:
+    """A file can be written beside `path`, and moved there.
+
+    Raises:
+        OSError: it cannot.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=".nsa-bench-", suffix=".csv", dir=path.parent)
+    os.close(descriptor)
+    Path(name).unlink()
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:
@@ -194,10 +209,12 @@ def _row(path: Path, line: int, cells: Mapping[str, str | None]) -> Row:
         if text == "" and kind is not str:
             continue
         try:
-            values[name] = kind(text)
+            value = values[name] = kind(text)
         except ValueError:
             raise SchemaError(f"{path}, line {line}, {name}: expected {kind.__name__}, got {text!r}") from None
-    if values.get("schema") != SCHEMA or "S" not in values:
+        if kind is not str and not 0 <= value < math.inf:
+            raise SchemaError(f"{path}, line {line}, {name}: expected a finite number of at least 0, got {text!r}")
+    if values.get("schema") != SCHEMA or not values.get("S"):
         raise SchemaError(f"{path}, line {line}: expected S and schema {SCHEMA}, got {values.get('schema')}")
     return Row(**values)
 

@@ -96,7 +96,7 @@ def load_suite(name: str) -> Suite:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SuiteError(f"suite: expected one of {shipped()} or a .toml file, got {name!r}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, OSError) as error:  # no TOML, no UTF-8, no name that a file could have
         raise SuiteError(f"{path}: {error}") from None
     return parse(path.stem, document)
 
@@ -141,8 +141,10 @@ def parse(name: str, document: Mapping[str, Any]) -> Suite:
         raise SuiteError(f"suite {name}: expected points of {' or '.join(DEVICES)}, got none")
     own = {parameter for variant in variants for parameter in variant.parameters}
     for point in (point for places in (*points.values(), *quick.values()) for point in places):
-        if type(point.get("S")) is not int or own & point.keys():
-            raise SuiteError(f"suite {name}: expected points with S and without {sorted(own)} of variants, got {point}")
+        tokens = point.get("S")
+        if type(tokens) is not int or tokens < 1 or own & point.keys():
+            wanted = f"points with S of at least 1 and without {sorted(own)} of variants"
+            raise SuiteError(f"suite {name}: expected {wanted}, got {point}")
     trends = tuple(_tables(name, document, "trend", required=False))
     return Suite(name, str(document.get("about", "")), tuple(variants), points, quick, trends)
 

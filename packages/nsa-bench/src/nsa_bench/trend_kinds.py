@@ -52,7 +52,7 @@ def follows_budget(line: Sequence[Row], rows: Sequence[Row], *, tolerance: float
     the longest beyond noise. Slower growth than the budget's is fine: a launch costs the same at every length. Where
     the budget itself, with its tolerance, grows no slower than S, lengths are too short to tell.
     """
-    told = [(row, budget[1]) for row in _sure(line) if (budget := decode_reads(row))]
+    told = [(row, budget[1]) for row in _sure(line) if (budget := decode_reads(row)) and budget[1]]
     if len(told) < 2 or told[0][0].S == told[-1][0].S:
         return None, f"expected two lengths with a time and decode reads, got {len(told)}"
     (first, least), (last, most) = told[0], told[-1]

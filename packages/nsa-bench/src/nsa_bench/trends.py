@@ -111,7 +111,7 @@ def parse_trend(table: Mapping[str, Any]) -> Trend:
         crossover, at_most 16384
     """
     kind = table.get("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise TrendError(f"trend: expected a kind of {', '.join(KINDS)}, got {kind!r}")
     own = KINDS[kind].keys
     unknown = table.keys() - set(COMMON) - own.keys()

@@ -51,6 +51,15 @@ def every_kind(measured: Rows, **given: object) -> list[tuple[str, Figure]]:
     return drawn
 
 
+def test_rows_that_read_nothing_have_no_place_among_reads(measured: Rows) -> None:
+    rows = measured()
+    nothing = [replace(row, reads_actual_decode=0) if row.S == 8192 else row for row in rows]
+    (lines,) = (series(axes) for axes in figure(nothing, "reads").axes)
+    assert lines["nsa.decode, counted"][0] == [S for S in dict.fromkeys(row.S for row in rows) if S != 8192]
+    drawn, missing = draw({"run": [replace(row, reads_expected_decode=0) for row in rows]}, "reads")
+    assert (drawn, missing) == ([], ["run: nothing to draw for reads: no row with decode reads, batch and calls"])
+
+
 def test_time_has_a_line_for_each_variant_and_a_panel_for_each_clock_and_shape(measured: Rows) -> None:
     rows = measured(batches=(1, 8), clocks=("graph", "host"))
     axes = figure(rows, "time").axes

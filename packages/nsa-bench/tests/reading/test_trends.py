@@ -308,6 +308,11 @@ def test_series_that_say_nothing_are_left_out_where_others_speak(measured: Rows)
     assert (verdict.holds, verdict.subject) == (True, "nsa.decode triton, batch 8")
 
 
+def test_a_budget_of_nothing_says_nothing(measured: Rows) -> None:
+    rows = [replace(row, reads_expected_decode=0, reads_actual_decode=0) for row in measured()]
+    assert holds(rows, kind="follows_budget") is None
+
+
 @pytest.mark.parametrize("kind", ["follows_budget", "exponent", "crossover", "faster"])
 def test_rows_without_time_or_quartiles_are_passed_over(measured: Rows, kind: str) -> None:
     own = {"exponent": {"at_most": 1}, "crossover": {"at_most": 8192}, "faster": {"than": "dense.decode"}}.get(kind, {})
@@ -327,6 +332,7 @@ def test_rows_without_time_or_quartiles_are_passed_over(measured: Rows, kind: st
     [
         ({"kind": "grows"}, "expected a kind of follows_budget, .*, got 'grows'"),
         ({}, "got None"),
+        ({"kind": ["exponent", "faster"], "workload": "w"}, "expected a kind of .*, got .'exponent', 'faster'."),
         ({"kind": "exponent", "workload": "nsa.decode"}, "expected at_most, got kind, workload"),
         ({"kind": "exponent", "at_most": 1}, "expected workload, got kind, at_most"),
         ({"kind": "exponent", "workload": "w", "at_most": 1, "by": 2}, "expected keys of .*at_least, got by"),

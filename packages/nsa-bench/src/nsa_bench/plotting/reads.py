@@ -16,7 +16,7 @@ def reads_figure(name: str, rows: Sequence[Row]) -> Figure | None:
 
     Workloads, and parameters that change what is read, have lines of their own; so do backends that read otherwise.
     """
-    told = [(row, found) for row in rows if not is_anchor(row) and (found := decode_reads(row))]
+    told = [(row, found) for row in rows if not is_anchor(row) and all(found := decode_reads(row) or (0, 0))]
     if not told:
         return None
     curves: dict[str, dict[int, tuple[float, float]]] = defaultdict(dict)

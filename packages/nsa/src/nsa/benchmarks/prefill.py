@@ -145,7 +145,7 @@ class Batch:
         return f"{words}; {self._check_gradients()}" if grads else words
 
     def _until(self, sequence: int, end: int, pooled: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], slice]:
-        """(a sequence's rows of cmp, slc and win up to token `end`, where the batch has the last ROWS of its queries)."""
+        """(rows of cmp, slc and win of a sequence up to token `end`, where a batch has the last ROWS queries)."""
         begin, count = sequence * self.tokens, self.blocks.num_compressed(self.tokens)
         k, v = (x[begin : begin + end] for x in (self.k, self.v))
         k_cmp, v_cmp = (x[sequence * count :][: self.blocks.num_compressed(end)] for x in pooled)
