@@ -102,7 +102,7 @@ def exponent(line: Sequence[Row], rows: Sequence[Row], *, at_most: float, at_lea
 
     With x = log S, p = sum (x_i - x̄) log t_i / Sxx is linear in the log t_i, so its standard error is
     sqrt(sum ((x_i - x̄) e_i)^2) / Sxx for relative errors e_i of the medians. A curve's deviation from the line is not
-    noise, and not in it.
+    noise, and not in it. Where noise could put p on either side of a bound, there is nothing to say.
     """
     told = _sure(line)
     if len({row.S for row in told}) < 2:
@@ -114,9 +114,12 @@ def exponent(line: Sequence[Row], rows: Sequence[Row], *, at_most: float, at_lea
     noise = math.hypot(*((each - mean) * (error(row) or 0) for each, row in zip(x, told, strict=True))) / total
     lengths = f"{len(told)} lengths from {short_length(told[0].S)} to {short_length(told[-1].S)}"
     words = f"t ~ S^{slope:.3f} ± {noise:.3f} over {lengths}"
-    high = slope - SIGMAS * noise > at_most
-    low = at_least is not None and slope + SIGMAS * noise < at_least
-    return not (high or low), words
+    least, room = -math.inf if at_least is None else at_least, SIGMAS * noise
+    if slope - room > at_most or slope + room < least:
+        return False, words
+    if least <= slope - room and slope + room <= at_most:
+        return True, words
+    return None, f"{words}: too noisy to tell"
 
 
 def reads_within_budget(line: Sequence[Row], rows: Sequence[Row]) -> Answer:

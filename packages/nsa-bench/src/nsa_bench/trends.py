@@ -80,7 +80,8 @@ class Trend:
         )
 
     def __str__(self) -> str:
-        options = [f"{key} {value:g}" for key, value in self.options.items() if key in NUMBERS and value is not None]
+        given = {key: value for key, value in self.options.items() if value is not None}
+        options = [f"{key} {value:g}" if key in NUMBERS else f"{key} {value}" for key, value in given.items()]
         return ", ".join([self.kind, *options])
 
 

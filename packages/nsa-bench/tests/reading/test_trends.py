@@ -195,9 +195,19 @@ def test_the_exponents_error_is_derived_from_quartiles() -> None:
     assert f"± {median * math.sqrt(2) / math.log(4):.3f}" in verdict.words
 
 
-def test_an_exponent_beyond_its_limit_by_noise_alone_holds(measured: Rows) -> None:
-    assert holds(measured(time=as_length, noise=0.2, seed=3), kind="exponent", at_most=0.95) is True
-    assert holds(measured(time=as_length, noise=0.001, seed=3), kind="exponent", at_most=0.95) is False
+@pytest.mark.parametrize("limits", [{"at_most": 0.98}, {"at_most": 1.02}, {"at_most": 2, "at_least": 0.98}], ids=str)
+def test_what_noise_could_explain_says_nothing_of_an_exponent(measured: Rows, limits: dict[str, float]) -> None:
+    noisy = measured(time=as_length, noise=0.5, seed=3)
+    (verdict,) = verdicts(noisy, kind="exponent", **limits)
+    assert (verdict.holds, verdict.words[-19:]) == (None, ": too noisy to tell")
+    assert holds(noisy, kind="exponent", at_most=2.0, at_least=0.1) is True
+    sure = measured(time=as_length, noise=0.001, seed=3)
+    assert holds(sure, kind="exponent", **limits) is (limits["at_most"] > 1)
+
+
+def test_trends_of_one_kind_are_told_apart() -> None:
+    names = {str(parse_trend(DECODE | {"kind": "faster", "than": than})) for than in ("a", "b")}
+    assert names == {"faster, than a, by 1, from 0", "faster, than b, by 1, from 0"}
 
 
 # reads_within_budget
