@@ -6,6 +6,7 @@ import math
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import nsa
@@ -314,6 +315,30 @@ def test_a_sequence_that_begins_like_another_has_no_neighbour_yet(make_layer: Ca
     assert counted[SUMS.index("neighbours")] == layer.config.num_kv_heads, "of sequence 0 alone"
 
 
+@pytest.mark.parametrize("ended", ["truncate", "free"])
+@torch.no_grad()
+def test_a_query_that_was_taken_back_is_no_neighbour(ended: str, make_layer: Callable, make_cache: Callable) -> None:
+    """Not of the one that follows the query that came in its place in a step that was not counted."""
+    layer = make_layer()
+    cache = make_cache(layer.config, 1)
+    with observe(layer, every=3) as observer:
+        layer(tokens(1, 30), cache=cache)
+        for _ in range(2):
+            step(layer, cache, tokens(1, 1), [1])
+        kept = observer.layers[0].statistics.state[1].clone()
+        if ended == "truncate":
+            cache.truncate(0, 31)
+        else:
+            cache.free(0)
+            observer.layers[0]._seen["prefill"] = 2
+            layer(tokens(1, 31), cache=cache)
+        for _ in range(2):  # the first of which is not counted
+            step(layer, cache, tokens(1, 1), [1])
+        counted = observer.layers[0].statistics.state[1] - kept
+    assert counted[SUMS.index("steps")] == 1
+    assert counted[SUMS.index("neighbours")] == 0
+
+
 # --- parity
 
 
@@ -390,6 +415,53 @@ def test_how_often_and_where_parity_is_looked_at(make_layer: Callable, monkeypat
     for layout in looked:
         assert layout.cu_seqlens_q.diff().tolist() == [4, 2, 0, 4]
         assert layout.cu_seqlens_k.diff().tolist() == [10, 2, 0, 9]
+
+
+@torch.no_grad()
+def test_routes_are_of_the_last_problem(
+    make_layer: Callable, make_cache: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of whichever kind that step was."""
+    layer = make_layer()
+    cache = make_cache(layer.config, 1)
+    widths: dict[str, int] = {}
+
+    def planned(problem: Any) -> SimpleNamespace:
+        widths[problem.op] = problem.max_seqlen_q
+        return SimpleNamespace(backend="sdpa")
+
+    monkeypatch.setattr(layer_observer, "plan_for", planned)
+    with observe(layer) as observer:
+        for width in (30, 2, 50, 1):  # 2 and 1 continue the cache: decode
+            layer(tokens(1, width), cache=cache if width < 50 else None)
+            observer.layers[0].routes()
+            assert widths["window_attention"] == width
+
+
+def test_routes_can_be_read_while_another_thread_is_noting(make_layer: Callable) -> None:
+    """As of a scrape."""
+
+    class Growing(dict[str, Any]):
+        def items(self) -> Iterator[Any]:  # type: ignore[override]
+            for found in super().items():
+                yield found
+                self["window_attention"] = found[1]
+
+        def keys(self) -> Iterator[str]:  # type: ignore[override]
+            return (op for op, _ in self.items())
+
+    layer = make_layer()
+    with observe(layer) as observer:
+        layer(tokens(1, 10))
+        (watched,) = observer.layers
+        notes = watched._problems["prefill"]
+        watched._problems["prefill"] = Growing(combine=notes["combine"])
+        assert watched.routes() == {"combine": "sdpa"}
+
+
+def test_a_model_without_a_device_has_no_numbers_yet(make_layer: Callable) -> None:
+    with observe(make_layer().to("meta")) as observer:
+        assert numbers_of(observer) == {"steps": 0, "queries": 0, "nonfinite": 0, "parity_steps": 0}
 
 
 # --- the layer is still the layer

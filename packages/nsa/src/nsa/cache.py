@@ -267,6 +267,8 @@ class NSACache:
         self._check_prefix(sequence, length)
         if length == 0:
             self.tail.forget(sequence)
+        if self.chosen is not None and length < self._lengths[sequence]:
+            self.chosen.forget(sequence)  # what comes in its place is another query
         lengths = list(self._lengths)
         lengths[sequence] = length
         self._commit(lengths)

@@ -94,8 +94,7 @@ class LayerObserver:
             return attend
 
         def run(*args: Any) -> Tensor:
-            notes = self._problems["prefill"] = dict[str, Problem]()
-            with noting(notes):
+            with noting(self._noted("prefill", {})):
                 return attend(*args)
 
         return run
@@ -119,8 +118,7 @@ class LayerObserver:
         if torch.compiler.is_compiling():
             _left_out(self._key)
             return ops.decode_attention(*given, **options)
-        notes = self._problems["decode"] = dict[str, Problem]()
-        with noting(notes):
+        with noting(self._noted("decode", {})):
             out, block_indices = ops.decode_attention(*given, **options)
         self._count_decode(cache, step, *given, q_cmp=options["q_cmp"], out=out, block_indices=block_indices)
         return out, block_indices
@@ -149,7 +147,7 @@ class LayerObserver:
 
         decodes = cache is not None and layout.max_seqlen_q <= cache.most_decoded
         if decodes:
-            self._problems["decode"] = self._problems["prefill"]
+            self._noted("decode", self._problems["prefill"])
         self._stepped("decode" if decodes else "prefill", q.device, count, compare)
 
     @torch.no_grad()
@@ -203,8 +201,16 @@ class LayerObserver:
 
     def routes(self) -> dict[str, str]:
         """By operation that ran since the beginning, the backend that its last problem would go to now."""
-        notes = {op: problem for kind in KINDS[::-1] for op, problem in self._problems.get(kind, {}).items()}
-        return _routes(notes)
+        found: dict[str, Problem] = {}
+        for notes in list(self._problems.values()):  # copies: a step in another thread may be noting
+            found |= notes.copy()
+        return _routes(found)
+
+    def _noted(self, kind: str, notes: dict[str, Problem]) -> dict[str, Problem]:
+        """The notes of a kind's step, the last of all kinds' from now on."""
+        self._problems.pop(kind, None)
+        self._problems[kind] = notes
+        return notes
 
     def _describe(self, kind: str, values: Any) -> str | None:
         last = values[0]
@@ -212,7 +218,7 @@ class LayerObserver:
         if not numbers["queries"]:
             return None
         failures = sum(sum(kinds.values()) for kinds in failure_counts().values())
-        route = route_of(_routes(self._problems.get(kind, {})))
+        route = route_of(_routes(self._problems.get(kind, {}).copy()))
         return line(kind, self.number, last[LENGTH], numbers, route, failures)
 
     def _be_on(self, device: torch.device) -> None:

@@ -50,7 +50,8 @@ class LayerStatistics:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.state = outside_inference(torch.zeros)(2, len(SUMS), dtype=torch.float64, device=device)
+        place = torch.device("cpu") if device.type == "meta" else device  # of what has no device yet
+        self.state = outside_inference(torch.zeros)(2, len(SUMS), dtype=torch.float64, device=place)
 
     def add(
         self,
@@ -84,9 +85,8 @@ class LayerStatistics:
         self.state[1, PARITY:].add_(torch.stack((elements.sign(), size, elements)))
 
     def move(self, device: torch.device) -> None:
-        """Go on on another device. What was on "meta" is nothing yet."""
-        state = torch.zeros_like(self.state, device="cpu") if self.state.is_meta else self.state
-        self.state = outside_inference(state.to)(device, copy=True)
+        """Go on on another device."""
+        self.state = outside_inference(self.state.to)(device, copy=True)
 
     def reset(self) -> None:
         """Start anew, in place: graphs hold the tensor."""
