@@ -74,6 +74,18 @@ def test_registering_reads_nothing(model: nn.Sequential, monkeypatch: pytest.Mon
         CollectorRegistry(auto_describe=True).register(ObserverCollector(observer))
 
 
+def test_two_observers_in_one_registry_are_refused(model: nn.Sequential) -> None:
+    """Layer 0 of both would be one series of two numbers."""
+    registry = CollectorRegistry()
+    with observe(model[0]) as one, observe(model[1]) as other:
+        first = ObserverCollector(one)
+        registry.register(first)
+        with pytest.raises(ValueError, match="nsa_steps"):
+            registry.register(ObserverCollector(other))
+        registry.unregister(first)
+        registry.register(ObserverCollector(other))
+
+
 def test_what_is_no_observer() -> None:
     with pytest.raises(TypeError, match=r"^observer: expected an nsa.Observer, got int$"):
         ObserverCollector(3)

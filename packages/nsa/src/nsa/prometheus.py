@@ -1,6 +1,6 @@
 """What an observer counted, for Prometheus. Needs `pip install "nsa[prometheus]"`; importing this module does not."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from nsa.layer_statistics import BRANCHES
@@ -31,7 +31,8 @@ class ObserverCollector:
     """A collector for a registry of prometheus_client; each scrape takes a `snapshot`, which waits for the device.
 
     Args:
-        observer: from `nsa.observe`. Whoever closes it unregisters this too; it shows the last numbers until then.
+        observer: from `nsa.observe`. Whoever closes it unregisters this too; it shows the last numbers until then. Two
+            observers need a registry each: their layers have the same numbers.
 
     Raises:
         TypeError: the observer is none.
@@ -57,14 +58,16 @@ class ObserverCollector:
         self._observer = observer
 
     def describe(self) -> list[Any]:
-        """Nothing, so that registering reads nothing."""
-        return []
+        """The metrics without numbers: registering reads nothing, and a second collector in one registry is refused."""
+        return list(self._families({}))
 
     def collect(self) -> Iterator[Any]:
         """The metrics of now."""
+        return self._families(self._observer.snapshot())
+
+    def _families(self, numbers: Mapping[str, Any]) -> Iterator[Any]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        numbers = self._observer.snapshot()
         layers = [layer.number for layer in self._observer.layers]
 
         def family(
