@@ -760,6 +760,32 @@ def test_replays_are_counted_as_often_as_asked(
     assert made[0].replays == sum(counted)
 
 
+@torch.no_grad()
+def test_observers_of_one_graph_count_each_for_itself(
+    make_layer: Callable, make_cache: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Graph] = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(Graph()) or made[-1])
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    model = nn.ModuleList(make_layer() for _ in range(3))
+    observers = [observe(model[:2], every=5), observe(model[2])]
+    caches = [make_cache(layer.config, 1) for layer in model]
+    with making_a_graph() as found, monkeypatch.context() as capture:
+        for layer, cache in zip(model, caches, strict=True):
+            step(layer, cache, tokens(1, 1), [0])
+        capture.setattr(layer_observer, "capturing", lambda device: True)
+        for layer, cache in zip(model, caches, strict=True):
+            step(layer, cache, tokens(1, 1), [1])
+    replays = decode_graph.ObservedReplays(found)
+    for _ in range(10):
+        replays.replayed()
+    assert [graph.replays for graph in made] == [4, 10]
+    observers[0].close()
+    for _ in range(10):
+        replays.replayed()
+    assert [graph.replays for graph in made] == [4, 20]
+
+
 @pytest.mark.parametrize("every", [1, 2, 3, 7])
 @torch.no_grad()
 def test_of_so_many_steps_the_first_two_are_counted(every: int, make_layer: Callable, make_cache: Callable) -> None:

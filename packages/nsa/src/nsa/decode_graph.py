@@ -89,14 +89,31 @@ class DecodeGraph:
 
 
 class ObservedReplays:
-    """Counts what observed layers did in a graph, in some of its replays: by a graph of its own, replayed behind it.
+    """Counts what observed layers did in a graph, in some of its replays: by graphs of their own, replayed behind it.
+
+    Each `nsa.observe` has its graph: it counts as often as it asks to, and until it is closed.
+    """
+
+    def __init__(self, recorded: Sequence[Recorded]) -> None:
+        groups: dict[object, list[Recorded]] = {}
+        for each in recorded:
+            groups.setdefault(each.observer.group, []).append(each)
+        self._parts = [_CountedReplays(group) for group in groups.values()]
+
+    def replayed(self) -> None:
+        """The graph with the steps was replayed once more."""
+        for part in self._parts:
+            part.replayed()
+
+
+class _CountedReplays:
+    """Layers that are observed by one `nsa.observe`.
 
     The steps' tensors keep their places in the first graph's memory, since what counts them holds them.
     """
 
     def __init__(self, recorded: Sequence[Recorded]) -> None:
         self._observers = [each.observer for each in recorded]
-        self._every = min(observer.every for observer in self._observers)
         self._replays = 0
         self._graph = torch.cuda.CUDAGraph()
         with torch.no_grad(), torch.cuda.graph(self._graph):
@@ -105,10 +122,10 @@ class ObservedReplays:
         self._recorded = list(recorded)
 
     def replayed(self) -> None:
-        """The graph with the steps was replayed once more."""
-        if all(observer.closed for observer in self._observers):
+        first = self._observers[0]
+        if first.closed:
             return
-        is_counted = counted(self._replays, self._every)
+        is_counted = counted(self._replays, first.every)
         self._replays += 1
         if is_counted:
             self._graph.replay()

@@ -43,6 +43,7 @@ class LayerObserver:
         num_kv_heads: of the layer.
         statistics: the sums.
         every: of so many steps of a kind the first two are counted: see `counted`.
+        group: what the layers of one `nsa.observe` have in common: they count alike, and are closed together.
         compiled: whether torch.compile has traced the layer since it is observed.
         closed: whether the observation is over.
     """
@@ -58,8 +59,10 @@ class LayerObserver:
         parity_rows: int = 64,
         policy: Policy | None = None,
         clock: Callable[[], float] = time.monotonic,
+        group: object = None,
     ) -> None:
         self.number, self.path = number, path
+        self.group = self if group is None else group
         self.compiled = self.closed = False
         self.num_kv_heads = layer.config.num_kv_heads
         self.every = every

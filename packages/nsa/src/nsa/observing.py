@@ -165,6 +165,7 @@ def observe(
     observed = [path for layer, path in found.items() if layer.observer is not None]
     if observed:
         raise ValueError(f"model: expected layers that nobody observes, got {observed}; close their observer first")
+    group = object()
     layers = {
         layer: LayerObserver(
             *(number, path, layer),
@@ -173,6 +174,7 @@ def observe(
             parity_rows=parity_rows,
             policy=policy,
             clock=clock,
+            group=group,
         )
         for number, (layer, path) in enumerate(found.items())
     }
