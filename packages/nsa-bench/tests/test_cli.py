@@ -154,6 +154,23 @@ def test_a_folder_that_cannot_be_written_is_noticed_before_anything_is_measured(
     assert toy.said == []
 
 
+def test_a_disk_that_is_full_in_the_middle(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, write = tmp_path / "rows.csv", schema.write
+
+    def full(path: Path, rows: Any) -> None:
+        if len(rows) > 1:
+            raise OSError(28, "No space left on device")
+        write(path, rows)
+
+    monkeypatch.setattr(schema, "write", full)
+    done = run("--out", str(out))
+    assert done.exit_code == 2
+    assert "No space left on device" in done.output
+    assert [row.S for row in schema.read(out)] == [64]
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [

@@ -96,16 +96,14 @@ def run(
             progress.advance(task)
             progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-        outcome = runner.run(
-            points,
-            where,
-            machine,
-            known=known,
-            repeats=repeats,
-            budget=budget,
-            keep=lambda rows: schema.write(out, _merged(known, rows)) if out else None,
-            tell=tell,
-        )
+        def keep(rows: list[Row]) -> None:
+            try:
+                if out is not None:
+                    schema.write(out, _merged(known, rows))
+            except OSError as error:  # a disk that is full by now: what was written before is still there
+                raise _refused(ValueError(f"out: expected a file that can be written, got {out}: {error}")) from error
+
+        outcome = runner.run(points, where, machine, known=known, repeats=repeats, budget=budget, keep=keep, tell=tell)
     if out is not None:
         console.print(f"{out}: {len(_merged(known, outcome.rows))} rows", highlight=False)
     for row in outcome.bad:

@@ -16,7 +16,8 @@ from nsa_bench.schema import IDENTITY, OK, Row
 
 ANCHOR = "dense."  # so begin the names of workloads that others are held against
 PLACE = ("suite", "clock", "S", "batch", "num_heads", "num_kv_heads", "head_dim", "v_head_dim", "dtype")
-# Three standard errors: of a thousand comparisons in which nothing changed, one or two seem to differ.
+# Three standard errors: of a thousand comparisons in which nothing changed, one or two seem to be slower. Quartiles of
+# few samples lie too close and scatter: with 11 of each it is 4 (four medians) to 7 (two), with 3 it is 22 to 36.
 SIGMAS = 3.0
 IQR_OF_SIGMA = 1.349  # interquartile range of a normal distribution of standard deviation 1
 MEDIAN_OF_MEAN = 1.2533  # standard error of a median over that of a mean, sqrt(pi / 2)
