@@ -94,6 +94,17 @@ def test_bad_input_is_one_line(words: list[str], message: str, run: Callable[...
     assert "Traceback" not in done.output
 
 
+def test_a_trend_that_nobody_can_ask_is_said_before_anything_is_measured(
+    run: Callable[..., Any], toy: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "typo.toml"
+    path.write_text(f'{SUITE}\n[[trend]]\nkind = "exponnent"\nworkload = "toy"\n')
+    done = run(suite=str(path))
+    assert done.exit_code == 2
+    assert "trend: expected a kind of" in done.output
+    assert toy.said == []
+
+
 def test_an_unknown_suite_names_the_known_ones(run: Callable[..., Any]) -> None:
     done = run(suite="bench_gone")
     assert done.exit_code == 2

@@ -76,6 +76,15 @@ def test_who_cannot_even_refuse_fails(toy: Any, measure: Callable[..., runner.Ou
     assert row.status == "failed: ValueError: block_size: expected a multiple of kernel_stride, got 5"
 
 
+def test_an_assertion_outside_of_the_check_is_no_verdict(toy: Any, measure: Callable[..., runner.Outcome]) -> None:
+    class Asserting(type(toy)):  # type: ignore[misc]
+        def setup(self, device: str, seed: int, **parameters: Any) -> dict[str, Any]:
+            raise AssertionError("my own mistake")
+
+    (row,) = measure(Asserting(), 64).rows
+    assert row.status == "failed: AssertionError: my own mistake"
+
+
 def test_trouble_of_one_variant_leaves_the_others(document: Callable[..., dict[str, Any]], toy: Any) -> None:
     variants = [{"workload": name, "clock": "host"} for name in ("bad", "toy")]
     workloads = {"bad": toy.but(name="bad", wrong=frozenset({8})), "toy": toy}

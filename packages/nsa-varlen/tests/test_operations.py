@@ -156,7 +156,7 @@ def test_gradients_that_are_not_finite_are_seen() -> None:
     state = workload.setup("cpu", 0, **{**workload.parameters, **TINY, "pass": "backward"})
     grads = [x.clone() for x in workload.call(state, 0)]
     grads[1][-1] = torch.nan
-    with pytest.raises(AssertionError, match=r"^dk of the last "):
+    with pytest.raises(AssertionError, match="^gradients of window_attention: expected finite values"):
         workload.check(state, [grads])
 
 
@@ -310,3 +310,28 @@ def test_a_decode_step_has_parts() -> None:
     assert torch.equal(parts["combine"](0), out)
     other = WORKLOADS["sdpa.combine"]
     assert other.parts(other.setup("cpu", 0, **{**other.parameters, **TINY})) == {}
+
+
+@pytest.mark.parametrize("op", ABOUT)
+def test_rubbish_in_another_sequence_is_seen(op: str) -> None:
+    """In rows that nobody looks at one by one."""
+
+    def spoil(result: Any) -> Any:
+        first = (result[0] if isinstance(result, tuple) else result).clone()
+        first[0] = -7 if first.dtype == torch.int32 else torch.nan
+        return (first, *result[1:]) if isinstance(result, tuple) else first
+
+    (workload,) = op_workloads(FaultyBackend(BACKEND, op, spoil), [op])
+    with pytest.raises(AssertionError, match=f"{op}: expected (finite values|blocks of)"):
+        tried(workload, **TINY)
+
+
+def test_a_block_that_there_is_not_is_seen_in_a_decode_step() -> None:
+    def spoil(result: Any) -> Any:
+        indices = result[1].clone()
+        indices[0] = 10_000
+        return result[0], indices
+
+    (workload,) = op_workloads(FaultyBackend(BACKEND, "decode_attention", spoil), ["decode_attention"])
+    with pytest.raises(AssertionError, match="decode_attention: expected blocks of"):
+        tried(workload, **TINY)

@@ -13,6 +13,7 @@ from nsa_bench import reading, runner, schema
 from nsa_bench.machine import MachineError, find_device, provenance
 from nsa_bench.schema import PROVENANCE, Row
 from nsa_bench.suite import load_suite, shipped
+from nsa_bench.trends import parse_trend
 from nsa_bench.workload import Workload, WorkloadError, load_workloads
 
 BAD, INCOMPLETE = 1, 3  # exit statuses: a result that is wrong or failed; points that the budget did not reach
@@ -81,6 +82,8 @@ def run(
     """
     try:
         found = load_suite(suite)
+        for table in found.trends:
+            parse_trend(table)  # better said now than when all is measured
         where = find_device(device)
         points = runner.points_of(found, _chosen(only), where, quick=quick)
         machine = provenance(where, commit)

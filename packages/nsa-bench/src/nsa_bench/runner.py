@@ -24,6 +24,10 @@ class RunError(ValueError):
     """A suite that asks for what there is not."""
 
 
+class WrongError(Exception):
+    """Results that are not the oracle's."""
+
+
 @dataclass(frozen=True)
 class Measurement:
     """A workload under a clock at a point; `parameters` are all of its own."""
@@ -205,7 +209,7 @@ class _Point:
         """What `run` makes. A workload is somebody else's code, on trial: its failure is a result, told in its row."""
         try:
             return run()
-        except AssertionError as error:
+        except WrongError as error:
             self.columns[place]["status"] = f"wrong: {_line(error)}"
         except Exception as error:  # noqa: BLE001
             self.columns[place]["status"] = f"failed: {type(error).__name__}: {_line(error)}"
@@ -220,12 +224,12 @@ class _Point:
         columns |= self._floor(measurement)
         states = self._states(measurement)
         columns |= _facts(workload, states[0])
-        columns["check"] = workload.check(states[0], [workload.call(states[0], i) for i in range(workload.calls)])
+        columns["check"] = _judged(workload, states[0], [workload.call(states[0], i) for i in range(workload.calls)])
         # From one set of data to the next, then the next call of each.
         calls = [partial(workload.call, state, i) for i in range(workload.calls) for state in states]
         timed, results = sample(clock, self.device, calls)
         if clock == "graph":  # what the replay left behind
-            columns["check"] = workload.check(states[0], results[:: len(states)])
+            columns["check"] = _judged(workload, states[0], results[:: len(states)])
         return timed
 
     def _states(self, measurement: Measurement) -> list[Any]:
@@ -298,6 +302,18 @@ def _row(measurement: Measurement, columns: Columns, common: Columns | None = No
     if values.get("status", OK) != OK:
         values = {name: value for name, value in values.items() if "ms" not in name.split("_")}
     return Row(**values)
+
+
+def _judged(workload: Workload, state: Any, results: Sequence[Any]) -> str:
+    """What the check says. Its AssertionError is a verdict; one from anywhere else is a failure like others.
+
+    Raises:
+        WrongError: the results are.
+    """
+    try:
+        return workload.check(state, results)
+    except AssertionError as error:
+        raise WrongError(str(error)) from error
 
 
 def _facts(workload: Workload, state: Any) -> dict[str, Any]:

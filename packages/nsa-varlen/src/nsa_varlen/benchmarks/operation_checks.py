@@ -85,9 +85,12 @@ def last(x: Tensor, count: int) -> Tensor:
 def check_forward(op: str, args: tuple[Any, ...], result: Any) -> str:
     """An operation's result in the last sequence: in ROWS rows, in all of one of up to WHOLE tokens.
 
+    Everywhere else values have to be finite, and block indices numbers of blocks.
+
     Raises:
         AssertionError: a value is off by more than its dtype allows, or a block is chosen that is not among the best.
     """
+    _check_sound(op, args, result)
     if op == "decode_attention":
         return _check_decode(args, result)
     if op == "combine":
@@ -119,6 +122,23 @@ def check_forward(op: str, args: tuple[Any, ...], result: Any) -> str:
         return torch.cat([one.plain(one.q, one.k, one.v) for one in heads], 1)
 
     return within(last(out, rows), plain, torch.cat([x for x, _ in found], 1), f"out of {about}")
+
+
+def _check_sound(op: str, args: tuple[Any, ...], result: Any) -> None:
+    """No NaN, no infinity but the log-sum-exp of nothing, no block that there is not, in any sequence."""
+    for place, x in enumerate(result if isinstance(result, tuple) else (result,)):
+        if x is None:  # a peer that has no lse
+            continue
+        if x.is_floating_point():
+            sound = x.isfinite() | (x == -torch.inf) if place else x.isfinite()
+            words = "finite values"
+        else:
+            decodes = op == "decode_attention"
+            tokens = args[3].block_table.shape[1] * args[3].page_size if decodes else args[-2].max_seqlen_k
+            number = args[-1].num_blocks(tokens)
+            sound, words = (x >= -1) & (x < number), f"blocks of {number}, or -1"
+        if not bool(sound.all()):
+            raise AssertionError(f"{op}: expected {words}, got others")
 
 
 def _check_lse(asked: Attention, lse: Tensor, exact: Tensor, about: str) -> None:
@@ -157,8 +177,11 @@ def check_backward(op: str, args: tuple[Any, ...], grad_out: Tensor, found: Sequ
         found: gradients of the floating-point arguments.
 
     Raises:
-        AssertionError: a value is off by more than its dtype allows.
+        AssertionError: a value is off by more than its dtype allows, or one anywhere is not finite.
     """
+    for x in found:
+        if not bool(x.isfinite().all()):
+            raise AssertionError(f"gradients of {op}: expected finite values, got others")
     if op == "combine":
         rows = min(ROWS, len(args[0]))
         parts, above = [last(x.detach(), rows) for x in args], last(grad_out, rows)

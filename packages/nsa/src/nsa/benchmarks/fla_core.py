@@ -125,6 +125,8 @@ def check(state: FlaPrefill, results: Sequence[Tensor]) -> str:
         AssertionError: one of them is not the oracle's.
     """
     blocks, tokens = state.blocks, state.q.shape[1]
+    if not bool(results[0].isfinite().all()):
+        raise AssertionError("out: expected finite values, got others")
     rows = min(tokens, ROWS)
     about = f"the last {rows} rows"
     k_cmp, v_cmp, listed = state.choice()
