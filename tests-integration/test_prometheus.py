@@ -51,10 +51,12 @@ def test_every_number_arrives(model: nn.Sequential) -> None:
             labels |= {"op": parts[3], "backend": str(value)}
             expected["nsa_route", tuple(sorted(labels.items()))] = 1.0
         else:
-            labels |= {"branch": parts[3]} if len(parts) == 4 else {}
-            expected[names[parts[2]], tuple(sorted(labels.items()))] = float(value)
+            of_branch = len(parts) == 4
+            labels |= {"branch": parts[3]} if of_branch else {}
+            metric = "nsa_branch_read_budget" if of_branch and parts[2] == "budget" else names[parts[2]]
+            expected[metric, tuple(sorted(labels.items()))] = float(value)
     assert found == expected
-    assert len(found) == 2 + 2 * (7 + 5 * 3 + 6)
+    assert len(found) == 2 + 2 * (7 + 6 * 3 + 6)
 
 
 def test_before_the_first_step_there_are_counts_alone(model: nn.Sequential) -> None:

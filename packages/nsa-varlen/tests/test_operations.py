@@ -156,7 +156,7 @@ def test_gradients_that_are_not_finite_are_seen() -> None:
     state = workload.setup("cpu", 0, **{**workload.parameters, **TINY, "pass": "backward"})
     grads = [x.clone() for x in workload.call(state, 0)]
     grads[1][-1] = torch.nan
-    with pytest.raises(AssertionError, match="^gradients of window_attention: expected finite values"):
+    with pytest.raises(AssertionError, match=r"^gradients of window_attention: expected finite values"):
         workload.check(state, [grads])
 
 

@@ -72,6 +72,10 @@ class Seen:
             found[f"gate_low.{branch}"] = (gate < NEAR_ZERO).double().mean().item()
             found[f"gate_high.{branch}"] = (gate > NEAR_ONE).double().mean().item()
             found[f"reads.{branch}"] = getattr(reads, branch).double().mean().item()
+        lengths = [p + 1 for p in positions]
+        found["budget.cmp"] = sum(map(blocks.num_compressed, lengths)) / len(lengths)
+        found["budget.slc"] = float(blocks.topk * blocks.block_size)
+        found["budget.win"] = sum(min(length, blocks.window_size) for length in lengths) / len(lengths)
         shares = self.shares()
         return found | ({"overlap": sum(shares) / len(shares)} if shares else {})
 

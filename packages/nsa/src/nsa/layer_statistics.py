@@ -117,7 +117,7 @@ def summary(row: Sequence[float], num_kv_heads: int) -> dict[str, float | int]:
     Returns:
         steps: those with at least one query. queries: how many. nonfinite: elements of out that are NaN or infinite.
         gate_mean, gate_std, gate_low, gate_high by branch: over queries and heads; the latter are shares.
-        reads by branch, budget: keys per query and kv head. overlap: of neighbouring queries' blocks, 0 to 1.
+        reads, budget by branch; budget: keys per query and kv head. overlap: of neighbouring queries' blocks, 0 to 1.
         parity_steps, parity_mae: how often it was compared, and mean |out - out of sdpa|.
 
     Example:
@@ -138,6 +138,9 @@ def summary(row: Sequence[float], num_kv_heads: int) -> dict[str, float | int]:
     if sums["queries"]:
         for name in (*(f"reads.{branch}" for branch in BRANCHES), "budget"):
             found[name] = sums[name] / (sums["queries"] * num_kv_heads)
+        # Compressed blocks and the window are read whole; of the selected blocks the budget counts topk full ones.
+        found |= {f"budget.{branch}": found[f"reads.{branch}"] for branch in ("cmp", "win")}
+        found["budget.slc"] = found["budget"] - found["budget.cmp"] - found["budget.win"]
     if sums["neighbours"]:
         found["overlap"] = sums["overlap"] / sums["neighbours"]
     if sums["parity_elements"]:

@@ -24,6 +24,7 @@ BRANCH_GAUGES = (
     ("gate_low", "nsa_gate_low_share", "Share of gates near 0"),
     ("gate_high", "nsa_gate_high_share", "Share of gates near 1"),
     ("reads", "nsa_reads", "Keys that a query and kv head read, on average"),
+    ("budget", "nsa_branch_read_budget", "Keys of the branch that a query and kv head may read, on average"),
 )
 
 
