@@ -32,6 +32,7 @@ def pytest_with(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_option_takes_the_wheels_of_the_tree() -> None:
     done = pytest_with("--wheels", "build")
     assert done.returncode == 0, done.stdout + done.stderr

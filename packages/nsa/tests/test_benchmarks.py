@@ -47,11 +47,11 @@ def test_a_sound_backend_passes_its_check(name: str, changes: dict[str, Any]) ->
 
 @pytest.mark.parametrize("name", ["nsa.prefill", "nsa.train"])
 def test_smooth_inputs_choose_much_the_same(name: str) -> None:
-    workload, state, _ = made(name, inputs="smooth", S=700, batch=1)
+    workload, state, _ = made(name, inputs="smooth", S=480, batch=1)
     (found,) = results(workload, state)
     assert "off by" in workload.check(state, [found])
-    (other,) = results(*made(name, S=700, batch=1)[:2])
-    shared = [(x[1][1:, :, :, None] == x[1][:-1, :, None]).any(-1).float()[400:].mean() for x in (found, other)]
+    (other,) = results(*made(name, S=480, batch=1)[:2])
+    shared = [(x[1][1:, :, :, None] == x[1][:-1, :, None]).any(-1).float()[320:].mean() for x in (found, other)]
     assert shared[0] > shared[1] + 0.1
 
 
