@@ -15,9 +15,9 @@ from nsa_kernels_triton.configurations import overridden
 from nsa_kernels_triton.contracts import interpreted
 from nsa_kernels_triton.ops import decode, decode_plan
 from nsa_varlen import BlockGeometry, NewTokens, PagedKV, arguments, reference
-from nsa_varlen.decode_testing import FP32, DecodeCase, assert_equal, assert_stored_alike, decode_case, strided
+from nsa_varlen.decode_testing import DecodeCase, assert_equal, assert_stored_alike, decode_case, strided
 from nsa_varlen.sdpa import BACKEND as SDPA
-from nsa_varlen.testing import poisoned_empty
+from nsa_varlen.testing import FP32, poisoned_empty
 from torch import Tensor
 
 pytestmark = [

@@ -16,11 +16,10 @@ from nsa_varlen.layout import VarlenLayout
 from nsa_varlen.new_tokens import CompletedBlocks, NewTokens, PooledTokens
 from nsa_varlen.paged import PagedKV
 from nsa_varlen.sdpa import BACKEND
-from nsa_varlen.testing import assert_within_budget, plain_attention, poisoned_empty, selection_margin, to_pages
+from nsa_varlen.testing import FP32, assert_within_budget, plain_attention, poisoned_empty, selection_margin, to_pages
 from nsa_varlen.unfold import unfold_blocks
 
 STREAMS = ("k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win")
-FP32 = 5e-5  # what an fp32 backend may be off by at unit-scale inputs
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,6 +28,7 @@ class DenseBackend(DenseForms, SdpaBackend):
 
 
 BACKENDS: dict[str, Any] = {"oracle": reference, "sdpa": BACKEND, "dense": DenseBackend(masked_attention)}
+FP32 = 5e-5  # what an fp32 backend may be off by at unit-scale inputs
 HALF_BUDGET = 2.0  # error of a half-precision backend over that of plain torch in the same dtype
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from nsa_varlen import BlockGeometry, VarlenLayout, reference
+from nsa_varlen.benchmarks import dense
 from nsa_varlen.benchmarks.checking import ROWS, attended, check_chosen, check_pooled, check_rows, within
 from nsa_varlen.benchmarks.inputs import smooth_queries
 from nsa_varlen.benchmarks.operations import GEOMETRY, INPUTS
@@ -19,15 +20,7 @@ from nsa.benchmarks import routes
 from nsa.reads import count_reads
 
 OPS = ("compress_mean", "compressed_attention", "select_blocks", "selected_attention", "window_attention", "combine")
-SIZES: dict[str, Value] = {
-    "S": 4096,
-    "batch": 1,
-    "num_heads": 8,
-    "num_kv_heads": 2,
-    "head_dim": 64,
-    "dtype": "float32",
-    "backend": routes.AUTO,
-}
+SIZES: dict[str, Value] = {**dense.PARAMETERS, "backend": routes.AUTO}
 UNCHOSEN = 256  # tokens of the sequence whose gradients are checked in full, beside those that topk blocks hold
 
 
@@ -192,17 +185,14 @@ class Batch:
             out = attended(q, (*pooled, k, v, k, v), gates, indices, self.layout, self.blocks, dtype)
             return torch.autograd.grad(out, leaves, self.grad_out.to(dtype))
 
-    def facts(self, direction: str) -> dict[str, Value]:
+    def facts(self) -> dict[str, Value]:
         """Route and reads."""
         _, indices = self.forward(self.q, self.k, self.v, self.gates)
         actual = int(count_reads(indices, self.layout, self.blocks).total.sum())
         per_sequence = sum(self.blocks.reads(t) for t in range(1, self.tokens + 1))
         expected = per_sequence * self.layout.batch_size * self.k.shape[1]
-        found = routes.facts(OPS, self._layer(), self.parameters["backend"])
+        found = routes.facts(OPS, layer(self.device, **self.parameters), self.parameters["backend"])
         return found | {"reads_actual": actual, "reads_expected": expected}
-
-    def _layer(self) -> Any:
-        return layer(self.device, **self.parameters)
 
 
 def layer(device: str, S: int, **sizes: Any) -> Any:
@@ -252,7 +242,7 @@ def _workload(name: str, direction: str) -> Workload:
         call=lambda state, _: state.run(),
         cost=lambda **parameters: cost(**parameters, **given),
         check=lambda state, results: state.check(results),
-        facts=lambda state: state.facts(direction),
+        facts=lambda state: state.facts(),
         refuse=refuse,
         parts=lambda state: state.parts(),
     )
