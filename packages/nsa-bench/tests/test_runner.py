@@ -67,6 +67,17 @@ def test_trouble_gets_a_row_and_no_number(
     assert outcome.bad == ([] if trouble == "refusing" else [bad])
 
 
+def test_what_a_replay_left_behind_is_checked_too(
+    document: Callable[..., dict[str, Any]], toy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph without a GPU: its calls are made, and its memory holds the results of both sets of data in turn."""
+    monkeypatch.setattr(runner, "sets_of_data", lambda *_: 2)
+    monkeypatch.setattr(runner, "sample", lambda clock, device, calls: (lambda: 1.0, [call() + 10 for call in calls]))
+    suite = parse("toys", document(64, variant=[{"workload": "toy", "clock": "graph"}], cuda={"points": [{"S": 64}]}))
+    runner.run(points_of(suite, {"toy": toy}, "cuda"), "cuda", MACHINE, repeats=3)
+    assert [said[2] for said in toy.said if said[0] == "check"] == [[0, 1], [10, 11]]
+
+
 def test_who_cannot_even_refuse_fails(toy: Any, measure: Callable[..., runner.Outcome]) -> None:
     class Confused(type(toy)):  # type: ignore[misc]
         def refuse(self, device: str, **parameters: Any) -> str | None:
