@@ -29,6 +29,11 @@ def beyond_the_row(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | 
     return plain(*wide, scale, window)[..., : q.shape[-1]]
 
 
+def parts_upon_each_other(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    """A kernel that is right as long as it does not split the keys."""
+    return plain(q, *(x[:, -256:] for x in (k, v)), scale, window)
+
+
 def not_a_number(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
     return torch.full_like(q, torch.nan)
 
@@ -40,8 +45,11 @@ def test_what_computes_passes(dim: int, dtype: torch.dtype, windowed: bool) -> N
     assert computes(plain, dim, dtype, CPU, windowed=windowed)
 
 
+WRONG = [nothing, beyond_the_row, parts_upon_each_other, not_a_number]
+
+
 @pytest.mark.parametrize("windowed", [False, True])
-@pytest.mark.parametrize("run", [nothing, beyond_the_row, not_a_number], ids=lambda run: run.__name__)
+@pytest.mark.parametrize("run", WRONG, ids=lambda run: run.__name__)
 @pytest.mark.parametrize("dim", DIMS)
 def test_what_does_not_compute_is_found_out(run: object, dim: int, windowed: bool) -> None:
     assert not computes(run, dim, torch.bfloat16, CPU, windowed=windowed)  # type: ignore[arg-type]

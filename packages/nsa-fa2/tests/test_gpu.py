@@ -4,7 +4,7 @@ Shapes are small: what is asked here is whether the providers do what `PlainKern
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from types import SimpleNamespace
@@ -17,7 +17,9 @@ from nsa_fa2.contracts import unmet
 from nsa_fa2.providers import flash_attn
 from nsa_varlen import BlockGeometry, VarlenLayout, masks, reference
 from nsa_varlen.testing import (
+    HALF_BUDGET,
     assert_within_budget,
+    errors,
     plain_attention,
     poisoned_empty,
     random_inputs,
@@ -121,14 +123,16 @@ def results(attend, args: tuple[Tensor, ...]) -> list[Tensor]:
     return [out.detach(), *(x.grad for x in leaves)]
 
 
-def assert_as_the_oracle(backend: FlashBackend, op: str, made: Case) -> None:
+def assert_as_the_oracle(
+    backend: FlashBackend, op: str, made: Case, judge: Callable[..., None] = assert_within_budget
+) -> None:
     """Out and gradients within twice the error of plain torch in the same dtype, max-abs and RMS; lse by its bound."""
     rest = (*made.indices, made.layout, made.blocks)
     exact = results(lambda *x: getattr(reference, op)(*x, *rest)[0], tuple(x.double() for x in made.args))
     plain = results(lambda *x: plain_attention(*x, made.mask), made.args)
     got = results(lambda *x: getattr(backend, op)(*x, *rest)[0], made.args)
     for name, *tensors in zip(("out", "dq", "dk", "dv"), got, plain, exact, strict=True):
-        assert_within_budget(*tensors, name=f"{op} {name}")
+        judge(*tensors, name=f"{op} {name}")
     with torch.no_grad():
         _, lse = getattr(backend, op)(*made.args, *rest)
     _, exact_lse = getattr(reference, op)(*(x.double() for x in made.args), *rest)
@@ -241,13 +245,21 @@ def test_a_reduced_build_of_flash_attn_is_found_out(monkeypatch: pytest.MonkeyPa
             flash_attn.check_built(64, torch.bfloat16, torch.device("cuda", 0), windowed=windowed)
 
 
+def assert_rms_within_budget(actual: Tensor, plain: Tensor, exact: Tensor, name: str) -> None:
+    """flash-attn rounds the dk and dv of each head before it adds those of a group: of few numbers one stands out."""
+    got, allowed = (errors(x, exact)[1] for x in (actual, plain))
+    assert got <= HALF_BUDGET * allowed, name
+
+
 @pytest.mark.parametrize("dim", [8, 32, 40, 96, 256])
+@pytest.mark.parametrize("lengths", ["one", "ragged"])
 @pytest.mark.parametrize("op", OPS)
-def test_a_head_dim_is_computed_or_refused(op: str, dim: int) -> None:
+def test_a_head_dim_is_computed_or_refused(op: str, lengths: str, dim: int) -> None:
     """flash-attn may have been built for some: for the others there must be words, not numbers."""
-    backend = able(FA2, op, problem(head_dim=dim, v_head_dim=dim))
+    backend = able(FA2, op, problem(lengths, head_dim=dim, v_head_dim=dim))
+    made = case(op, lengths, torch.bfloat16, heads=HEADS[4], dim=dim)
     try:
-        assert_as_the_oracle(backend, op, case(op, "ragged", torch.bfloat16, heads=HEADS[4], dim=dim))
+        assert_as_the_oracle(backend, op, made, assert_rms_within_budget)
     except RuntimeError as error:
         if "was built without a kernel" not in str(error):
             raise
