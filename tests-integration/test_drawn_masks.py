@@ -1,4 +1,4 @@
-"""Are the pictures of docs/concepts.md true: what the oracle reads, and what the script draws?
+"""Are the pictures of docs/concepts.md and docs/kernels.md true: what the oracle reads, and what the script draws?
 
 Cells are read back from the files, so that another matplotlib may write them differently.
 """
@@ -10,13 +10,17 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 import draw_branches
+import draw_kernels
 import draw_masks
+import drawing
 import pytest
 import torch
-from draw_masks import BLOCKS, FIGURES, IMAGES, LENGTHS, NEW, SEED, TOKENS, Panel
+from draw_masks import BLOCKS, LENGTHS, NEW, SEED, TOKENS
+from drawing import IMAGES, Panel
 from nsa_varlen import VarlenLayout, reference
 from torch import Tensor
 
+FIGURES = draw_masks.FIGURES | draw_kernels.FIGURES
 UNREAD = "in the past, not read"
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -67,7 +71,7 @@ def panels_of(name: str) -> list[Panel]:
 @pytest.fixture(scope="module")
 def redrawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("drawn")
-    draw_masks.main(folder)
+    drawing.write(FIGURES, folder)
     return folder
 
 
@@ -143,3 +147,32 @@ def test_the_closer_look_at_compressed_blocks_is_right() -> None:
         expected = [last <= 18, first <= 18 < last, first > 18]
         for cells, there in zip((read, begun, future), expected, strict=True):
             assert cells.nonzero()[:, 0].tolist() == (list(range(first, last + 1)) if there else [])
+
+
+def test_the_folded_rows_are_causal_triangles_and_all_there_are() -> None:
+    """Phase by phase; rows are those of the mask, each once."""
+    whole, *phases = [part for part in draw_kernels.fold() if isinstance(part, Panel)]
+    layout, blocks = VarlenLayout.from_lengths([draw_kernels.FOLDED_TOKENS]), draw_kernels.FOLDED
+    q, k = draw_branches.queries_and_keys(draw_kernels.FOLDED_TOKENS, SEED)
+    k_cmp = reference.compress_mean(k, layout, blocks)
+    read = weights(reference.compressed_attention, q, k_cmp, layout, blocks) > 0
+    assert torch.equal(shown_as_read(whole), read)
+    queries = []
+    for panel in phases:
+        rows = [int(row) for row in panel.rows if row != "-"]
+        cells = next(iter(panel.cells.values()))[: len(rows)]
+        assert torch.equal(cells, torch.ones_like(cells).tril())
+        assert torch.equal(cells, read[rows])
+        queries += rows
+    assert sorted(queries) == list(range(blocks.kernel_size - 1, draw_kernels.FOLDED_TOKENS))
+
+
+def test_a_tile_reads_what_its_queries_chose_once() -> None:
+    for panel in draw_kernels.sharing():
+        assert isinstance(panel, Panel)
+        own, union = panel.cells.values()
+        assert torch.equal(union[-1], own[:-1].any(0))
+        assert own[:-1].sum(1).tolist() == [draw_kernels.SHARED.topk] * draw_kernels.TILE
+        assert f"{int(union.sum())} different" in panel.title
+    agree, alone = (int(list(panel.cells.values())[1].sum()) for panel in draw_kernels.sharing())
+    assert agree < alone / 2
