@@ -177,6 +177,15 @@ def test_gradients_equal_the_oracles(example: Any) -> None:
         torch.testing.assert_close(got.grad.double(), expected.grad, rtol=0.0, atol=FP32)
 
 
+def test_results_are_the_same_twice_and_inputs_stay(example: Any) -> None:
+    given, before = inputs(), inputs()
+    results = [
+        ops.window_attention(*given[:3], LAYOUT, BLOCKS, deterministic=True, backend="example") for _ in range(2)
+    ]
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(given, before, strict=True))
+
+
 def test_what_it_does_not_take_goes_to_sdpa_with_a_reason(planned: Any) -> None:
     half = plan_for(problem(dtype=torch.bfloat16))
     assert (half.backend, reason(half.candidates)) == ("sdpa", "takes torch.float32, not torch.bfloat16")
@@ -194,8 +203,12 @@ def test_a_request_that_it_does_not_take_raises_with_the_reason(planned: Any) ->
 
 @pytest.mark.parametrize(
     "error, stays_open",
-    [(MemoryError("no room"), True), (RuntimeError("Failed to find C compiler"), False)],
-    ids=["memory", "compiler"],
+    [
+        (MemoryError("no room"), True),
+        (RuntimeError("Failed to find C compiler"), False),
+        (RuntimeError("libexample does not load"), False),
+    ],
+    ids=["memory", "compiler", "library"],
 )
 def test_its_own_failures_fall_back_in_the_same_call(spoiled: Any, error: Exception, stays_open: bool) -> None:
     def fail(result: Any) -> Any:
