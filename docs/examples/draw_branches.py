@@ -15,13 +15,17 @@ TOKENS = 96
 SEEN, UNSEEN, CHOSEN = "#0072B2", "#F0F0F0", "#D55E00"  # safe for colour-blind readers
 
 
+def queries_and_keys(tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random q and k [tokens, 1, 16]: neighbouring queries ask for much the same, as in a trained model."""
+    torch.manual_seed(seed)
+    q = 4 * torch.randn(tokens, 1, 16).cumsum(0) / torch.arange(1, tokens + 1)[:, None, None].sqrt()
+    return q, torch.randn(tokens, 1, 16)
+
+
 def branch_masks() -> list[tuple[str, str, torch.Tensor]]:
     """Title, axis label and bool [queries, keys] of each branch, for random queries and keys."""
-    torch.manual_seed(4)
     layout = VarlenLayout.from_lengths([TOKENS])
-    # Neighbouring queries ask for much the same, as in a trained model.
-    q = 4 * torch.randn(TOKENS, 1, 16).cumsum(0) / torch.arange(1, TOKENS + 1)[:, None, None].sqrt()
-    k = torch.randn(TOKENS, 1, 16)
+    q, k = queries_and_keys(TOKENS, seed=4)
     k_cmp = reference.compress_mean(k, layout, BLOCKS)
     _, lse = reference.compressed_attention(q, k_cmp, k_cmp, layout, BLOCKS)
     indices = reference.select_blocks(q, k_cmp, lse, layout, BLOCKS)
