@@ -45,7 +45,7 @@ class Package:
 
 def read_packages(root: Path = ROOT) -> dict[str, Package]:
     """Every folder of packages/ by project name."""
-    found = {}
+    found: dict[str, Package] = {}
     for pyproject in sorted(root.glob("packages/*/pyproject.toml")):
         project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
         (about,) = pyproject.parent.glob("src/*/__about__.py")
