@@ -28,7 +28,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Unpack wheels where this process and all that it starts look first."""
     given = config.getoption("--wheels")
-    if given is None or hasattr(config, "workerinput"):  # a worker inherits paths
+    if given is None:
+        return
+    if hasattr(config, "workerinput"):  # a worker inherits PYTHONPATH; its sys.path pytest-xdist noted before this ran
+        sys.path.insert(0, os.environ["PYTHONPATH"].partition(os.pathsep)[0])
         return
     early = sorted(name for name in sys.modules if name.partition(".")[0] in _MODULES)
     if early:

@@ -16,16 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 import venv
-from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from workspace import ROOT, Package, read_packages
 
-ROOT = Path(__file__).resolve().parents[2]
 DIST = ROOT / "dist"
 BASE_REQUIREMENTS = ["torch", "numpy", "pytest>=9", "pytest-randomly", "pytest-xdist", "hypothesis"]
 
@@ -62,36 +60,9 @@ class Failure(Exception):
     """One package does not stand alone; the message says how."""
 
 
-@dataclass(frozen=True)
-class Package:
-    """A member of the workspace and the wheel built from it."""
-
-    name: str
-    version: str
-    folder: Path
-    requirements: tuple[str, ...]  # without extras: what a plain installation takes
-
-    @property
-    def module(self) -> str:
-        """The name it is imported by."""
-        return self.name.replace("-", "_")
-
-    @property
-    def wheel(self) -> Path:
-        """Where `build` puts its wheel."""
-        return DIST / f"{self.module}-{self.version}-py3-none-any.whl"
-
-
-def read_packages() -> dict[str, Package]:
-    """Every folder of packages/ by project name."""
-    found = {}
-    for pyproject in sorted(ROOT.glob("packages/*/pyproject.toml")):
-        project = tomllib.loads(pyproject.read_text())["project"]
-        (about,) = pyproject.parent.glob("src/*/__about__.py")
-        (version,) = re.findall(r'^__version__ = "(.+)"$', about.read_text(), re.MULTILINE)
-        name = canonicalize_name(project["name"])
-        found[name] = Package(name, version, pyproject.parent, tuple(project.get("dependencies", ())))
-    return found
+def wheel_of(package: Package) -> Path:
+    """Where `build` puts its wheel."""
+    return DIST / f"{package.module}-{package.version}-py3-none-any.whl"
 
 
 def siblings(package: Package, packages: dict[str, Package]) -> dict[str, Package]:
@@ -124,8 +95,8 @@ def build(packages: dict[str, Package]) -> None:
         for old in DIST.glob(f"{package.module}-[0-9]*"):
             old.unlink()
         run([sys.executable, "-m", "hatchling", "build", "-d", DIST], cwd=package.folder, check=True)
-        if not package.wheel.is_file():
-            raise SystemExit(f"{package.name}: no {package.wheel.name} in dist/ after the build")
+        if not wheel_of(package).is_file():
+            raise SystemExit(f"{package.name}: no {wheel_of(package).name} in dist/ after the build")
 
 
 def python_of(environment: Path) -> Path:
@@ -166,7 +137,7 @@ def try_alone(package: Package, packages: dict[str, Package], base: Path, work: 
     child = work / package.name / "venv"
     venv.create(child)
     (purelib_of(child) / "base.pth").write_text(f"{purelib_of(base)}\n")
-    wheels = [package.wheel, *(s.wheel for s in needed.values())]
+    wheels = [wheel_of(p) for p in (package, *needed.values())]
     if run([python_of(child), "-m", "pip", "install", "-q", *wheels]).returncode:
         raise Failure("the wheel does not install")
 

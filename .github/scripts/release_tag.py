@@ -1,0 +1,40 @@
+"""What a release's tag names: `release_tag.py TAG` prints `package=`, `version=` and `files=` for a workflow.
+
+Fails unless the tag is that of a package here and of the version that the tree has.
+"""
+
+import sys
+from pathlib import Path
+
+from release_checks import Refused, named, parse_tag
+from workspace import ROOT, Package, read_packages
+
+
+def released(tag: str, tree: Path = ROOT) -> Package:
+    """The package that the tag is of, at the tag's version."""
+    parsed = parse_tag(tag)
+    if parsed is None:
+        raise Refused(f"tag: expected PACKAGE-vVERSION, got {tag!r}")
+    package = named(read_packages(tree), parsed[0])
+    if package.version != str(parsed[1]):
+        raise Refused(f"tag: expected that of {package.name} {package.version}, as the tree has it, got {tag!r}")
+    return package
+
+
+def main(words: list[str]) -> int:
+    """Print, return the exit status."""
+    try:
+        (tag,) = words
+        package = released(tag)
+    except ValueError:
+        print(f"usage: {Path(__file__).name} TAG", file=sys.stderr)
+        return 2
+    except Refused as refused:
+        print(refused, file=sys.stderr)
+        return 1
+    print(f"package={package.name}\nversion={package.version}\nfiles={package.module}-{package.version}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
