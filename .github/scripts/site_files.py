@@ -1,8 +1,8 @@
 """A hook of mkdocs: what lies outside of docs/ is on the site too, and links work there as they do in the repository.
 
-Pages and pictures are written for whoever reads them in the repository: a link is a path from the file that it stands in.
-Here each such path becomes that of the file's place on the site. A link to a file that has no place there keeps its words
-alone. One that leads nowhere is left as it is: mkdocs then says so, and with `--strict` there is no site.
+Pages are written for whoever reads them in the repository: a link is a path from the file that it stands in. Here each
+such path becomes that of the file's place on the site. A link to a file that has no place there keeps its words alone.
+One that leads nowhere is left as it is: mkdocs then says so, and with `--strict` there is no site.
 """
 
 from pathlib import Path
@@ -19,11 +19,13 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
-ELSEWHERE = {  # place on the site of what lies outside of docs/
+READMES = sorted(ROOT.glob("packages/*/README.md"))
+FILES = ("bench/plots/*.svg", "bench/results/*.csv", "bench/suites/*.toml")
+ELSEWHERE = {  # what lies outside of docs/, and its place on the site
     "README.md": "index.md",
     "bench/README.md": "bench.md",
-    **{f"packages/{path.parent.name}/README.md": f"packages/{path.parent.name}.md" for path in ROOT.glob("packages/*/README.md")},
-    **{path.relative_to(ROOT).as_posix(): path.relative_to(ROOT).as_posix() for path in ROOT.glob("bench/plots/*.svg")},
+    **{f"packages/{file.parent.name}/README.md": f"packages/{file.parent.name}.md" for file in READMES},
+    **{(path := file.relative_to(ROOT).as_posix()): path for kind in FILES for file in sorted(ROOT.glob(kind))},
 }
 PLACES = {place: source for source, place in ELSEWHERE.items()}
 
@@ -57,19 +59,24 @@ class LinksOfTheRepository(Treeprocessor):
 LINKS = LinksOfTheRepository()
 
 
-class _Links(Extension):
+class Links(Extension):
+    """Gives LINKS to the Markdown of pages and of docstrings."""
+
     def extendMarkdown(self, md: Markdown) -> None:
         md.treeprocessors.register(LINKS, "links of the repository", 1)  # 0 is where mkdocs looks at links
 
 
 def on_config(config: MkDocsConfig) -> None:
-    config.markdown_extensions.append(_Links())  # type: ignore[arg-type]
+    """Have links turned."""
+    config.markdown_extensions.append(Links())  # type: ignore[arg-type]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
+    """Take in what lies elsewhere."""
     for source, place in ELSEWHERE.items():
         files.append(File.generated(config, place, abs_src_path=str(ROOT / source)))
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> None:
+    """Say which page comes."""
     LINKS.page = page.file.src_uri

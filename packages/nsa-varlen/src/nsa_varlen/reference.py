@@ -40,7 +40,7 @@ __all__ = [
 
 
 def compress_mean(x: Tensor, layout: VarlenLayout, blocks: BlockGeometry) -> Tensor:
-    """x_cmp[i] = mean of x[i*d : i*d + l], for each complete block of each sequence: [Tk, H, D] -> [Tc, H, D].
+    """`x_cmp[i] = mean of x[i*d : i*d + l]`, for each complete block of each sequence: [Tk, H, D] -> [Tc, H, D].
 
     Example:
         >>> geometry = BlockGeometry(kernel_size=2, kernel_stride=1, block_size=2, topk=3)
@@ -88,7 +88,7 @@ def compressed_attention(
 
 
 def overlap(num_compressed: int, num_blocks: int, blocks: BlockGeometry) -> Tensor:
-    """Eq. 9 counted 0-based: weight[i, j] = |[i*d, i*d + l) ∩ [j*l', (j+1)*l')| / d, float64 [num_cmp, Nb].
+    """Eq. 9 counted 0-based: `weight[i, j] = |[i*d, i*d + l) ∩ [j*l', (j+1)*l')| / d`, float64 [num_cmp, Nb].
 
     Example:
         >>> overlap(5, 2, BlockGeometry()).T.tolist()

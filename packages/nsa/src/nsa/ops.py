@@ -46,7 +46,7 @@ __all__ = [
 
 @ranged
 def compress_mean(x: Tensor, layout: VarlenLayout, blocks: BlockGeometry, *, backend: str | None = None) -> Tensor:
-    """x_cmp[i] = mean of x[i*d : i*d + l] for each complete block: [Tk, H, D] -> [Tc, H, D].
+    """`x_cmp[i] = mean of x[i*d : i*d + l]` for each complete block: [Tk, H, D] -> [Tc, H, D].
 
     Example:
         >>> layout = VarlenLayout.from_lengths([48])
