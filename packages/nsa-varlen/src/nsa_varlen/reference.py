@@ -71,7 +71,9 @@ def compressed_attention(
     """Softmax attention over the visible compressed blocks (Eq. 7, 8).
 
     Args:
-        q: [Tq, Hq, Dk]. k_cmp: [Tc, Hk, Dk]. v_cmp: [Tc, Hk, Dv].
+        q: [Tq, Hq, Dk].
+        k_cmp: [Tc, Hk, Dk].
+        v_cmp: [Tc, Hk, Dv].
         layout: of the raw tokens.
         scale: of the logits; None is 1/sqrt(Dk).
         deterministic: no effect here; the oracle always is.
@@ -166,7 +168,9 @@ def selected_attention(
     """Softmax attention over the keys of the listed blocks at positions <= t (Eq. 12).
 
     Args:
-        q: [Tq, Hq, Dk]. k: [Tk, Hk, Dk]. v: [Tk, Hk, Dv].
+        q: [Tq, Hq, Dk].
+        k: [Tk, Hk, Dk].
+        v: [Tk, Hk, Dv].
         block_indices: int32 [Tq, Hk, N], in any order; -1 and blocks beyond the sequence are ignored, duplicates
             count once.
         scale: of the logits; None is 1/sqrt(Dk).
