@@ -112,7 +112,7 @@ def _parse_pip(arguments: list[str]) -> None:
     _, targets = create_command(command).parse_args(rest)
     for target in targets:
         path, _, extra = target.partition("[")
-        if target.startswith("."):
+        if "/" in path:
             folder, extras = Path(path), {*filter(None, extra.rstrip("]").split(","))}
         else:
             requirement = Requirement(target)
