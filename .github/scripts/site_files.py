@@ -3,8 +3,11 @@
 Pages are written for whoever reads them in the repository: a link is a path from the file that it stands in. Here each
 such path becomes that of the file's place on the site. A link to a file that has no place there keeps its words alone.
 One that leads nowhere is left as it is: mkdocs then says so, and with `--strict` there is no site.
+
+Nor is there one if a page would fetch anything from elsewhere.
 """
 
+import re
 from pathlib import Path
 from posixpath import normpath, relpath
 from typing import Any
@@ -15,6 +18,7 @@ from markdown import Markdown
 from markdown.extensions import Extension
 from markdown.treeprocessors import Treeprocessor
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import get_plugin_logger
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -27,6 +31,7 @@ ELSEWHERE = {  # what lies outside of docs/, and its place on the site
     **{f"packages/{file.parent.name}/README.md": f"packages/{file.parent.name}.md" for file in READMES},
     **{(path := file.relative_to(ROOT).as_posix()): path for kind in FILES for file in sorted(ROOT.glob(kind))},
 }
+FETCHED = re.compile(r'<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)="((?:https?:)?//[^"]*)"')
 PLACES = {place: source for source, place in ELSEWHERE.items()}
 
 
@@ -80,3 +85,9 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> None:
     """Say which page comes."""
     LINKS.page = page.file.src_uri
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> None:
+    """Look for what a browser would fetch."""
+    for address in set(FETCHED.findall(output)) - {page.canonical_url}:
+        get_plugin_logger("site").warning(f"{page.file.src_uri} fetches {address}")
