@@ -1,14 +1,12 @@
 """Does the documentation say what the code says?"""
 
-import contextlib
-import io
+import importlib
 import re
 import runpy
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterable
-from pathlib import Path
 
 import pytest
 import typer
@@ -19,11 +17,9 @@ from nsa_bench.suite import CLOCKS, DEVICES, parse, shipped
 from nsa_bench.trends import parse_trend
 from nsa_bench.workload import load_workloads
 from nsa_routing.profile import Threshold
+from pages import PAGES, ROOT
 
-ROOT = Path(__file__).parents[1]
 TABLES = ROOT / ".github" / "scripts" / "routing_tables.py"
-PLACES = ("*.md", "bench/*.md", "docs/**/*.md", "packages/*/README.md")
-PAGES = sorted(page for place in PLACES for page in ROOT.glob(place))
 
 
 def test_the_tables_of_the_routing_page_are_those_of_the_code() -> None:
@@ -37,19 +33,6 @@ def test_the_table_of_thresholds_says_where_a_number_comes_from(versions: str | 
     measured = {"date": "2026-11-22", "gpu": "H100", "csv": "sm90.csv", "versions": versions}
     expected = ["2026-11-22, H100", *filter(None, [versions]), "sm90.csv"]
     assert source(Threshold.model_validate({"measured": measured})) == ", ".join(expected)
-
-
-@pytest.mark.parametrize("name", ["decode-and-serving.md", "observability.md"])
-def test_the_code_of_a_page_prints_what_it_says(name: str) -> None:
-    """Block after block, as one program."""
-    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
-    code = "".join(re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(code, name, "exec"), {})
-    expected = re.findall(r"^ *print\(.*\)  # (.*)$", code, re.MULTILINE)
-    assert len(expected) == code.count("print(") > 0
-    assert printed.getvalue().splitlines() == expected
 
 
 def test_the_table_of_numbers_has_every_number() -> None:
@@ -119,8 +102,39 @@ def test_the_suite_of_the_benchmarks_page_is_one() -> None:
             assert runner.points_of(suite, load_workloads()[0], device, quick=True)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_links_to_files_lead_somewhere(page: Path) -> None:
-    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
+# What is public without being in the `__all__` of its package: modules, and names of modules.
+PUBLIC = {
+    "nsa": {"prometheus", "reads"},
+    "nsa_varlen": {"decode_testing", "testing"},
+    "nsa_routing": {
+        *("backends", "tuning"),
+        *("profile.Denial", "profile.Lengths", "profile.Measurement", "profile.Threshold"),
+    },
+    "nsa_kernels_triton": set(),
+    "nsa_fa2": {"testing"},
+    "nsa_bench": {"runner", "schema", "suite", "summary", "trends", "workload"},
+}
+
+
+def test_every_package_has_a_page_of_reference() -> None:
+    packages = {folder.name.replace("-", "_") for folder in (ROOT / "packages").iterdir()}
+    assert PUBLIC.keys() == packages == {page.stem for page in (ROOT / "docs" / "reference").iterdir()}
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_the_reference_has_every_public_name_and_no_other(package: str) -> None:
+    page = (ROOT / "docs" / "reference" / f"{package}.md").read_text(encoding="utf-8")
+    names = {*importlib.import_module(package).__all__, *PUBLIC[package]}
+    assert sorted(re.findall(r"^::: (.*)$", page, re.MULTILINE)) == sorted(f"{package}.{name}" for name in names)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_to_files_lead_somewhere(page: str) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", PAGES[page].read_text(encoding="utf-8"))
     local = [link for link in links if "://" not in link]
-    assert [link for link in local if not (page.parent / link).exists()] == []
+    assert [link for link in local if not (PAGES[page].parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_nothing_is_left_to_fill_in(page: str) -> None:
+    assert re.findall(r"@@|TODO|TBD", PAGES[page].read_text(encoding="utf-8")) == []

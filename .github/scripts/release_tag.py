@@ -1,8 +1,9 @@
-"""What a release's tag names: `release_tag.py TAG` prints `package=`, `version=` and `files=` for a workflow.
+"""What a release's tag names: prints `package=`, `version=` and `files=` for a workflow.
 
 Fails unless the tag is that of a package here and of the version that the tree has.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -21,14 +22,12 @@ def released(tag: str, tree: Path = ROOT) -> Package:
     return package
 
 
-def main(words: list[str]) -> int:
+def main(words: list[str] | None = None) -> int:
     """Print, return the exit status."""
+    parser = argparse.ArgumentParser(prog="hatch run wheels:tag", description=__doc__.splitlines()[0])
+    parser.add_argument("tag", help="PACKAGE-vVERSION")
     try:
-        (tag,) = words
-        package = released(tag)
-    except ValueError:
-        print(f"usage: {Path(__file__).name} TAG", file=sys.stderr)
-        return 2
+        package = released(parser.parse_args(words).tag)
     except Refused as refused:
         print(refused, file=sys.stderr)
         return 1
@@ -37,4 +36,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

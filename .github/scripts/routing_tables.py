@@ -191,7 +191,7 @@ def known() -> str:
         bounds = [threshold for field in fields for of in field.values() for threshold in of.values()]
         measured = sum(threshold.measured is not None for threshold in bounds)
         denied = sum(len(denials) for denials in profile.denials.values())
-        pins = ", ".join(f"{name}{specifier}" for name, specifier in sorted(profile.pins.items()))
+        pins = ", ".join(f"`{name}{specifier}`" for name, specifier in sorted(profile.pins.items()))
         share = f"{measured} of {len(bounds)}" if bounds else "none"
         rows.append((profile.name, share, str(denied or "none"), launched(profile), pins or "none"))
     return table(head, *rows)

@@ -55,7 +55,8 @@ class Row:
         ms_choice, ms_compress, ms_combine: choice of blocks, pooling of k and v, sum by gates, where they have kernels
             of their own.
         p25_ms, p75_ms: quartiles of `ms_total`.
-        repeats: how many samples; calls: how many different calls a sample has (decode steps at growing lengths).
+        repeats: how many samples.
+        calls: how many different calls a sample has (decode steps at growing lengths).
         status: "ok", or "refused: ...", "wrong: ...", "failed: ...": then there is no time.
         check: what the comparison with the oracle said.
         suite, workload, clock: what was run. clock: "graph" (CUDA graph replay), "events" (CUDA events, L2 written over
@@ -63,13 +64,15 @@ class Row:
         batch, num_heads, num_kv_heads, head_dim, v_head_dim, dtype: as the workload has them. A blank v_head_dim is
             head_dim.
         parameters: its other parameters, `name=value` joined by spaces, in the order of their names.
-        backend, why: what ran, and why: it was requested, or planned. profile, preset: of the plan.
+        backend, why: what ran, and why: it was requested, or planned.
+        profile, preset: of the plan.
         flops, bytes: of one call: what it has to compute, and to move at least, each tensor once.
         ceiling_flops, ceiling_bandwidth: a second, of this machine, measured in the same run.
         floor_ms: max(flops / ceiling_flops, bytes / ceiling_bandwidth), in milliseconds.
         device, python, torch, triton, flash_attn, cudnn, packages, commit: what it ran on; packages: of this family.
         flags: `NSA_*` variables that were set, `NAME=value` joined by spaces, in the order of their names.
-        date: ISO. schema: version of the columns.
+        date: ISO.
+        schema: version of the columns.
     """
 
     S: int

@@ -54,9 +54,9 @@ class FlashBackend:
         kernel: who computes.
         missing: why the machine lacks it, given an environment as `nsa_routing.Environment`; None if it does not.
 
-    Raises (every operation):
-        TypeError, ValueError: as the reference; ValueError also for what the kernel's limits do not allow, in the words
-            of `refuse`.
+    Raises:
+        TypeError, ValueError: every operation, as the reference; ValueError also for what the kernel's limits do not
+            allow, in the words of `refuse`.
     """
 
     def __init__(self, name: str, kernel: Kernel, missing: Callable[[Any], str | None]) -> None:

@@ -52,9 +52,9 @@ class TritonBackend:
     of `torch.library` (namespace `nsa_kernels_triton`), which torch.compile takes as it is, and so is its backward,
     which has no derivative of its own.
 
-    Raises (every operation):
-        TypeError, ValueError: as the reference; ValueError also for what the kernels do not do, in the words of
-            `refuse`.
+    Raises:
+        TypeError, ValueError: every operation, as the reference; ValueError also for what the kernels do not do, in the
+            words of `refuse`.
     """
 
     name = "triton"
@@ -72,7 +72,7 @@ class TritonBackend:
         return unmet(op, problem) or missing(environment)
 
     def compress_mean(self, x: Tensor, layout: VarlenLayout, blocks: BlockGeometry) -> Tensor:
-        """x_cmp[i] = mean of x[i*d : i*d + l]: [Tk, H, D] -> [Tc, H, D]. Summed in fp32, rounded once."""
+        """`x_cmp[i] = mean of x[i*d : i*d + l]`: [Tk, H, D] -> [Tc, H, D]. Summed in fp32, rounded once."""
         check_layout(layout, blocks)
         check_rows("x", x, layout.total_k, layout)
         _check_contract("compress_mean", x, x, x, blocks)

@@ -23,23 +23,26 @@ Batch = tuple[Tensor, Tensor, Tensor]  # q [b, Sq, Hq, Dk], k [b, Sk, Hk, Dk], v
 
 
 class Dense(Protocol):
-    """An attention over dense batches, differentiable in q, k and v.
-
-    Args:
-        q: [b, Sq, Hq, Dk]. k: [b, Sk, Hk, Dk]. v: [b, Sk, Hk, Dv]. Zeros in the padding, which is on the right, and in
-            keys and values that the mask hides from all.
-        mask: bool [b, Sq, Sk], True where a query may look; rows may be empty. None: no mask.
-        scale: of the logits.
-        is_causal: query i sees keys 0..i (top-left aligned, as torch's SDPA; only with Sq = Sk and without a mask).
-
-    Returns:
-        (out [b, Sq, Hq, Dv], lse [b, Hq, Sq]): rows of padding may hold anything; other rows that see no key are 0
-        and -inf.
-    """
+    """An attention over dense batches, differentiable in q, k and v."""
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float, is_causal: bool
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor]:
+        """Attend over a batch whose padding is on the right.
+
+        Args:
+            q: [b, Sq, Hq, Dk]; zeros in the padding.
+            k: [b, Sk, Hk, Dk]; zeros in the padding and in keys that the mask hides from all.
+            v: [b, Sk, Hk, Dv]; zeros where k has them.
+            mask: bool [b, Sq, Sk], True where a query may look; rows may be empty. None: no mask.
+            scale: of the logits.
+            is_causal: query i sees keys 0..i (top-left aligned, as torch's SDPA; only with Sq = Sk and without a mask).
+
+        Returns:
+            (out [b, Sq, Hq, Dv], lse [b, Hq, Sq]): rows of padding may hold anything; other rows that see no key are 0
+            and -inf.
+        """
+        ...
 
 
 @outside_autocast

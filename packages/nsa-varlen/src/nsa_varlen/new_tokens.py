@@ -14,7 +14,8 @@ class PooledTokens:
     key is then turned by `rotation[:, i]` in the same precision and rounded again.
 
     Fields:
-        k: [B, N, Hk, Dk], v: [B, N, Hk, Dv], the new tokens before compression.
+        k: [B, N, Hk, Dk], the new tokens before compression.
+        v: [B, N, Hk, Dv], likewise.
         k_tail, v_tail: [B, R, Hk, Dk] and [B, R, Hk, Dv], rings of the tokens before and, once stored, of the new ones:
             position p is row p % R. R is at least kernel_size - 1 + N.
         k_weights, v_weights: [Hk, kernel_size] of any floating dtype; None is the mean.
@@ -38,8 +39,9 @@ class CompletedBlocks:
     """Compressed blocks that somebody else made.
 
     Fields:
-        k: [B, E, Hk, Dk], v: [B, E, Hk, Dv], the blocks that N tokens may complete, E = (N - 1) // d + 1. Block e of a
-            sequence is number num_compressed(tokens before) + e; those beyond num_compressed(tokens) are anything.
+        k: [B, E, Hk, Dk], the blocks that N tokens may complete, E = (N - 1) // d + 1. Block e of a sequence is number
+            num_compressed(tokens before) + e; those beyond num_compressed(tokens) are anything.
+        v: [B, E, Hk, Dv], likewise.
     """
 
     k: Tensor
@@ -58,8 +60,8 @@ class NewTokens:
     Nothing is checked here; the operation raises TypeError and ValueError for what does not fit its other arguments.
 
     Fields:
-        k_slc, k_win: [B, N, Hk, Dk], v_slc, v_win: [B, N, Hk, Dv]. If slc's pages serve the window too, rows of both
-            must be equal.
+        k_slc, k_win: [B, N, Hk, Dk]. If slc's pages serve the window too, rows of both must be equal.
+        v_slc, v_win: [B, N, Hk, Dv], likewise.
         cmp: what the compressed branch gets.
 
     Example:

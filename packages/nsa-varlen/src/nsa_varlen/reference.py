@@ -40,7 +40,7 @@ __all__ = [
 
 
 def compress_mean(x: Tensor, layout: VarlenLayout, blocks: BlockGeometry) -> Tensor:
-    """x_cmp[i] = mean of x[i*d : i*d + l], for each complete block of each sequence: [Tk, H, D] -> [Tc, H, D].
+    """`x_cmp[i] = mean of x[i*d : i*d + l]`, for each complete block of each sequence: [Tk, H, D] -> [Tc, H, D].
 
     Example:
         >>> geometry = BlockGeometry(kernel_size=2, kernel_stride=1, block_size=2, topk=3)
@@ -71,7 +71,9 @@ def compressed_attention(
     """Softmax attention over the visible compressed blocks (Eq. 7, 8).
 
     Args:
-        q: [Tq, Hq, Dk]. k_cmp: [Tc, Hk, Dk]. v_cmp: [Tc, Hk, Dv].
+        q: [Tq, Hq, Dk].
+        k_cmp: [Tc, Hk, Dk].
+        v_cmp: [Tc, Hk, Dv].
         layout: of the raw tokens.
         scale: of the logits; None is 1/sqrt(Dk).
         deterministic: no effect here; the oracle always is.
@@ -88,7 +90,7 @@ def compressed_attention(
 
 
 def overlap(num_compressed: int, num_blocks: int, blocks: BlockGeometry) -> Tensor:
-    """Eq. 9 counted 0-based: weight[i, j] = |[i*d, i*d + l) ∩ [j*l', (j+1)*l')| / d, float64 [num_cmp, Nb].
+    """Eq. 9 counted 0-based: `weight[i, j] = |[i*d, i*d + l) ∩ [j*l', (j+1)*l')| / d`, float64 [num_cmp, Nb].
 
     Example:
         >>> overlap(5, 2, BlockGeometry()).T.tolist()
@@ -166,7 +168,9 @@ def selected_attention(
     """Softmax attention over the keys of the listed blocks at positions <= t (Eq. 12).
 
     Args:
-        q: [Tq, Hq, Dk]. k: [Tk, Hk, Dk]. v: [Tk, Hk, Dv].
+        q: [Tq, Hq, Dk].
+        k: [Tk, Hk, Dk].
+        v: [Tk, Hk, Dv].
         block_indices: int32 [Tq, Hk, N], in any order; -1 and blocks beyond the sequence are ignored, duplicates
             count once.
         scale: of the logits; None is 1/sqrt(Dk).

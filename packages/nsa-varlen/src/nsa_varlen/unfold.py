@@ -9,7 +9,7 @@ from nsa_varlen.layout import VarlenLayout
 
 
 def unfold_blocks(x: Tensor, layout: VarlenLayout, blocks: BlockGeometry) -> Tensor:
-    """Tokens x[i*d : i*d + l] of every complete block of every sequence: [Tk, H, D] -> [Tc, l, H, D].
+    """Tokens `x[i*d : i*d + l]` of every complete block of every sequence: [Tk, H, D] -> [Tc, l, H, D].
 
     Differentiable; holds l/d copies of x.
 

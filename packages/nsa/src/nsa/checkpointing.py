@@ -22,8 +22,8 @@ def reuse_block_indices() -> tuple[AbstractContextManager[object], AbstractConte
     operators called `select_blocks` (those of backend `triton` are operators) are saved, not computed again. Compiled
     code inside a checkpoint that is not traced itself selects again.
 
-    Raises (in the recomputation):
-        RuntimeError: it selects more or less often than the forward did, or for tensors of other sizes.
+    Raises:
+        RuntimeError: the recomputation selects more or less often than the forward did, or for tensors of other sizes.
 
     Example:
         >>> from nsa import NSAAttention, NSAConfig

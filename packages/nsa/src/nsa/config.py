@@ -24,7 +24,8 @@ class NSAConfig:
         hidden_size: width of the layer's input and output.
         num_heads, num_kv_heads: query heads Hq and key/value heads Hk; Hk divides Hq.
         head_dim, v_head_dim: Dk and Dv; `v_head_dim=None` is Dk.
-        kernel_size ... window_size: as `nsa_varlen.BlockGeometry`, in tokens (topk, init_blocks, local_blocks: blocks).
+        kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks, window_size: as
+            `nsa_varlen.BlockGeometry`, in tokens (topk, init_blocks, local_blocks: blocks).
         compression: how a block of keys or values becomes one: "mean"; "weighted_pool", learned weights that start as
             the mean; "linear"; "mlp", the paper's, with intra-block position encoding.
         compression_hidden_size: width of the "mlp" compression; None is 4 * head_dim.

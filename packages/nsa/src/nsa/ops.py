@@ -46,7 +46,7 @@ __all__ = [
 
 @ranged
 def compress_mean(x: Tensor, layout: VarlenLayout, blocks: BlockGeometry, *, backend: str | None = None) -> Tensor:
-    """x_cmp[i] = mean of x[i*d : i*d + l] for each complete block: [Tk, H, D] -> [Tc, H, D].
+    """`x_cmp[i] = mean of x[i*d : i*d + l]` for each complete block: [Tk, H, D] -> [Tc, H, D].
 
     Example:
         >>> layout = VarlenLayout.from_lengths([48])
@@ -74,7 +74,9 @@ def compressed_attention(
     """Softmax attention over the compressed blocks that end at or before the query (Eq. 7, 8).
 
     Args:
-        q: [Tq, Hq, Dk]. k_cmp: [Tc, Hk, Dk]. v_cmp: [Tc, Hk, Dv].
+        q: [Tq, Hq, Dk].
+        k_cmp: [Tc, Hk, Dk].
+        v_cmp: [Tc, Hk, Dv].
         scale: of the logits; None is 1/sqrt(Dk).
         deterministic: True asks for bitwise equal results across runs.
 
@@ -149,7 +151,9 @@ def selected_attention(
     """Softmax attention over the keys of the listed blocks at positions <= t (Eq. 12).
 
     Args:
-        q: [Tq, Hq, Dk]. k: [Tk, Hk, Dk]. v: [Tk, Hk, Dv].
+        q: [Tq, Hq, Dk].
+        k: [Tk, Hk, Dk].
+        v: [Tk, Hk, Dv].
         block_indices: int32 [Tq, Hk, N], relative to the sequence, in any order and number; -1 and blocks beyond the
             sequence are ignored, duplicates count once.
 
