@@ -40,6 +40,7 @@ from nsa_varlen import BlockGeometry, PagedKV, VarlenLayout
 from nsa_varlen.new_tokens import CompletedBlocks, NewTokens, PooledTokens
 from nsa_varlen.testing import gradients
 from triton.backends.compiler import GPUTarget
+from triton.runtime.cache import triton_key
 from triton.runtime.jit import JITFunction
 
 SHARED_LIMITS = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes one program may have
@@ -380,6 +381,10 @@ def compile_all(launches: list[Launch]) -> Iterator[Row]:
     They are forked, since a kernel's source does not travel between processes. Rows come in the order of `launches`.
     """
     fork = multiprocessing.get_context("fork")
+    # Triton asks for these once a process, to name what it keeps: a checksum of all of itself, the version of its ptxas.
+    triton_key()
+    for sm in {launch.sm for launch in launches}:
+        triton.compiler.make_backend(GPUTarget("cuda", sm, 32)).hash()
 
     def work(launch: Launch, there: Connection) -> None:
         there.send(compiled(launch))
