@@ -381,7 +381,7 @@ def compile_all(launches: list[Launch]) -> Iterator[Row]:
     They are forked, since a kernel's source does not travel between processes. Rows come in the order of `launches`.
     """
     fork = multiprocessing.get_context("fork")
-    # Triton asks for these once a process, to name what it keeps: a checksum of all of itself, the version of its ptxas.
+    # Triton asks for these once a process, to name what it keeps: a checksum of itself, the version of its ptxas.
     triton_key()
     for sm in {launch.sm for launch in launches}:
         triton.compiler.make_backend(GPUTarget("cuda", sm, 32)).hash()
