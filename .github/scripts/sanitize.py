@@ -42,7 +42,7 @@ SMALL = BlockGeometry(kernel_size=16, kernel_stride=8, block_size=32, topk=11, w
 BLOCKS = SMALL if INTERPRETED else BlockGeometry()
 HEAD_DIM = 8 if INTERPRETED else 128
 # Whole, empty, one query behind a prefix, several, more queries than keys.
-LENGTHS = ([9, 0, 1, 3], [9, 5, 400, 2]) if INTERPRETED else ([300, 0, 1, 40, 9], [300, 5, 1001, 500, 4])
+LENGTHS = ([35, 0, 1, 40], [35, 5, 400, 9]) if INTERPRETED else ([300, 0, 1, 40, 9], [300, 5, 1001, 500, 4])
 STEP = ([8, 76], [1, 2]) if INTERPRETED else ([32, 1170, 0, 540], [1, 3, 0, 1])
 
 # Tokens that a step's tables have room for; in chunks of 16 blocks, the choice "apart" then has more than one level.
@@ -166,7 +166,8 @@ def decode(dtype: torch.dtype, group: int) -> None:
     pages = (BLOCKS.block_size,) * 3
     for name, new in STEPS:
         # `ties`: whether a choice is certified is nothing to a sanitizer.
-        case = decode_case(*STEP, BLOCKS, **sizes, pages=pages, device=DEVICE, new=new, room=ROOM.get(name, 2048), ties=True)
+        room = ROOM.get(name, 2048)
+        case = decode_case(*STEP, BLOCKS, **sizes, pages=pages, device=DEVICE, new=new, room=room, ties=True)
         with organised(DECODE[name]):
             out, _ = case.run(BACKEND)
         finite(f"decode {name} {new}", out)

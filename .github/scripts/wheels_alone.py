@@ -123,6 +123,7 @@ def run(command: list[str | Path], *, cwd: Path | None = None, check: bool = Fal
     What the command prints is kept; where it fails and `check` is set, it is printed.
     """
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    environment["OMP_NUM_THREADS"] = "1"  # as many packages are tried as there are cores
     done = subprocess.run(
         command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
