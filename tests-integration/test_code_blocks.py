@@ -28,6 +28,7 @@ NOT_RUN = {
     "hatch run test": "minutes: it would be this suite itself",
     "hatch run integration --wheels build": "minutes: this suite, against wheels",
     "hatch run bench run *": "measures for minutes",
+    "hatch run gpu:*": "needs a GPU",
     "hatch run kernels:compile": "minutes, and an environment of its own",
     "hatch run release *": "minutes, and makes a release: test_release.py does, in checkouts of its own",
     "hatch run wheels:*": "an environment of its own; test_release.py covers what they ask",

@@ -301,7 +301,9 @@ def test_a_part_of_a_pre_release_is_not_counted_up() -> None:
 
 @pytest.mark.parametrize("code", [0, 1])
 def test_the_suite_is_that_of_the_tree_with_these_wheels(tmp_path: Path, code: int) -> None:
-    (tmp_path / "hatch.toml").write_text('[envs.default.scripts]\nintegration = "python suite.py {args}"\n')
+    (tmp_path / "hatch.toml").write_text(
+        '[envs.default.scripts]\nsuite = "python suite.py"\nintegration = ["git --version", "suite {args}"]\n'
+    )
     (tmp_path / "suite.py").write_text(f"import sys\nassert sys.argv[1:] == ['--wheels', 'a b']\nsys.exit({code})\n")
     if code:
         with pytest.raises(Refused, match=r"^the integration suite failed$"):
@@ -309,7 +311,8 @@ def test_the_suite_is_that_of_the_tree_with_these_wheels(tmp_path: Path, code: i
     else:
         releasing.integration(tmp_path, Path("a b"))
     scripts = tomllib.loads((ROOT / "hatch.toml").read_text())["envs"]["default"]["scripts"]
-    assert scripts["integration"].endswith(" tests-integration {args}")
+    *_, last = releasing.behind(scripts, ["integration", "--wheels", "a b"])
+    assert (last[0], last[-3:]) == ("pytest", ["tests-integration", "--wheels", "a b"])
 
 
 def test_the_command_line(tree: Path) -> None:

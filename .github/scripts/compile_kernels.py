@@ -40,6 +40,7 @@ from nsa_varlen import BlockGeometry, PagedKV, VarlenLayout
 from nsa_varlen.new_tokens import CompletedBlocks, NewTokens, PooledTokens
 from nsa_varlen.testing import gradients
 from triton.backends.compiler import GPUTarget
+from triton.runtime.cache import triton_key
 from triton.runtime.jit import JITFunction
 
 SHARED_LIMITS = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes one program may have
@@ -311,6 +312,28 @@ def record(cases: list[tuple[Case, int]]) -> tuple[Recorder, list[str]]:
     return recorder, [f"{op}, {where}: {message}" for (op, message), where in raised.items()]
 
 
+def traits(launch: Launch) -> Iterator[tuple[object, ...]]:
+    """What a launch shows of its kernel: a GPU with its numbers, the value of a constant, the kind of a pointer."""
+    names, source = launch.source.fn.arg_names, launch.source
+    yield launch.kernel, launch.sm, launch.options["num_warps"], launch.options["num_stages"]
+    for path, value in source.constants.items():
+        yield launch.kernel, names[path[0]], value
+    for name, kind in source.signature.items():
+        if kind.startswith("*"):
+            yield launch.kernel, name, kind
+
+
+def fewest(launches: list[Launch]) -> list[Launch]:
+    """A few of the launches that between them show all that all do: always the one next that shows most."""
+    shown = [set(traits(launch)) for launch in launches]
+    missing, chosen = set().union(*shown), set()
+    while missing:
+        best = max(range(len(launches)), key=lambda i: len(shown[i] & missing))
+        chosen.add(best)
+        missing -= shown[best]
+    return [launches[i] for i in sorted(chosen)]
+
+
 def unchosen(recorder: Recorder, sms: Iterable[int]) -> list[str]:
     """The rules of these SMs' configurations that no launch was made by. A file has those that it inherits, too."""
     found = {}
@@ -380,6 +403,10 @@ def compile_all(launches: list[Launch]) -> Iterator[Row]:
     They are forked, since a kernel's source does not travel between processes. Rows come in the order of `launches`.
     """
     fork = multiprocessing.get_context("fork")
+    # Triton asks for these once a process, to name what it keeps: a checksum of itself, the version of its ptxas.
+    triton_key()
+    for sm in {launch.sm for launch in launches}:
+        triton.compiler.make_backend(GPUTarget("cuda", sm, 32)).hash()
 
     def work(launch: Launch, there: Connection) -> None:
         there.send(compiled(launch))
@@ -439,6 +466,11 @@ def main() -> int:
     parser.add_argument("--sm", action="append", type=int, choices=EVERY, help="only this GPU; repeatable")
     parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="only this; repeatable")
     parser.add_argument("--all", action="store_true", help="every case for every GPU, not only those it is set to")
+    parser.add_argument(
+        "--fewest",
+        action="store_true",
+        help="of all launches so few that each kernel, GPU, value of a constant and dtype is among them: half the time",
+    )
     parser.add_argument("--out", type=Path, help="also write the table, with the constants, as CSV")
     arguments = parser.parse_args()
 
@@ -454,12 +486,13 @@ def main() -> int:
         failures += [f"{name}: no case launches it" for name in sorted(never)]
         unproven = unchosen(recorder, EVERY)
 
+    launches = fewest(recorder.launches) if arguments.fewest else recorder.launches
     rows: list[Row] = []
     print(HEAD)
     with tempfile.TemporaryDirectory() as cache:
         triton.knobs.cache.dir = cache
         triton.knobs.nvidia.dump_ptxas_log = True
-        for row in compile_all(recorder.launches):
+        for row in compile_all(launches):
             rows.append(row)
             print(line(row), flush=True)
             if row.error:
@@ -467,7 +500,8 @@ def main() -> int:
     if arguments.out:
         with arguments.out.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([[field.name for field in fields(Row)], *map(astuple, rows)])
-    print(f"\n{len(rows)} compilations in {time.monotonic() - start:.0f} s, {len(failures)} failures")
+    of = f"{len(rows)} of {len(recorder.launches)}"
+    print(f"\n{of} compilations in {time.monotonic() - start:.0f} s, {len(failures)} failures")
     for rule in unproven:
         print(f"no case takes this rule of the configurations: {rule}")
     for failure in failures:

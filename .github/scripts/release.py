@@ -51,12 +51,21 @@ def git(tree: Path, *words: str | Path) -> str:
     return run(f"git {words[0]}", ["git", *words], tree).rstrip("\n")
 
 
+def behind(scripts: dict[str, str | list[str]], words: list[str]) -> list[list[str]]:
+    """The commands that a script of hatch.toml comes to; it may name others."""
+    if words[0] not in scripts:
+        return [words]
+    lines = scripts[words[0]]
+    filled = [line.replace("{args}", shlex.join(words[1:])) for line in ([lines] if isinstance(lines, str) else lines)]
+    return [command for line in filled for command in behind(scripts, shlex.split(line))]
+
+
 def integration(tree: Path, wheels: Path) -> None:
     """What `hatch run integration --wheels FOLDER` runs there, in this environment."""
     scripts = tomllib.loads((tree / "hatch.toml").read_text(encoding="utf-8"))["envs"]["default"]["scripts"]
-    command = shlex.split(scripts["integration"].replace("{args}", f"--wheels {shlex.quote(str(wheels))}"))
-    if subprocess.run(command, cwd=tree).returncode:
-        raise Refused("the integration suite failed")
+    for command in behind(scripts, ["integration", "--wheels", str(wheels)]):
+        if subprocess.run(command, cwd=tree).returncode:
+            raise Refused("the integration suite failed")
 
 
 def no_suite(tree: Path, wheels: Path) -> None:

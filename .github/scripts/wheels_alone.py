@@ -5,6 +5,8 @@ environment that sees the base through a .pth file, then its wheel and the wheel
 pip then has no other candidate for those names, so no index can supply one. Third-party dependencies come from
 the index, under PIP_CONSTRAINT. What the base holds cannot be found missing here; the import table in
 tests-integration/test_imports.py covers that.
+
+Packages are tried side by side, as many as there are cores, and what each says is printed once it is through.
 """
 
 import argparse
@@ -17,6 +19,9 @@ import sys
 import tempfile
 import time
 import venv
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -25,7 +30,11 @@ from packaging.utils import canonicalize_name
 from workspace import ROOT, Package, read_packages
 
 DIST = ROOT / "dist"
-BASE_REQUIREMENTS = ["torch", "numpy", "pytest>=9", "pytest-randomly", "pytest-xdist", "hypothesis"]
+BASE_REQUIREMENTS = ["torch", "numpy", "pytest>=9", "pytest-randomly", "hypothesis"]
+# pip without bytecode: what is imported is compiled then, the rest of torch never.
+PIP = ["-m", "pip", "install", "-q", "--no-compile"]
+# The longest first; what is not named here is short.
+LONGEST_FIRST = ["nsa-kernels-triton", "nsa", "nsa-varlen"]
 
 # Runs in the child. argv: package, its sibling dependencies, all packages (JSON); prints what went wrong, a line each.
 CHECK = """
@@ -80,13 +89,19 @@ def siblings(package: Package, packages: dict[str, Package]) -> dict[str, Packag
     return needed
 
 
-def run(
-    command: list[str | Path], *, cwd: Path | None = None, check: bool = False, capture: bool = False
-) -> subprocess.CompletedProcess[str]:
-    """`subprocess.run` without the environment variables that would let the checkout in."""
+def run(command: list[str | Path], *, cwd: Path | None = None, check: bool = False) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run` without the environment variables that would let the checkout in.
+
+    What the command prints is kept; where it fails and `check` is set, it is printed.
+    """
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
-    output = subprocess.PIPE if capture else None
-    return subprocess.run(command, cwd=cwd, check=check, stdout=output, text=True, env=environment)
+    environment["OMP_NUM_THREADS"] = "1"  # as many packages are tried as there are cores
+    done = subprocess.run(
+        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+    if check and done.returncode:
+        raise SystemExit(f"{done.stdout}\n{' '.join(map(str, command))}: exit status {done.returncode}")
+    return done
 
 
 def build(packages: dict[str, Package]) -> None:
@@ -107,14 +122,14 @@ def python_of(environment: Path) -> Path:
 def purelib_of(environment: Path) -> Path:
     """The site-packages of a virtual environment."""
     ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    return Path(run([python_of(environment), "-Ic", ask], capture=True, check=True).stdout.strip())
+    return Path(run([python_of(environment), "-Ic", ask], check=True).stdout.strip())
 
 
 def make_base(work: Path) -> Path:
     """An environment with the large, shared requirements and pip, which the children use too."""
     base = work / "base"
     venv.create(base, with_pip=True)
-    run([python_of(base), "-m", "pip", "install", "-q", *BASE_REQUIREMENTS], check=True)
+    run([python_of(base), *PIP, *BASE_REQUIREMENTS], check=True)
     return base
 
 
@@ -131,18 +146,22 @@ def pytest_collection_modifyitems(items):
 """
 
 
-def try_alone(package: Package, packages: dict[str, Package], base: Path, work: Path) -> int:
+def try_alone(
+    package: Package, packages: dict[str, Package], base: Path, work: Path, say: Callable[[str], None]
+) -> int:
     """Install, check and test one package in an environment of its own; returns how many tests passed."""
     needed = siblings(package, packages)
     child = work / package.name / "venv"
     venv.create(child)
     (purelib_of(child) / "base.pth").write_text(f"{purelib_of(base)}\n")
     wheels = [wheel_of(p) for p in (package, *needed.values())]
-    if run([python_of(child), "-m", "pip", "install", "-q", *wheels]).returncode:
+    installed = run([python_of(child), *PIP, *wheels])
+    say(installed.stdout)
+    if installed.returncode:
         raise Failure("the wheel does not install")
 
     names = [json.dumps(sorted(p.module for p in some.values())) for some in (needed, packages)]
-    check = run([python_of(child), "-Ic", CHECK, package.module, *names], cwd=work, capture=True)
+    check = run([python_of(child), "-Ic", CHECK, package.module, *names], cwd=work)
     if check.returncode or check.stdout:
         raise Failure(check.stdout.strip() or "the import fails")
 
@@ -155,29 +174,38 @@ def try_alone(package: Package, packages: dict[str, Package], base: Path, work: 
     shutil.copytree(package.folder / "tests", bench / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     (bench / "conftest.py").write_text(ONE_CASE)
     report = bench / "report.xml"
-    pytest = [
-        python_of(child),
-        "-P",
-        "-m",
-        "pytest",
-        "-q",
-        "-n",
-        "auto",
-        "--dist",
-        "worksteal",
-        "-m",
-        "not slow and not once",
-        f"--junitxml={report}",
-        "tests",
-    ]
-    code = run(pytest, cwd=bench).returncode
-    if code:  # 5, no test collected, included
-        raise Failure("no test was collected" if code == 5 else f"pytest exits {code}")
+    words = ["-q", "-m", "not slow and not once", f"--junitxml={report}", "tests"]
+    tested = run([python_of(child), "-P", "-m", "pytest", *words], cwd=bench)
+    say(tested.stdout)
+    if tested.returncode:  # 5, no test collected, included
+        raise Failure("no test was collected" if tested.returncode == 5 else f"pytest exits {tested.returncode}")
     suites = ElementTree.parse(report).getroot().iter("testsuite")
     passed = sum(int(s.get("tests", 0)) - int(s.get("skipped", 0)) for s in suites)
     if not passed:
         raise Failure("every test was skipped")
     return passed
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one package: how many tests passed, or what is wrong."""
+
+    package: Package
+    said: str
+    seconds: float
+    passed: int = 0
+    failure: str = ""
+
+
+def outcome(package: Package, packages: dict[str, Package], base: Path, work: Path) -> Outcome:
+    """`try_alone`, and what it took."""
+    said: list[str] = []
+    start = time.monotonic()
+    try:
+        passed = try_alone(package, packages, base, work, said.append)
+    except Failure as failure:
+        return Outcome(package, "".join(said), time.monotonic() - start, failure=str(failure))
+    return Outcome(package, "".join(said), time.monotonic() - start, passed)
 
 
 def main() -> int:
@@ -188,28 +216,34 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="leave the environments for inspection")
     arguments = parser.parse_args()
 
-    build(packages)
     work = Path(tempfile.mkdtemp(prefix="wheels-alone-")).resolve()
-    rows, failures = [], 0
+    chosen = [packages[name] for name in arguments.package or packages]
+    last = len(LONGEST_FIRST)
+    order = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    outcomes = []
     try:
-        base = make_base(work)
-        for name in arguments.package or packages:
-            print(f"\n=== {name}", flush=True)
-            start = time.monotonic()
-            try:
-                outcome = str(try_alone(packages[name], packages, base, work))
-            except Failure as failure:
-                outcome, failures = f"FAILED: {failure}", failures + 1
-            rows.append((name, packages[name].version, outcome, f"{time.monotonic() - start:.1f}"))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            making: Future[Path] = pool.submit(make_base, work)
+            build(packages)
+            base = making.result()
+            tried = [
+                pool.submit(outcome, package, packages, base, work)
+                for package in sorted(chosen, key=lambda package: order.get(package.name, last))
+            ]
+            for future in tried:
+                found = future.result()
+                print(f"\n=== {found.package.name}\n{found.said}", flush=True)
+                outcomes.append(found)
     finally:
         if arguments.keep:
             print(f"\nkept: {work}")
         else:
             shutil.rmtree(work)
     print(f"\n{'package':<20} {'version':<10} {'seconds':>7}  tests passed")
-    for name, version, outcome, seconds in rows:
-        print(f"{name:<20} {version:<10} {seconds:>7}  {outcome}")
-    return min(failures, 1)
+    for found in outcomes:
+        result = f"FAILED: {found.failure}" if found.failure else found.passed
+        print(f"{found.package.name:<20} {found.package.version:<10} {found.seconds:>7.1f}  {result}")
+    return int(any(found.failure for found in outcomes))
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ def test_an_early_start_is_left_out_where_kernels_are_interpreted() -> None:
 
 
 @pytest.mark.parametrize("name", ["alone", "apart-of-chunks-merged-apart", "added-first-of-chunks"])
-@pytest.mark.parametrize("group", [1, 2, 3, 6, 16])
+@pytest.mark.parametrize("group", [1, slow(2), 3, slow(6), 16])
 def test_groups(group: int, name: str) -> None:
     with organised(name):
         decode_case([600 if "chunks" in name else 200], [1], BLOCKS, heads=3 * group, kv_heads=3, head_dim=8).check(
@@ -254,7 +254,7 @@ def test_geometries_of_several_tokens(geometry: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["alone", slow("apart-of-chunks")])
-@pytest.mark.parametrize("new", [None, "mean"], ids=["stored", "new"])
+@pytest.mark.parametrize("new", [slow(None), "mean"], ids=["stored", "new"])
 @pytest.mark.parametrize("pages", [(32, 64, 96), (64, 96, 32), (96, 32, 64), (16, 64, 16)], ids=str)
 def test_page_sizes(pages: tuple[int, int, int], new: str | None, name: str) -> None:
     """Tables of values are wider than those of keys and name other pages."""
@@ -336,7 +336,7 @@ def test_queries_of_the_compressed_branch_are_q_by_default(name: str) -> None:
     assert not torch.equal(found[0], other[0])
 
 
-@pytest.mark.parametrize("name", ["alone", "alone-merged-apart"])
+@pytest.mark.parametrize("name", [slow("alone"), "alone-merged-apart"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=["fp64", "fp16"])
 def test_gates_of_another_dtype(dtype: torch.dtype, name: str) -> None:
     case = decode_case([200, 40], [1, 2], BLOCKS, heads=2, kv_heads=1)
@@ -410,7 +410,7 @@ def test_each_sequence_is_as_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("new", [None, "weights", "blocks"])
-@pytest.mark.parametrize("together", [1, 2])
+@pytest.mark.parametrize("together", [1, slow(2)])
 def test_more_sequences_than_scratch_holds(together: int, new: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = seen(monkeypatch)
     rotated = "halves" if new == "weights" else None
@@ -445,7 +445,7 @@ def test_more_sequences_than_scratch_holds(together: int, new: str | None, monke
 @pytest.mark.parametrize(
     "new, rotated",
     [
-        ("mean", None),
+        slow("mean", None),  # as (mean, interleaved), less the rotation
         ("mean", "interleaved"),
         ("weights", "halves"),
         ("blocks", None),
@@ -502,7 +502,7 @@ def test_pages_of_slc_may_serve_the_window(name: str) -> None:
 
 
 @pytest.mark.parametrize("new", ["mean", "weights", "blocks"])
-@pytest.mark.parametrize("name", ["alone", "apart-of-chunks"])
+@pytest.mark.parametrize("name", [slow("alone"), "apart-of-chunks"])
 def test_again_stores_the_same(name: str, new: str) -> None:
     case = decode_case([8, 76, 33], [1, 3, 1], SMALL, heads=2, kv_heads=1, new=new).copy()
     with organised(name):
@@ -515,7 +515,7 @@ def test_again_stores_the_same(name: str, new: str) -> None:
         assert_equal(stream, case[stream].lengths, once[stream].lengths)
 
 
-@pytest.mark.parametrize("new", ["mean", "blocks"])
+@pytest.mark.parametrize("new", ["mean", slow("blocks")])
 @pytest.mark.parametrize("stream", ["k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win"])
 def test_rows_without_a_page_are_dropped(stream: str, new: str) -> None:
     """Nobody else's page changes, the first of all least. The sequence asks nothing: what it would see is not there."""

@@ -15,6 +15,7 @@ from nsa_varlen.testing import random_inputs
 from torch import Tensor
 
 pytestmark = [
+    pytest.mark.once,
     pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1"),
     pytest.mark.skipif(sys.platform != "linux", reason="needs memory that is mapped before it is there"),
     pytest.mark.filterwarnings("ignore:The given buffer is not writable"),

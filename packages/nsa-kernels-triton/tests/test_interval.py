@@ -16,9 +16,10 @@ from nsa_varlen.testing import assert_within_budget, errors, plain_attention, po
 from torch import Tensor
 
 DEVICE = "cpu" if interpreted() else "cuda"
-pytestmark = pytest.mark.skipif(
-    not interpreted() and not torch.cuda.is_available(), reason="needs CUDA or TRITON_INTERPRET=1"
-)
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(not interpreted() and not torch.cuda.is_available(), reason="needs CUDA or TRITON_INTERPRET=1"),
+]
 BLOCKS = BlockGeometry(kernel_size=8, kernel_stride=4, block_size=16, topk=4, window_size=21)
 BRANCHES = ("compressed_attention", "window_attention")
 LAYOUTS = {

@@ -199,7 +199,15 @@ def test_scale(branch: str) -> None:
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
-@pytest.mark.parametrize(("rows", "keys", "tma"), [(16, 16, 0), (64, 64, 0), (16, 16, 1), (16, 64, 1)])
+@pytest.mark.parametrize(
+    ("rows", "keys", "tma"),
+    [
+        pytest.param(16, 16, 0, marks=pytest.mark.slow),
+        (64, 64, 0),
+        (16, 16, 1),
+        pytest.param(16, 64, 1, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:All-NaN", "ignore:invalid value")  # numpy's, of the rows that do hold NaN
 def test_other_sequences_may_be_nan(branch: str, rows: int, keys: int, tma: int) -> None:
     """NaN there would show: 0 * NaN is NaN."""

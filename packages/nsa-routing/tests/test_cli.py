@@ -214,6 +214,31 @@ def test_check_of_torch_and_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert statuses(answer("check"))["torch-triton"] == "ok"
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("torch_version", "triton", "pin", "right"),
+    [
+        ("2.4.1+cu121", "3.0.0", "3.0.0", None),
+        ("2.13.0+cpu", "3.7.1", None, None),
+        ("2.15.0+cu130", "3.9.0", "3.9.0", None),
+        ("2.4.1+cpu", "3.7.1", None, "3.0"),
+        ("2.13.0+cpu", "3.6.0", None, "3.7"),
+        ("2.15.0+cu130", "3.8.1", "3.9.0", "3.9"),
+    ],
+)
+def test_the_exit_status_knows_the_pair_with_and_without_a_gpu(
+    torch_version: str, triton: str, pin: str | None, right: str | None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the device is: lanes begin with this command."""
+    facts = {"device": device, "sm": 90 if device == "cuda" else None, "unknown": ()}
+    with_versions(monkeypatch, torch=torch_version, triton=triton, triton_pin=pin, **facts)
+    if right is None:
+        assert statuses(answer("check"))["torch-triton"] == "ok"
+    else:
+        message = f"torch {torch_version} needs triton {right}, got triton {triton}"
+        assert failing("torch-triton") == message
+
+
 def test_check_of_what_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     with_versions(monkeypatch, unknown=("driver: OSError: none",))
     found = answer("check")

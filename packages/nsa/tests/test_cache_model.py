@@ -437,6 +437,7 @@ def machine(request: pytest.FixtureRequest) -> type[CacheMachine]:
     return type("Machine", (CacheMachine,), {"options": GEOMETRIES[request.param]})
 
 
+@pytest.mark.once
 def test_any_history(machine: type[CacheMachine]) -> None:
     run_state_machine_as_test(machine, settings=settings(max_examples=50, stateful_step_count=30, deadline=None))
 

@@ -169,6 +169,7 @@ class Soak:
                 assert torch.equal(got, x[waiting])
 
 
+@pytest.mark.once
 def test_ten_thousand_steps() -> None:
     soak = Soak(seed=1)
     for number in range(STEPS):

@@ -124,7 +124,7 @@ def decoder(variant: dict, layers: Callable, make_cache: Callable) -> Decoder:
 
 
 # On and off the edges of pages (16) and of compressed blocks (8/4), and before the first block.
-@pytest.mark.parametrize("at, ahead", [(7, 0), (12, 5), (16, 0), (31, 3), (32, 8)])
+@pytest.mark.parametrize("at, ahead", [(7, 0), (12, 5), pytest.param(16, 0, marks=pytest.mark.slow), (31, 3), (32, 8)])
 def test_sequences_that_begin_with_shared_pages(at: int, ahead: int, decoder: Decoder) -> None:
     """Also if the first is ahead by then; all write to the pages that they share."""
     decoder.extend([at + ahead, 0, 0])
@@ -137,7 +137,7 @@ def test_sequences_that_begin_with_shared_pages(at: int, ahead: int, decoder: De
     assert decoder.checked == sum(LENGTHS) - 2 * at
 
 
-@pytest.mark.parametrize("count", [3, ROLLBACK])
+@pytest.mark.parametrize("count", [pytest.param(3, marks=pytest.mark.slow), ROLLBACK])
 def test_rejected_tokens_leave_nothing(count: int, decoder: Decoder) -> None:
     """Speculative decoding: a guess at every length, and any number of its tokens taken."""
     accepted = 0

@@ -1,0 +1,27 @@
+"""Do automatic routes go where they should here? python .github/scripts/routes.py --device cuda --expect sdpa
+
+Every operation's, by `nsa-routing explain` and with the flags of the environment.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+
+
+def main(words: list[str] | None = None) -> int:
+    """Print each operation's backend, return whether one is another than expected."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--expect", required=True, metavar="BACKEND")
+    arguments = parser.parse_args(words)
+    explain = ["nsa-routing", "explain", "--json", "--device", arguments.device]
+    found = json.loads(subprocess.run(explain, stdout=subprocess.PIPE, check=True, text=True).stdout)
+    taken = {plan["op"]: plan["backend"] for plan in found["plans"]}
+    for op, backend in taken.items():
+        print(f"{'ok' if backend == arguments.expect else 'FAILED':7} {op}: {backend}")
+    return int(not taken or set(taken.values()) != {arguments.expect})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

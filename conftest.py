@@ -1,0 +1,140 @@
+"""No test is skipped in silence: `--lane` fails a run in which one was skipped for a reason that nobody allowed.
+
+The reasons are those of `.github/skips.toml`, or of the file of `--skips`: tables `[[allowed]]` with `lanes`, with
+`reason`, a regular expression for the whole of it, and with `why` it is allowed. A test that was expected to fail
+counts as skipped, whether it failed or not. Without `--lane` nothing is judged.
+"""
+
+import re
+import tomllib
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+SKIPS = Path(__file__).parent / ".github" / "skips.toml"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("lanes")
+    group.addoption("--lane", metavar="LANE", help="fail where a test is skipped for a reason not allowed in this lane")
+    group.addoption("--skips", metavar="FILE", type=Path, default=SKIPS, help="the reasons that are allowed")
+    group.addoption("--skip-report", metavar="FILE", type=Path, help="write every skip there; needs --lane")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers of xdist leave it to the process that they report to."""
+    lane, report = config.getoption("--lane"), config.getoption("--skip-report")
+    if hasattr(config, "workerinput"):
+        return
+    if lane is not None:
+        config.pluginmanager.register(Skips(lane, read(config.getoption("--skips"), lane), report), "skips")
+    elif report is not None:
+        raise pytest.UsageError("--skip-report: expected --lane beside it")
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """One reason of the file."""
+
+    reason: str
+    why: str
+
+
+def read(file: Path, lane: str) -> list[Allowed]:
+    """The reasons that are allowed in a lane. Raises UsageError where the file is not as it should be."""
+    try:
+        document = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise pytest.UsageError(f"{file}: {error}") from None
+    lanes = document.pop("lanes", None)
+    if not isinstance(lanes, list) or lane not in lanes:
+        raise pytest.UsageError(f"--lane: expected one of {lanes} of {file}, got {lane!r}")
+    entries = document.pop("allowed", [])
+    if document:
+        raise pytest.UsageError(f"{file}: expected `lanes` and `[[allowed]]`, got {sorted(document)}")
+    found = []
+    for entry in entries:
+        if entry.keys() != {"lanes", "reason", "why"} or not set(entry["lanes"]) <= set(lanes) or not entry["lanes"]:
+            raise pytest.UsageError(f"{file}: expected lanes of {lanes}, reason and why, got {entry}")
+        try:
+            re.compile(entry["reason"])
+        except re.error as error:
+            raise pytest.UsageError(f"{file}: reason {entry['reason']!r} is no regular expression: {error}") from None
+        if lane in entry["lanes"]:
+            found.append(Allowed(entry["reason"], entry["why"]))
+    return found
+
+
+@dataclass(eq=False)  # pytest keeps plugins in sets
+class Skips:
+    """What was skipped, and whether it may be."""
+
+    lane: str
+    allowed: list[Allowed]
+    report: Path | None
+    seen: dict[str, tuple[str, str]] = field(default_factory=dict)  # (kind, reason) by what was skipped
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if hasattr(report, "wasxfail"):
+            kind = "expected to fail" if report.skipped else "expected to fail and passed"
+            self.seen[report.nodeid] = kind, report.wasxfail.removeprefix("reason: ")
+        elif report.skipped:
+            self.seen[report.nodeid] = "skipped", reason_of(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.skipped:  # a whole module; with xdist every worker says it
+            self.seen[report.nodeid] = "skipped", reason_of(report)
+
+    def not_allowed(self) -> list[tuple[str, str, str]]:
+        """(kind, reason, what) of each skip that no entry covers."""
+        return sorted(
+            (kind, reason, name)
+            for name, (kind, reason) in self.seen.items()
+            if not any(re.fullmatch(entry.reason, reason, re.DOTALL) for entry in self.allowed)
+        )
+
+    def unused(self) -> list[Allowed]:
+        """The entries that covered nothing."""
+        reasons = {reason for _, reason in self.seen.values()}
+        return [x for x in self.allowed if not any(re.fullmatch(x.reason, reason, re.DOTALL) for reason in reasons)]
+
+    def lines(self) -> list[str]:
+        """The report: every reason with its number of tests, then every skip, then what is wrong or idle."""
+        counts = Counter(self.seen.values())
+        refused = self.not_allowed()
+        return [
+            f"lane {self.lane}: {len(self.seen)} skipped, {len(refused)} of them for a reason that is not allowed",
+            *(f"{number:5} {kind}: {reason}" for (kind, reason), number in sorted(counts.items())),
+            "",
+            *(f"{name}: {kind}: {reason}" for name, (kind, reason) in sorted(self.seen.items())),
+            *(f"NOT ALLOWED: {name}: {kind}: {reason}" for kind, reason, name in refused),
+            *(f"allowed and not met: {entry.reason} ({entry.why})" for entry in self.unused()),
+        ]
+
+    @pytest.hookimpl(tryfirst=True)  # before the summary is printed with the exit status
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.report is not None:
+            self.report.parent.mkdir(parents=True, exist_ok=True)
+            self.report.write_text("\n".join(self.lines()) + "\n", encoding="utf-8")
+        if self.not_allowed() and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+        terminalreporter.section(f"skips in lane {self.lane}")
+        counts = Counter(self.seen.values())
+        for (kind, reason), number in sorted(counts.items()):
+            terminalreporter.line(f"{number:5} {kind}: {reason}")
+        for kind, reason, name in self.not_allowed():
+            terminalreporter.line(f"NOT ALLOWED in lane {self.lane}: {name}: {kind}: {reason}", red=True)
+        whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS and not config.getoption("keyword")
+        for entry in self.unused() if whole else []:
+            terminalreporter.line(f"allowed and not met: {entry.reason} ({entry.why})", yellow=True)
+
+
+def reason_of(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """What was said where it was skipped."""
+    longrepr = report.longrepr
+    text = longrepr[2] if isinstance(longrepr, tuple) else str(longrepr)
+    return text.removeprefix("Skipped: ")
