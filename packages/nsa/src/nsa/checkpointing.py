@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar, Token
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+if TYPE_CHECKING:  # torch 2.4 has no policies; all but compiled checkpoints works without
+    from torch.utils.checkpoint import CheckpointPolicy
 
 
 def reuse_block_indices() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
@@ -35,6 +37,8 @@ def reuse_block_indices() -> tuple[AbstractContextManager[object], AbstractConte
         torch.Size([2, 100, 64])
     """
     if torch._guards.TracingContext.try_get() is not None:  # torch.compile wants modes, and calls this while it traces
+        from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
         forward, again = create_selective_checkpoint_contexts(_save_selections)
         return forward, again
     notes: list[Tensor] = []
@@ -114,7 +118,9 @@ class _Reusing(_Context):
         return indices
 
 
-def _save_selections(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _save_selections(context: Any, operator: Any, *args: Any, **kwargs: Any) -> "CheckpointPolicy":
+    from torch.utils.checkpoint import CheckpointPolicy
+
     schema = getattr(operator, "_schema", None)
     selects = schema is not None and schema.name.endswith("::select_blocks")
     return CheckpointPolicy.MUST_SAVE if selects else CheckpointPolicy.PREFER_RECOMPUTE
