@@ -7,8 +7,10 @@ paid once. Those that other packages' paths are set for, and those of the shell,
 import argparse
 import contextlib
 import glob
+import importlib
 import io
 import os
+import pkgutil
 import re
 import runpy
 import shlex
@@ -20,7 +22,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import nsa_kernels_triton.kernels
 import pytest
+import release
 import typer.core
 from built_packages import PACKAGES
 from nsa_bench.suite import load_suite
@@ -56,19 +60,15 @@ def behind(words: list[str]) -> list[tuple[str, list[str]]]:
     if words[:2] != ["hatch", "run"]:
         return [("default", words)]
     environment, _, script = words[2].rpartition(":")
-    assert (environment or "default") in ENVIRONMENTS, f"hatch.toml has no environment {environment}"
-    return _scripts(environment or "default", [script, *words[3:]])
+    environment = environment.partition(".")[0] or "default"  # "matrix.py3.12-newest" is one of "matrix"
+    assert environment in ENVIRONMENTS, f"hatch.toml has no environment {environment}"
+    scripts = ENVIRONMENTS[ENVIRONMENTS[environment].get("template", environment)].get("scripts", {})
+    commands = release.behind(scripts | ENVIRONMENTS[environment].get("scripts", {}), [script, *words[3:]])
+    return [found for command in commands for found in _within(environment, command)]
 
 
-def _scripts(environment: str, words: list[str]) -> list[tuple[str, list[str]]]:
-    scripts = ENVIRONMENTS[environment].get("scripts", {})
-    if words[0] == "hatch":
-        return behind(words)
-    if words[0] not in scripts:
-        return [(environment, words)]
-    lines = scripts[words[0]]
-    filled = [line.replace("{args}", shlex.join(words[1:])) for line in ([lines] if isinstance(lines, str) else lines)]
-    return [found for line in filled for found in _scripts(environment, shlex.split(line))]
+def _within(environment: str, words: list[str]) -> list[tuple[str, list[str]]]:
+    return behind(words) if words[0] == "hatch" else [(environment, words)]
 
 
 def parse(environment: str, words: list[str], config: pytest.Config) -> None:
@@ -131,6 +131,9 @@ class _Parsed(Exception):
 
 def _parsed(words: list[str]) -> dict[str, Any]:
     """What a program makes of its arguments, stopped before it does anything."""
+    # Some scripts want compiled kernels. Those that were imported before stay interpreted, as tests after this want.
+    for module in pkgutil.iter_modules(nsa_kernels_triton.kernels.__path__, "nsa_kernels_triton.kernels."):
+        importlib.import_module(module.name)
     understand = argparse.ArgumentParser.parse_args
 
     def by_argparse(*given: Any, **more: Any) -> NoReturn:

@@ -162,10 +162,11 @@ def test_what_is_not_run_is_on_a_page() -> None:
 
 def test_commands_in_sentences_and_tables_name_scripts_that_exist() -> None:
     texts = [re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL) for page in PAGES.values()]
-    named = {name for text in texts for name in re.findall(r"`hatch run ([\w:-]+)[^`]*`", text)}
+    named = {name for text in texts for name in re.findall(r"`hatch run ([\w:.-]+)[^`]*`", text)}
     programs = {words[0] for name in named for _, words in behind(["hatch", "run", name])}
     assert {"docs:build", "test"} <= named
-    assert programs <= {"python", "pip", "pytest", "nsa-bench", "ruff", "mypy", "mkdocs", "twine"}
+    checkers = {"check-jsonschema", "mkdocs", "mypy", "pytest", "ruff", "shellcheck", "twine", "zizmor"}
+    assert programs <= {"python", "pip", "nsa-bench", "nsa-routing"} | checkers
 
 
 @pytest.mark.parametrize("block", of_language("yaml"), ids=lambda block: block.name)

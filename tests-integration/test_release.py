@@ -373,7 +373,6 @@ def test_the_workflow_publishes_without_secrets() -> None:
     uses = re.findall(r"uses: (.*)", text)
     assert uses
     assert [action for action in uses if not re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action)] == []
-    assert workflow["defaults"]["run"]["shell"] == "bash -euo pipefail {0}"
 
 
 def test_the_workflow_runs_what_hatch_has() -> None:

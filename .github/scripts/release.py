@@ -52,12 +52,25 @@ def git(tree: Path, *words: str | Path) -> str:
 
 
 def behind(scripts: dict[str, str | list[str]], words: list[str]) -> list[list[str]]:
-    """The commands that a script of hatch.toml comes to; it may name others."""
-    if words[0] not in scripts:
+    """The commands that `hatch run` comes to: a script of hatch.toml may name others, and {args} are more words.
+
+    Example:
+        >>> behind({"tests": "pytest -q", "unit": ["git status", "tests {args} packages"]}, ["unit", "-x"])
+        [['git', 'status'], ['pytest', '-q', '-x', 'packages']]
+    """
+
+    def expanded(name: str) -> list[str]:
+        lines = scripts[name]
+        found = []
+        for line in [lines] if isinstance(lines, str) else lines:
+            program, _, more = line.partition(" ")
+            found += [f"{inner} {more}" for inner in expanded(program)] if program in scripts else [line]
+        return found
+
+    name, *more = words
+    if name not in scripts:
         return [words]
-    lines = scripts[words[0]]
-    filled = [line.replace("{args}", shlex.join(words[1:])) for line in ([lines] if isinstance(lines, str) else lines)]
-    return [command for line in filled for command in behind(scripts, shlex.split(line))]
+    return [shlex.split(line.replace("{args}", shlex.join(more))) for line in expanded(name)]
 
 
 def integration(tree: Path, wheels: Path) -> None:
