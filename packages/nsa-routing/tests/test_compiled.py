@@ -88,7 +88,9 @@ def test_one_graph_per_interval_of_lengths() -> None:
         x = rows(length)
         assert torch.equal(run(x), x * (2 if 8 <= length <= 32 else 1)), length
         graphs.append(counter.frame_count)
-    assert graphs == [1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3]
+    if torch.__version__ >= (2, 5):  # Dynamo of 2.4 takes more lengths for constants
+        assert graphs == [1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3]
+    assert graphs[:4] == [1, 1, 1, 2]
 
 
 def test_a_flag_may_compare_lengths(offer: Callable, fake_point: type) -> None:

@@ -123,11 +123,16 @@ def torch_sdpa(
 ) -> tuple[Tensor, Tensor]:
     """torch's own attention, whose is_causal is top-left aligned and which has no LSE to give."""
     k_all, v_all = (x.repeat_interleave(q.shape[2] // x.shape[2], 2).transpose(1, 2) for x in (k, v))
-    mask = None if mask is None else mask[:, None]
+    seen, blind = mask, None
+    if mask is not None:  # before torch 2.5 a row without keys is NaN there: it sees all of them and is made 0
+        blind = ~mask.any(-1)[:, None, :, None]
+        seen = mask[:, None] | blind
     out = torch.nn.functional.scaled_dot_product_attention(
-        q.transpose(1, 2), k_all, v_all, mask, is_causal=is_causal, scale=scale
+        q.transpose(1, 2), k_all, v_all, seen, is_causal=is_causal, scale=scale
     )
-    _, lse = masked_attention(q, k, v, None if mask is None else mask[:, 0], scale=scale, is_causal=is_causal)
+    if blind is not None:
+        out = out.masked_fill(blind, 0.0)
+    _, lse = masked_attention(q, k, v, mask, scale=scale, is_causal=is_causal)
     return out.transpose(1, 2), lse
 
 

@@ -17,6 +17,7 @@ from nsa_varlen.geometry import BlockGeometry
 from nsa_varlen.layout import VarlenLayout
 from nsa_varlen.testing import plain_attention
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 CHECKED = 1024  # tokens whose gradients are checked in full
 STEPS = 16  # decode steps of a sample, at S + 1 ... S + 16 tokens
 PARAMETERS: dict[str, Value] = {
@@ -29,7 +30,7 @@ PARAMETERS: dict[str, Value] = {
     "backend": "sdpa",
 }
 BACKENDS = {
-    "sdpa": "torch's scaled_dot_product_attention, enable_gqa=True; torch chooses the kernel",
+    "sdpa": "torch's scaled_dot_product_attention, heads in groups; torch chooses the kernel",
     "grouped": "the same, the queries of a group as rows (decode)",
     "cudnn": "cuDNN through scaled_dot_product_attention",
     "flash": "FlashAttention-2 through scaled_dot_product_attention",
@@ -101,10 +102,18 @@ def _kernel(backend: str) -> AbstractContextManager[Any]:
     return sdpa_kernel(SDPBackend.CUDNN_ATTENTION if backend == "cudnn" else SDPBackend.FLASH_ATTENTION)
 
 
+def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
+    """[B, H, T, D]. Before torch 2.5 there is no `enable_gqa`: keys and values are then repeated, in the time, too."""
+    if TORCH < (2, 5):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        return scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+    return scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
+
+
 def _prefill(point: Point, _: int) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in point[:3])
     with _kernel(point.backend):
-        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+        return _grouped_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 def check_prefill(point: Point, results: Sequence[Tensor]) -> str:
@@ -171,7 +180,7 @@ def _decode(point: Point, index: int) -> Tensor:
         rows = q.reshape(len(q), k.shape[1], -1, q.shape[-1])
         return scaled_dot_product_attention(rows, k, v).reshape(q.shape).transpose(1, 2)
     with _kernel(point.backend):
-        return scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
+        return _grouped_attention(q, k, v).transpose(1, 2)
 
 
 def check_decode(point: Point, results: Sequence[Tensor]) -> str:
