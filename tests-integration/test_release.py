@@ -185,6 +185,39 @@ def test_commit_and_tag_come_together(tree: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_wheels")
+@pytest.mark.parametrize("word", ["fetch", "merge"])
+@pytest.mark.parametrize("late", [False, True], ids=["before it is done", "when it is done"])
+def test_who_stops_it_at_the_end_gets_both_or_neither(
+    tree: Path, word: str, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, real = state(tree), releasing.git
+
+    def stopped(where: Path, *words: str | Path) -> str:
+        if where != tree or words[0] != word:
+            return real(where, *words)
+        if late:
+            real(where, *words)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(releasing, "git", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        release("nsa", "patch", tree, suite=no_suite)
+    if (word, late) == ("merge", True):
+        assert git(tree, "rev-parse", f"nsa-v{later(tree, 'nsa', 0)}^{{commit}}") == git(tree, "rev-parse", "main")
+        assert git(tree, "status", "--porcelain") == ""
+    else:
+        assert state(tree) == before
+
+
+@pytest.mark.usefixtures("no_wheels")
+def test_somebody_else_s_tag_is_left(tree: Path) -> None:
+    tag = f"nsa-v{later(tree, 'nsa')}"
+    with pytest.raises(Refused, match="git fetch failed:"):
+        release("nsa", "patch", tree, suite=lambda clone, wheels: git(tree, "tag", tag) and None)
+    assert git(tree, "rev-parse", tag) == git(tree, "rev-parse", "main")
+
+
+@pytest.mark.usefixtures("no_wheels")
 def test_the_version_of_the_tree_is_released_once(tree: Path) -> None:
     version = read_packages(tree)["nsa"].version
     assert release("nsa", version, tree, suite=no_suite).tag == f"nsa-v{version}"
@@ -204,6 +237,16 @@ def with_a_stray_file(tree: Path) -> None:
 
 def on_a_branch(tree: Path) -> None:
     git(tree, "checkout", "--quiet", "-b", "topic")
+
+
+def with_a_stray_file_that_status_hides(tree: Path) -> None:
+    git(tree, "config", "status.showUntrackedFiles", "no")
+    with_a_stray_file(tree)
+
+
+def with_a_misspelt_fragment(tree: Path) -> None:
+    (tree / "packages" / "nsa" / "changelog.d" / "+more.feature.md").write_text("More.\n")
+    commit(tree)
 
 
 def without_fragments(tree: Path) -> None:
@@ -244,6 +287,8 @@ def as_it_is(tree: Path) -> None:
         ("nsa", "patch", without_fragments, r"packages/nsa/changelog.d: expected fragments, got none"),
         ("nsa", "patch", with_dirt, r"checkout: expected no changes .*\n M hatch.toml"),
         ("nsa", "patch", with_a_stray_file, r"checkout: expected no changes .*\n\?\? notes.txt"),
+        ("nsa", "patch", with_a_stray_file_that_status_hides, r"checkout: expected no changes .*\n\?\? notes.txt"),
+        ("nsa", "patch", with_a_misspelt_fragment, r"towncrier failed:\n(.|\n)*name: \+more\.feature\.md"),
         ("nsa", "patch", on_a_branch, r"branch: expected main, got topic"),
         (
             "nsa",
@@ -333,25 +378,41 @@ def test_the_command_line(tree: Path) -> None:
     assert state(tree) == before
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_tag_of_a_release_names_its_package(name: str) -> None:
-    version = read_packages()[name].version
-    assert parse_tag(f"{name}-v{version}") == (name, Version(version))
-    assert released(f"{name}-v{version}").name == name
+@pytest.mark.usefixtures("no_wheels")
+def test_the_tag_of_a_release_names_its_package(tree: Path) -> None:
+    for name in NAMES:
+        made = release(name, "patch", tree, suite=no_suite)
+        assert parse_tag(made.tag) == (name, made.version)
+        assert released(made.tag, tree).name == name
 
 
+@pytest.mark.usefixtures("no_wheels")
 @pytest.mark.parametrize(
     ("tag", "why"),
     [
         ("v1.0.0", "expected PACKAGE-vVERSION, got 'v1.0.0'"),
         ("nsa-vnext", "expected PACKAGE-vVERSION, got 'nsa-vnext'"),
         ("nsa-v99.0.0", r"expected that of nsa [\d.]+, as the tree has it, got 'nsa-v99\.0\.0'"),
+        ("nsa-vv{nsa}", r"expected that of nsa [\d.]+, as the tree has it, got 'nsa-vv[\d.]+'"),
+        ("nsa-v0{nsa}", r"expected that of nsa [\d.]+, as the tree has it, got 'nsa-v0[\d.]+'"),
         ("nsa-nothing-v0.1.0", "package: expected one of nsa, .*, got 'nsa-nothing'"),
+        ("nsa-varlen-v{varlen}", r"nsa-varlen: expected [\d.]+ in its changelog, got a tag of what no release made"),
     ],
 )
-def test_a_tag_that_is_no_release(tag: str, why: str) -> None:
+def test_a_tag_that_is_no_release(tag: str, why: str, tree: Path) -> None:
+    version = release("nsa", "patch", tree, suite=no_suite).version
+    by_hand = later(tree, "nsa-varlen")
+    read_packages(tree)["nsa-varlen"].about.write_text(f'__version__ = "{by_hand}"\n')
     with pytest.raises(Refused, match=why):
-        released(tag)
+        released(tag.format(nsa=version, varlen=by_hand), tree)
+
+
+@pytest.mark.usefixtures("no_wheels")
+def test_a_tag_moved_to_a_later_commit_is_no_release(tree: Path) -> None:
+    made = release("nsa", "patch", tree, suite=no_suite)
+    (tree / "packages" / "nsa" / "changelog.d" / "+more.fixed.md").write_text("More.\n")
+    with pytest.raises(Refused, match=r"^nsa: expected no fragments beside a release, got \+more\.fixed\.md$"):
+        released(made.tag, tree)
 
 
 def test_the_workflow_publishes_without_secrets() -> None:

@@ -68,7 +68,7 @@ def clean_head(tree: Path, branch: str) -> str:
     here = git(tree, "rev-parse", "--abbrev-ref", "HEAD")
     if here != branch:
         raise Refused(f"branch: expected {branch}, got {here}")
-    if changed := git(tree, "status", "--porcelain"):
+    if changed := git(tree, "status", "--porcelain", "--untracked-files=normal"):
         raise Refused(f"checkout: expected no changes and no files that git does not know, got\n{changed}")
     return git(tree, "rev-parse", "HEAD")
 
@@ -112,11 +112,13 @@ def take(tree: Path, clone: Path, tag: str, head: str, branch: str) -> None:
     """Let the tree have the clone's commit and tag. Refuses where the tree has moved on meanwhile."""
     if clean_head(tree, branch) != head:
         raise Refused(f"{branch} has moved on while the suite ran: release again")
-    git(tree, "fetch", "--quiet", "--no-tags", clone, f"refs/tags/{tag}:refs/tags/{tag}")
+    made = git(clone, "rev-parse", f"refs/tags/{tag}")
     try:
+        git(tree, "fetch", "--quiet", "--no-tags", clone, f"refs/tags/{tag}:refs/tags/{tag}")
         git(tree, "merge", "--quiet", "--ff-only", f"{tag}^{{commit}}")
-    except Refused:
-        git(tree, "tag", "--delete", tag)
+    except BaseException:  # whoever stops it, too
+        if git(tree, "rev-parse", "HEAD") == head:  # the commit is not there: neither is the tag, if it is this one
+            subprocess.run(["git", "update-ref", "-d", f"refs/tags/{tag}", made], cwd=tree, capture_output=True)
         raise
 
 

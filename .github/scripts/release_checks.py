@@ -87,9 +87,9 @@ def _parsed(text: str) -> Version:
 
 def check_fragments(package: Package, tree: Path) -> None:
     """There is something to say about the release."""
-    folder = package.folder / "changelog.d"
-    if not any(folder.glob("*.md")):
-        raise Refused(f"{folder.relative_to(tree)}: expected fragments, got none: what is new in {package.name}?")
+    if not package.fragments():
+        folder = (package.folder / "changelog.d").relative_to(tree)
+        raise Refused(f"{folder}: expected fragments, got none: what is new in {package.name}?")
 
 
 def check_ranges(packages: dict[str, Package], package: Package, version: Version, tree: Path) -> None:
