@@ -33,7 +33,10 @@ def commit(tree: Path) -> None:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A checkout of main with a fragment for every package. Whoever commits here is known to this checkout alone."""
+    """A checkout of main with a fragment for every package, all of them released but nsa, which requires the others.
+
+    Whoever commits here is known to this checkout alone.
+    """
     made = tmp_path / "checkout"
     for folder in ("packages", "profiles", "bench/suites", ".github"):
         shutil.copytree(ROOT / folder, made / folder, symlinks=True, ignore=IGNORED)
@@ -45,6 +48,9 @@ def tree(tmp_path: Path) -> Path:
     git(made, "config", "user.name", "Somebody")
     git(made, "config", "user.email", "somebody@example.org")
     commit(made)
+    for name, package in read_packages(made).items():
+        if name != "nsa":
+            git(made, "tag", f"{name}-v{package.version}")
     return made
 
 
@@ -84,6 +90,7 @@ def test_two_packages_at_versions_of_their_own(tree: Path) -> None:
         tested.append(sorted(wheel.name for wheel in wheels.iterdir()))
 
     versions = {name: package.version for name, package in read_packages(tree).items()}
+    tags = {*git(tree, "tag").split()}
     for name, patches in (("nsa-bench", 1), ("nsa-varlen", 7)):
         before, old = state(tree), read_packages(tree)[name]
         fragments = [f.relative_to(tree).as_posix() for f in old.folder.glob("changelog.d/*.md")]
@@ -119,7 +126,7 @@ def test_two_packages_at_versions_of_their_own(tree: Path) -> None:
         assert git(tree, "cat-file", "-t", made.tag) == "tag"
         assert git(tree, "rev-parse", f"{made.tag}^{{commit}}") == git(tree, "rev-parse", "main")
         assert git(tree, "for-each-ref", "--format=%(contents)", f"refs/tags/{made.tag}") == f"{name} {version}"
-    assert sorted(git(tree, "tag").split()) == sorted(f"{n}-v{versions[n]}" for n in ("nsa-bench", "nsa-varlen"))
+    assert {*git(tree, "tag").split()} - tags == {f"{n}-v{versions[n]}" for n in ("nsa-bench", "nsa-varlen")}
     assert git(tree, "rev-list", "--count", "HEAD") == "3"
 
 
@@ -170,7 +177,7 @@ def test_a_checkout_that_moved_on_is_left(tree: Path) -> None:
 
     with pytest.raises(Refused, match="main has moved on while the suite ran"):
         release("nsa", "patch", tree, suite=suite)
-    assert git(tree, "tag") == ""
+    assert git(tree, "tag", "--list", "nsa-v[0-9]*") == ""
     assert git(tree, "log", "-1", "--format=%s") == "meanwhile"
 
 
@@ -269,6 +276,15 @@ def needing_what_is_not_there(tree: Path) -> None:
     commit(tree)
 
 
+def before_a_sibling(tree: Path) -> None:
+    git(tree, "tag", "--delete", f"nsa-routing-v{read_packages(tree)['nsa-routing'].version}")
+
+
+def before_a_sibling_of_an_extra(tree: Path) -> None:
+    git(tree, "tag", "--delete", f"nsa-bench-v{read_packages(tree)['nsa-bench'].version}")
+    git(tree, "tag", "nsa-bench-v0.0.1")
+
+
 def as_it_is(tree: Path) -> None:
     pass
 
@@ -290,6 +306,8 @@ def as_it_is(tree: Path) -> None:
         ("nsa", "patch", with_a_stray_file_that_status_hides, r"checkout: expected no changes .*\n\?\? notes.txt"),
         ("nsa", "patch", with_a_misspelt_fragment, r"towncrier failed:\n(.|\n)*name: \+more\.feature\.md"),
         ("nsa", "patch", on_a_branch, r"branch: expected main, got topic"),
+        ("nsa", "patch", before_a_sibling, r"^nsa-routing<[\d.]+,>=[\d.]+: expected a release of it, got none: who is"),
+        ("nsa", "patch", before_a_sibling_of_an_extra, r"^nsa-bench<[\d.]+,>=[\d.]+: expected a release of it, got"),
         (
             "nsa",
             "patch",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from packaging.version import Version
-from release_checks import Refused, check_fragments, check_ranges, named, next_version, tag_of
+from release_checks import Refused, check_fragments, check_ranges, check_siblings, named, next_version, tag_of
 from workspace import ROOT, VERSION, Package, read_packages
 
 Suite = Callable[[Path, Path], None]  # given a tree and a folder of wheels; raises Refused
@@ -139,9 +139,11 @@ def release(
     """
     packages = read_packages(tree)
     package = named(packages, name)
-    version = next_version(package, wanted, git(tree, "tag", "--list").split())
+    tags = git(tree, "tag", "--list").split()
+    version = next_version(package, wanted, tags)
     check_fragments(package, tree)
     check_ranges(packages, package, version, tree)
+    check_siblings(packages, package, tags)
     head = clean_head(tree, branch)
     with tempfile.TemporaryDirectory(prefix="release-") as folder:
         clone, wheels = clone_of(tree, branch, Path(folder, "tree")), Path(folder, "wheels")
