@@ -12,8 +12,11 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
+import nsa_bench.cli
+import nsa_routing.cli
 import pytest
 import torch
+import typer
 import yaml
 from commands import behind, parse, read, run
 from nsa_routing import load_profile
@@ -66,6 +69,17 @@ def console(block: Block) -> list[tuple[str, str]]:
 COMMANDS = [(command, shown) for block in of_language("console") for command, shown in console(block)]
 
 
+COMMAND = re.compile(r"^ *(?:\$|>>>) ", re.MULTILINE)  # what a block of text has not: it would not be run
+HIDDEN = re.compile(
+    r"^ *~~~.*|^(?:[>\t]|[-*+] |\d+\. )[^`\n]{0,3}```.*|(?<=\n\n)(?: {4}|\t)[^\s`].*|<(?:pre|code)\b.*", re.MULTILINE
+)
+
+
+def hidden_code(text: str) -> list[str]:
+    """Where code begins that is in no fence. No list here has a second paragraph as deep as a block of code."""
+    return HIDDEN.findall(re.sub(r"^( *)```.*\n(?:.*\n)*?\1```$", "", text, flags=re.MULTILINE))
+
+
 def listed(command: str, table: dict[str, str]) -> list[str]:
     """Entries of a table that speak of it."""
     return [pattern for pattern in table if fnmatchcase(command, pattern)]
@@ -78,6 +92,29 @@ def test_every_fence_says_what_is_in_it(page: str) -> None:
     assert len(fences) == 2 * len(blocks)
     assert [f"{block.name}: {block.language!r}" for block in blocks if block.language not in LANGUAGES] == []
     assert [b.name for b in blocks if b.language == "console" and not b.text.startswith("$ ")] == []
+    assert [b.name for b in blocks if b.language == "text" and COMMAND.search(b.text)] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_there_is_no_code_but_in_fences(page: str) -> None:
+    """Markdown knows other ways to write a block, which nothing here would run."""
+    assert hidden_code(PAGES[page].read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "~~~python\nx\n~~~\n",
+        "> ```python\n> x\n> ```\n",
+        "- ```python\n  x\n  ```\n",
+        "1. ```python\n   x\n   ```\n",
+        "\t```python\n\tx\n\t```\n",
+        "So:\n\n    import nsa\n",
+        "<pre>import nsa</pre>\n",
+    ],
+)
+def test_code_in_no_fence_is_found(text: str) -> None:
+    assert hidden_code(text) != []
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
@@ -93,7 +130,7 @@ def test_the_python_of_a_page_prints_what_it_says(page: str, tmp_path: Path, mon
             code += "\n" * (block.line - code.count("\n")) + block.text
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(code, PAGES[page], "exec"), {})
+        exec(compile(code, PAGES[page], "exec"), {"__name__": "__main__"})
     expected = re.findall(r"^ *print\(.*\)  # (.*)$", code, re.MULTILINE)
     assert len(expected) == len(re.findall(r"\bprint\(", code)) > 0
     assert printed.getvalue().splitlines() == expected
@@ -167,6 +204,17 @@ def test_commands_in_sentences_and_tables_name_scripts_that_exist() -> None:
     assert {"docs:build", "test"} <= named
     checkers = {"check-jsonschema", "mkdocs", "mypy", "pytest", "ruff", "shellcheck", "twine", "zizmor"}
     assert programs <= {"python", "pip", "nsa-bench", "nsa-routing"} | checkers
+
+
+@pytest.mark.parametrize(("program", "app"), [("nsa-bench", nsa_bench.cli.app), ("nsa-routing", nsa_routing.cli.app)])
+def test_commands_in_sentences_and_tables_have_their_options(program: str, app: typer.Typer) -> None:
+    texts = [re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL) for page in PAGES.values()]
+    said = {command for text in texts for command in re.findall(rf"`(?:[A-Z_]+=\S+\s+)*{program}\s+([^`]+)`", text)}
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert len(said) > 3
+    for name, *words in map(str.split, said):
+        known = {option for parameter in commands[name].params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= known, (program, name, words)
 
 
 @pytest.mark.parametrize("block", of_language("yaml"), ids=lambda block: block.name)

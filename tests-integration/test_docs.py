@@ -102,6 +102,25 @@ def test_the_suite_of_the_benchmarks_page_is_one() -> None:
             assert runner.points_of(suite, load_workloads()[0], device, quick=True)
 
 
+DOCSTRINGS = {path.relative_to(ROOT / "packages").as_posix(): path for path in ROOT.glob("packages/*/src/**/*.py")}
+FENCED = re.compile(r"^ *```([^\n]*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("module", [name for name, path in DOCSTRINGS.items() if "```" in path.read_text()])
+def test_fenced_blocks_of_docstrings_are_suites_or_figures(module: str) -> None:
+    """The site shows them. What Python can run stands behind `>>>` there, as a doctest."""
+    blocks = FENCED.findall(DOCSTRINGS[module].read_text(encoding="utf-8"))
+    assert blocks
+    for language, text in blocks:
+        assert language in ("toml", ""), f"{language}: nothing runs it in a docstring"
+        if language == "toml":
+            document = tomllib.loads(text)
+            trends = parse("docstring", document).trends if "variant" in document else document.get("trend", [])
+            assert all(parse_trend(trend).kind for trend in trends)
+        else:
+            assert not re.search(r"^ *(\$|>>>|import|from) ", text, re.MULTILINE)
+
+
 # What is public without being in the `__all__` of its package: modules, and names of modules.
 PUBLIC = {
     "nsa": {"prometheus", "reads"},

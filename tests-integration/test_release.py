@@ -33,7 +33,10 @@ def commit(tree: Path) -> None:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A checkout of main with a fragment for every package. Whoever commits here is known to this checkout alone."""
+    """A checkout of main with a fragment for every package, all of them released but nsa, which requires the others.
+
+    Whoever commits here is known to this checkout alone.
+    """
     made = tmp_path / "checkout"
     for folder in ("packages", "profiles", "bench/suites", ".github"):
         shutil.copytree(ROOT / folder, made / folder, symlinks=True, ignore=IGNORED)
@@ -45,6 +48,9 @@ def tree(tmp_path: Path) -> Path:
     git(made, "config", "user.name", "Somebody")
     git(made, "config", "user.email", "somebody@example.org")
     commit(made)
+    for name, package in read_packages(made).items():
+        if name != "nsa":
+            git(made, "tag", f"{name}-v{package.version}")
     return made
 
 
@@ -84,6 +90,7 @@ def test_two_packages_at_versions_of_their_own(tree: Path) -> None:
         tested.append(sorted(wheel.name for wheel in wheels.iterdir()))
 
     versions = {name: package.version for name, package in read_packages(tree).items()}
+    tags = {*git(tree, "tag").split()}
     for name, patches in (("nsa-bench", 1), ("nsa-varlen", 7)):
         before, old = state(tree), read_packages(tree)[name]
         fragments = [f.relative_to(tree).as_posix() for f in old.folder.glob("changelog.d/*.md")]
@@ -119,7 +126,7 @@ def test_two_packages_at_versions_of_their_own(tree: Path) -> None:
         assert git(tree, "cat-file", "-t", made.tag) == "tag"
         assert git(tree, "rev-parse", f"{made.tag}^{{commit}}") == git(tree, "rev-parse", "main")
         assert git(tree, "for-each-ref", "--format=%(contents)", f"refs/tags/{made.tag}") == f"{name} {version}"
-    assert sorted(git(tree, "tag").split()) == sorted(f"{n}-v{versions[n]}" for n in ("nsa-bench", "nsa-varlen"))
+    assert {*git(tree, "tag").split()} - tags == {f"{n}-v{versions[n]}" for n in ("nsa-bench", "nsa-varlen")}
     assert git(tree, "rev-list", "--count", "HEAD") == "3"
 
 
@@ -170,7 +177,7 @@ def test_a_checkout_that_moved_on_is_left(tree: Path) -> None:
 
     with pytest.raises(Refused, match="main has moved on while the suite ran"):
         release("nsa", "patch", tree, suite=suite)
-    assert git(tree, "tag") == ""
+    assert git(tree, "tag", "--list", "nsa-v[0-9]*") == ""
     assert git(tree, "log", "-1", "--format=%s") == "meanwhile"
 
 
@@ -182,6 +189,39 @@ def test_commit_and_tag_come_together(tree: Path) -> None:
         release("nsa", "patch", tree, suite=lambda clone, wheels: lock.touch())
     lock.unlink()
     assert state(tree) == before
+
+
+@pytest.mark.usefixtures("no_wheels")
+@pytest.mark.parametrize("word", ["fetch", "merge"])
+@pytest.mark.parametrize("late", [False, True], ids=["before it is done", "when it is done"])
+def test_who_stops_it_at_the_end_gets_both_or_neither(
+    tree: Path, word: str, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, real = state(tree), releasing.git
+
+    def stopped(where: Path, *words: str | Path) -> str:
+        if where != tree or words[0] != word:
+            return real(where, *words)
+        if late:
+            real(where, *words)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(releasing, "git", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        release("nsa", "patch", tree, suite=no_suite)
+    if (word, late) == ("merge", True):
+        assert git(tree, "rev-parse", f"nsa-v{later(tree, 'nsa', 0)}^{{commit}}") == git(tree, "rev-parse", "main")
+        assert git(tree, "status", "--porcelain") == ""
+    else:
+        assert state(tree) == before
+
+
+@pytest.mark.usefixtures("no_wheels")
+def test_somebody_else_s_tag_is_left(tree: Path) -> None:
+    tag = f"nsa-v{later(tree, 'nsa')}"
+    with pytest.raises(Refused, match="git fetch failed:"):
+        release("nsa", "patch", tree, suite=lambda clone, wheels: git(tree, "tag", tag) and None)
+    assert git(tree, "rev-parse", tag) == git(tree, "rev-parse", "main")
 
 
 @pytest.mark.usefixtures("no_wheels")
@@ -206,6 +246,16 @@ def on_a_branch(tree: Path) -> None:
     git(tree, "checkout", "--quiet", "-b", "topic")
 
 
+def with_a_stray_file_that_status_hides(tree: Path) -> None:
+    git(tree, "config", "status.showUntrackedFiles", "no")
+    with_a_stray_file(tree)
+
+
+def with_a_misspelt_fragment(tree: Path) -> None:
+    (tree / "packages" / "nsa" / "changelog.d" / "+more.feature.md").write_text("More.\n")
+    commit(tree)
+
+
 def without_fragments(tree: Path) -> None:
     for fragment in (tree / "packages" / "nsa" / "changelog.d").glob("*.md"):
         fragment.unlink()
@@ -226,6 +276,15 @@ def needing_what_is_not_there(tree: Path) -> None:
     commit(tree)
 
 
+def before_a_sibling(tree: Path) -> None:
+    git(tree, "tag", "--delete", f"nsa-routing-v{read_packages(tree)['nsa-routing'].version}")
+
+
+def before_a_sibling_of_an_extra(tree: Path) -> None:
+    git(tree, "tag", "--delete", f"nsa-bench-v{read_packages(tree)['nsa-bench'].version}")
+    git(tree, "tag", "nsa-bench-v0.0.1")
+
+
 def as_it_is(tree: Path) -> None:
     pass
 
@@ -244,7 +303,11 @@ def as_it_is(tree: Path) -> None:
         ("nsa", "patch", without_fragments, r"packages/nsa/changelog.d: expected fragments, got none"),
         ("nsa", "patch", with_dirt, r"checkout: expected no changes .*\n M hatch.toml"),
         ("nsa", "patch", with_a_stray_file, r"checkout: expected no changes .*\n\?\? notes.txt"),
+        ("nsa", "patch", with_a_stray_file_that_status_hides, r"checkout: expected no changes .*\n\?\? notes.txt"),
+        ("nsa", "patch", with_a_misspelt_fragment, r"towncrier failed:\n(.|\n)*name: \+more\.feature\.md"),
         ("nsa", "patch", on_a_branch, r"branch: expected main, got topic"),
+        ("nsa", "patch", before_a_sibling, r"^nsa-routing<[\d.]+,>=[\d.]+: expected a release of it, got none: who is"),
+        ("nsa", "patch", before_a_sibling_of_an_extra, r"^nsa-bench<[\d.]+,>=[\d.]+: expected a release of it, got"),
         (
             "nsa",
             "patch",
@@ -336,25 +399,41 @@ def test_the_command_line(tree: Path) -> None:
     assert state(tree) == before
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_tag_of_a_release_names_its_package(name: str) -> None:
-    version = read_packages()[name].version
-    assert parse_tag(f"{name}-v{version}") == (name, Version(version))
-    assert released(f"{name}-v{version}").name == name
+@pytest.mark.usefixtures("no_wheels")
+def test_the_tag_of_a_release_names_its_package(tree: Path) -> None:
+    for name in NAMES:
+        made = release(name, "patch", tree, suite=no_suite)
+        assert parse_tag(made.tag) == (name, made.version)
+        assert released(made.tag, tree).name == name
 
 
+@pytest.mark.usefixtures("no_wheels")
 @pytest.mark.parametrize(
     ("tag", "why"),
     [
         ("v1.0.0", "expected PACKAGE-vVERSION, got 'v1.0.0'"),
         ("nsa-vnext", "expected PACKAGE-vVERSION, got 'nsa-vnext'"),
         ("nsa-v99.0.0", r"expected that of nsa [\d.]+, as the tree has it, got 'nsa-v99\.0\.0'"),
+        ("nsa-vv{nsa}", r"expected that of nsa [\d.]+, as the tree has it, got 'nsa-vv[\d.]+'"),
+        ("nsa-v0{nsa}", r"expected that of nsa [\d.]+, as the tree has it, got 'nsa-v0[\d.]+'"),
         ("nsa-nothing-v0.1.0", "package: expected one of nsa, .*, got 'nsa-nothing'"),
+        ("nsa-varlen-v{varlen}", r"nsa-varlen: expected [\d.]+ in its changelog, got a tag of what no release made"),
     ],
 )
-def test_a_tag_that_is_no_release(tag: str, why: str) -> None:
+def test_a_tag_that_is_no_release(tag: str, why: str, tree: Path) -> None:
+    version = release("nsa", "patch", tree, suite=no_suite).version
+    by_hand = later(tree, "nsa-varlen")
+    read_packages(tree)["nsa-varlen"].about.write_text(f'__version__ = "{by_hand}"\n')
     with pytest.raises(Refused, match=why):
-        released(tag)
+        released(tag.format(nsa=version, varlen=by_hand), tree)
+
+
+@pytest.mark.usefixtures("no_wheels")
+def test_a_tag_moved_to_a_later_commit_is_no_release(tree: Path) -> None:
+    made = release("nsa", "patch", tree, suite=no_suite)
+    (tree / "packages" / "nsa" / "changelog.d" / "+more.fixed.md").write_text("More.\n")
+    with pytest.raises(Refused, match=r"^nsa: expected no fragments beside a release, got \+more\.fixed\.md$"):
+        released(made.tag, tree)
 
 
 def test_the_workflow_publishes_without_secrets() -> None:

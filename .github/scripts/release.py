@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from packaging.version import Version
-from release_checks import Refused, check_fragments, check_ranges, named, next_version, tag_of
+from release_checks import Refused, check_fragments, check_ranges, check_siblings, named, next_version, tag_of
 from workspace import ROOT, VERSION, Package, read_packages
 
 Suite = Callable[[Path, Path], None]  # given a tree and a folder of wheels; raises Refused
@@ -90,7 +90,7 @@ def clean_head(tree: Path, branch: str) -> str:
     here = git(tree, "rev-parse", "--abbrev-ref", "HEAD")
     if here != branch:
         raise Refused(f"branch: expected {branch}, got {here}")
-    if changed := git(tree, "status", "--porcelain"):
+    if changed := git(tree, "status", "--porcelain", "--untracked-files=normal"):
         raise Refused(f"checkout: expected no changes and no files that git does not know, got\n{changed}")
     return git(tree, "rev-parse", "HEAD")
 
@@ -134,11 +134,13 @@ def take(tree: Path, clone: Path, tag: str, head: str, branch: str) -> None:
     """Let the tree have the clone's commit and tag. Refuses where the tree has moved on meanwhile."""
     if clean_head(tree, branch) != head:
         raise Refused(f"{branch} has moved on while the suite ran: release again")
-    git(tree, "fetch", "--quiet", "--no-tags", clone, f"refs/tags/{tag}:refs/tags/{tag}")
+    made = git(clone, "rev-parse", f"refs/tags/{tag}")
     try:
+        git(tree, "fetch", "--quiet", "--no-tags", clone, f"refs/tags/{tag}:refs/tags/{tag}")
         git(tree, "merge", "--quiet", "--ff-only", f"{tag}^{{commit}}")
-    except Refused:
-        git(tree, "tag", "--delete", tag)
+    except BaseException:  # whoever stops it, too
+        if git(tree, "rev-parse", "HEAD") == head:  # the commit is not there: neither is the tag, if it is this one
+            subprocess.run(["git", "update-ref", "-d", f"refs/tags/{tag}", made], cwd=tree, capture_output=True)
         raise
 
 
@@ -159,9 +161,11 @@ def release(
     """
     packages = read_packages(tree)
     package = named(packages, name)
-    version = next_version(package, wanted, git(tree, "tag", "--list").split())
+    tags = git(tree, "tag", "--list").split()
+    version = next_version(package, wanted, tags)
     check_fragments(package, tree)
     check_ranges(packages, package, version, tree)
+    check_siblings(packages, package, tags)
     head = clean_head(tree, branch)
     with tempfile.TemporaryDirectory(prefix="release-") as folder:
         clone, wheels = clone_of(tree, branch, Path(folder, "tree")), Path(folder, "wheels")

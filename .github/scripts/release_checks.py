@@ -41,6 +41,16 @@ def parse_tag(tag: str) -> tuple[str, Version] | None:
         return None
 
 
+def releases(package: str, tags: Iterable[str]) -> list[Version]:
+    """Versions of a package that have a tag.
+
+    Example:
+        >>> releases("nsa", ["nsa-v0.1.0", "nsa-varlen-v0.2.0", "v3"])
+        [<Version('0.1.0')>]
+    """
+    return [version for name, version in filter(None, map(parse_tag, tags)) if name == package]
+
+
 def named(packages: dict[str, Package], name: str) -> Package:
     """The package of this name."""
     if name not in packages:
@@ -56,8 +66,7 @@ def next_version(package: Package, wanted: str, tags: Iterable[str]) -> Version:
     """
     current = Version(package.version)
     version = _bumped(current, wanted) if wanted in PARTS else _parsed(wanted)
-    found = filter(None, map(parse_tag, tags))
-    released = [release for name, release in found if name == package.name]
+    released = releases(package.name, tags)
     if version in released:
         raise Refused(f"tag {tag_of(package.name, version)} is there already")
     newest = max([current, *released])
@@ -87,9 +96,9 @@ def _parsed(text: str) -> Version:
 
 def check_fragments(package: Package, tree: Path) -> None:
     """There is something to say about the release."""
-    folder = package.folder / "changelog.d"
-    if not any(folder.glob("*.md")):
-        raise Refused(f"{folder.relative_to(tree)}: expected fragments, got none: what is new in {package.name}?")
+    if not package.fragments():
+        folder = (package.folder / "changelog.d").relative_to(tree)
+        raise Refused(f"{folder}: expected fragments, got none: what is new in {package.name}?")
 
 
 def check_ranges(packages: dict[str, Package], package: Package, version: Version, tree: Path) -> None:
@@ -111,6 +120,19 @@ def check_ranges(packages: dict[str, Package], package: Package, version: Versio
     ]
     if wrong:
         raise Refused("\n".join(wrong))
+
+
+def check_siblings(packages: dict[str, Package], package: Package, tags: Iterable[str]) -> None:
+    """Each sibling that it requires, also by an extra, has a release that it may be installed with."""
+    tags = list(tags)
+    wrong = [
+        f"{requirement.name}{requirement.specifier}: expected a release of it, got none: who is required goes first"
+        for requirement in package.ranges()
+        if canonicalize_name(requirement.name) in packages
+        and not any(admits(requirement.specifier, version) for version in releases(requirement.name, tags))
+    ]
+    if wrong:
+        raise Refused("\n".join(dict.fromkeys(wrong)))
 
 
 def admits(specifier: SpecifierSet, version: Version) -> bool:

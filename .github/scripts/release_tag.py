@@ -1,13 +1,14 @@
 """What a release's tag names: prints `package=`, `version=` and `files=` for a workflow.
 
-Fails unless the tag is that of a package here and of the version that the tree has.
+Fails unless the tag is that of a package here and of the version that the tree has, and the tree is one that `hatch run
+release` made: its changelog has the version, and no fragment is left for the next one.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from release_checks import Refused, named, parse_tag
+from release_checks import Refused, named, parse_tag, tag_of
 from workspace import ROOT, Package, read_packages
 
 
@@ -17,8 +18,12 @@ def released(tag: str, tree: Path = ROOT) -> Package:
     if parsed is None:
         raise Refused(f"tag: expected PACKAGE-vVERSION, got {tag!r}")
     package = named(read_packages(tree), parsed[0])
-    if package.version != str(parsed[1]):
+    if tag != tag_of(package.name, package.version):
         raise Refused(f"tag: expected that of {package.name} {package.version}, as the tree has it, got {tag!r}")
+    if f"\n## {package.version} — " not in (package.folder / "CHANGELOG.md").read_text(encoding="utf-8"):
+        raise Refused(f"{package.name}: expected {package.version} in its changelog, got a tag of what no release made")
+    if left := sorted(path.name for path in package.fragments()):
+        raise Refused(f"{package.name}: expected no fragments beside a release, got {', '.join(left)}")
     return package
 
 

@@ -37,6 +37,10 @@ class Package:
         """Where it says what it requires."""
         return self.folder / "pyproject.toml"
 
+    def fragments(self) -> list[Path]:
+        """What is new in it since its last release."""
+        return sorted(self.folder.glob("changelog.d/*.md"))
+
     def ranges(self) -> list[Requirement]:
         """All that it requires of other packages, extras included; an extra made of its own extras is left out."""
         lines = [*self.requirements, *(line for lines in self.extras.values() for line in lines)]

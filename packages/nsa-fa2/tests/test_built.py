@@ -1,8 +1,10 @@
 """Is a flash-attn that does not compute found out, whatever it leaves in its output?"""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
-from nsa_fa2.providers.built import computes
+from nsa_fa2.providers.built import _memory_apart, computes
 from nsa_fa2.testing import PlainKernel
 from torch import Tensor
 
@@ -66,3 +68,17 @@ def test_the_process_has_its_random_numbers() -> None:
     torch.manual_seed(0)
     computes(plain, 32, torch.float16, CPU, windowed=True)
     assert torch.equal(torch.randn(3), expected)
+
+
+@pytest.mark.parametrize(("allocator", "made"), [("native", 1), ("cudaMallocAsync", 0), ("pluggable", 0)])
+def test_pools_are_made_where_the_allocator_has_them(
+    allocator: str, made: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cudaMallocAsync raises where one is made, which would fail every call of flash-attn."""
+    pools: list[object] = []
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: allocator)
+    monkeypatch.setattr(torch.cuda, "MemPool", lambda: pools.append(1))
+    monkeypatch.setattr(torch.cuda, "use_mem_pool", lambda pool, device: nullcontext())
+    with _memory_apart(torch.device("cuda", 0)):
+        pass
+    assert len(pools) == made

@@ -19,7 +19,8 @@ from nsa_bench.schema import IDENTITY, OK, Row
 ANCHOR = "dense."  # so begin the names of workloads that others are held against
 PLACE = ("suite", "clock", "S", "batch", "num_heads", "num_kv_heads", "head_dim", "v_head_dim", "dtype")
 # Three standard errors: of a thousand comparisons in which nothing changed, one or two seem to be slower. Quartiles of
-# few samples scatter: with 11 of each it is 2 (four medians) to 3 (two), with 3 it is 2 to 9.
+# few samples scatter: with 11 of each it is 2 (four medians) to 3 (two), with 3 it is 2 to 9, with 5, the most, 4 to
+# 12.
 SIGMAS = 3.0
 MEDIAN_OF_MEAN = 1.2533  # standard error of a median over that of a mean, sqrt(pi / 2)
 

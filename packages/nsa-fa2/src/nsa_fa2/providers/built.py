@@ -23,7 +23,7 @@ def computes(run: Run, head_dim: int, dtype: torch.dtype, device: torch.device, 
     """Whether it makes of a few random rows what plain torch makes of them, causally or with a window.
 
     Waits for the device. The process's own random numbers go on as if nothing had happened, and its memory is apart
-    from that of the call.
+    from that of the call where torch has pools for that.
 
     Example:
         >>> computes(lambda q, *_: torch.ones_like(q), 32, torch.float16, torch.device("cpu"), windowed=False)
@@ -45,8 +45,10 @@ def _agrees(
 
 
 def _memory_apart(device: torch.device) -> AbstractContextManager[None]:
-    """What is allocated within comes from memory that nobody else has: torch 2.5 and newer can."""
+    """What is allocated within has memory that nobody else has: torch 2.5 and newer can, in its own allocator."""
     if device.type != "cuda" or not hasattr(torch.cuda, "MemPool"):
+        return nullcontext()
+    if torch.cuda.get_allocator_backend() != "native":  # cudaMallocAsync has no such pools: making one raises
         return nullcontext()
     return torch.cuda.use_mem_pool(torch.cuda.MemPool(), device)
 
