@@ -31,7 +31,7 @@ class DecodeGraph:
         ValueError: no caches, or x that is not on their CUDA device or not of their batch.
 
     Example:
-        >>> def greedy(layer, cache, token):  # doctest: +SKIP
+        >>> def greedy(layer, cache, token):
         ...     graph = DecodeGraph(lambda x, counts: layer.decode(x, cache, counts), [cache], token)
         ...     for _ in range(100):
         ...         token = graph.replay(token).clone()

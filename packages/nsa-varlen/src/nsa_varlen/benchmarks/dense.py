@@ -105,7 +105,8 @@ def _kernel(backend: str) -> AbstractContextManager[Any]:
 def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
     """[B, H, T, D]. Before torch 2.5 there is no `enable_gqa`: keys and values are then repeated, in the time, too."""
     if TORCH < (2, 5):
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        group = q.shape[1] // k.shape[1]
+        k, v = (x[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (k, v))
         return scaled_dot_product_attention(q, k, v, is_causal=is_causal)
     return scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
 
