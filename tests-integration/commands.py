@@ -7,10 +7,8 @@ paid once. Those that other packages' paths are set for, and those of the shell,
 import argparse
 import contextlib
 import glob
-import importlib
 import io
 import os
-import pkgutil
 import re
 import runpy
 import shlex
@@ -22,7 +20,6 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import nsa_kernels_triton.kernels
 import pytest
 import release
 import typer.core
@@ -32,6 +29,7 @@ from nsa_routing import Policy, reset
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from pages import ROOT
+from public_kernels import all_kernels
 
 ENVIRONMENTS = tomllib.loads((ROOT / "hatch.toml").read_text())["envs"]
 SHELL = ("git", "mkdir")  # taken as they are
@@ -132,8 +130,7 @@ class _Parsed(Exception):
 def _parsed(words: list[str]) -> dict[str, Any]:
     """What a program makes of its arguments, stopped before it does anything."""
     # Some scripts want compiled kernels. Those that were imported before stay interpreted, as tests after this want.
-    for module in pkgutil.iter_modules(nsa_kernels_triton.kernels.__path__, "nsa_kernels_triton.kernels."):
-        importlib.import_module(module.name)
+    all_kernels()
     understand = argparse.ArgumentParser.parse_args
 
     def by_argparse(*given: Any, **more: Any) -> NoReturn:

@@ -3,16 +3,16 @@
 And what workflows and scripts are made of: nothing that lets a failure pass.
 """
 
-import importlib.util
 import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import lane
 import pytest
+import routes
 import yaml
 from built_packages import ROOT
 from nsa_routing.compatibility import TRITON_OF_TORCH, minor, wrong_triton
@@ -22,17 +22,6 @@ WORKFLOWS = {path.stem: path for path in sorted((ROOT / ".github" / "workflows")
 HATCH = tomllib.loads((ROOT / "hatch.toml").read_text(encoding="utf-8"))["envs"]
 
 
-def module_of(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
-lane = module_of("lane")
 ALL = [(name, step) for name, steps in lane.LANES.items() for step in steps]
 
 
@@ -142,7 +131,6 @@ def test_what_steps_name_is_there(name: str, step: Any) -> None:
 
 def test_routes_are_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("NSA_PRESET", raising=False)
-    routes = module_of("routes")
     assert routes.main(["--device", "cpu", "--expect", "sdpa"]) == 0
     assert routes.main(["--device", "cpu", "--expect", "triton"]) == 1
     assert "FAILED  combine: sdpa" in capsys.readouterr().out

@@ -15,7 +15,6 @@ import csv
 import io
 import multiprocessing
 import os
-import pkgutil
 import re
 import sys
 import tempfile
@@ -23,7 +22,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import astuple, dataclass, fields, replace
-from importlib import import_module
 from itertools import product
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -34,14 +32,14 @@ os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported; an int
 
 import torch
 import triton
-from nsa_kernels_triton import backend, configurations, contracts, kernels
+from nsa_kernels_triton import backend, configurations, contracts
 from nsa_kernels_triton.ops import decode
 from nsa_varlen import BlockGeometry, PagedKV, VarlenLayout
 from nsa_varlen.new_tokens import CompletedBlocks, NewTokens, PooledTokens
 from nsa_varlen.testing import gradients
+from public_kernels import all_kernels
 from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import triton_key
-from triton.runtime.jit import JITFunction
 
 SHARED_LIMITS = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes one program may have
 TENSOR_MEMORY_COLUMNS = 512  # of one program, on SM 10.0
@@ -435,18 +433,6 @@ def compile_all(launches: list[Launch]) -> Iterator[Row]:
         while told in done:
             yield done.pop(told)
             told += 1
-
-
-def all_kernels() -> set[str]:
-    """Every public jitted function of the package whose name ends in `_kernel`."""
-    found = set()
-    for info in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
-        for name, value in vars(import_module(info.name)).items():
-            while hasattr(value, "fn") and not isinstance(value, JITFunction):  # what decorates one
-                value = value.fn
-            if isinstance(value, JITFunction) and value.__module__ == info.name and name.endswith("_kernel"):
-                found |= set() if name.startswith("_") else {name}
-    return found
 
 
 HEAD = f"{'kernel':<32} {'case':<28} {'sm':>3} {'warps':>5} {'stages':>6} {'registers':>9} {'spilled':>7} {'shared':>7}"

@@ -12,24 +12,22 @@ rightly: so it is known to work before a GPU is asked for.
 """
 
 import argparse
-import pkgutil
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from importlib import import_module
 from itertools import product
 from unittest.mock import patch
 
 import torch
-from nsa_kernels_triton import kernels
 from nsa_kernels_triton.backend import BACKEND
 from nsa_kernels_triton.configurations import overridden
 from nsa_kernels_triton.contracts import interpreted
 from nsa_varlen import BlockGeometry, VarlenLayout
 from nsa_varlen.decode_testing import decode_case
 from nsa_varlen.testing import gradients, poisoned_empty, random_inputs, run_ops
+from public_kernels import all_kernels
 from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
@@ -101,16 +99,6 @@ def counted(launches: Counter[str]) -> Iterator[None]:
 
     with patch.object(KernelInterface, "__getitem__", get):
         yield
-
-
-def all_kernels() -> set[str]:
-    """Every public jitted function of the package whose name ends in `_kernel`."""
-    found = set()
-    for info in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
-        for name, value in vars(import_module(info.name)).items():
-            if isinstance(value, KernelInterface) and name.endswith("_kernel") and not name.startswith("_"):
-                found.add(name)
-    return found
 
 
 def finite(name: str, *results: Tensor) -> None:
