@@ -89,11 +89,11 @@ def test_the_first_rule_that_fits_wins() -> None:
 def test_sizes_and_options() -> None:
     config = choose("kernel", "made", head_dim=100, group_size=1)
     assert config.sizes == {"rows": 3, "keys": 5}
-    assert config.options == {"num_warps": 4, "num_stages": 3}
+    assert config.options == {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
     assert (config.num_warps, config.num_stages, config.maxnreg) == (4, 3, 0)
     limited = choose("kernel", "made", head_dim=64, group_size=9)
-    assert limited.options == {"num_warps": 2, "num_stages": 2, "maxnreg": 128}
-    assert limited.options.keys() == set(OPTIONS)
+    assert limited.options == {"num_warps": 2, "num_stages": 2, "enable_fp_fusion": True, "maxnreg": 128}
+    assert limited.options.keys() == {*OPTIONS, "enable_fp_fusion"}
     assert limited.sizes == {"rows": 2}
     with pytest.raises(KeyError, match="keys"):
         limited["keys"]

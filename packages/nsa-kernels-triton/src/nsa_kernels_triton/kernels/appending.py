@@ -28,7 +28,7 @@ def store_heads(PAGES, slot, values, HEADS: tl.constexpr, DIM: tl.constexpr, WID
     """Store one token's heads as row `slot` of PAGES [rows, HEADS, DIM]; a negative one nowhere."""
     head = tl.arange(0, triton.next_power_of_2(HEADS))
     column = tl.arange(0, WIDTH)
-    inside = (head < HEADS)[:, None] & (column < DIM)[None, :] & (slot >= 0)
+    inside = (head < tl.where(slot >= 0, HEADS, 0))[:, None] & (column < DIM)[None, :]
     tl.store(PAGES + slot * (HEADS * DIM) + (head * DIM)[:, None] + column[None, :], values, mask=inside)
 
 
@@ -39,7 +39,7 @@ def store_block(
     """Store columns of a compressed block of one head, if it has a page."""
     slot = load_slot(TABLE, room, number, PAGE)
     pointers = PAGES + (slot * HEADS + head) * DIM + column
-    tl.store(pointers, values.to(PAGES.dtype.element_ty), mask=(column < DIM) & (slot >= 0))
+    tl.store(pointers, values.to(PAGES.dtype.element_ty), mask=column < tl.where(slot >= 0, DIM, 0))
 
 
 @triton.jit

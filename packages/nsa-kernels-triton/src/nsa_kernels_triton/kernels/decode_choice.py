@@ -33,7 +33,7 @@ def add_values(
     for tile in tl.range(split, tl.where(count > 0, tl.cdiv(total, KEYS), 0), VALUE_SPLITS):
         block = tile * KEYS + key
         slot = page.to(tl.int64) * PAGE + (tile * KEYS) % PAGE + key
-        loaded = (block < total) & (page >= 0)
+        loaded = block < tl.where(page >= 0, total, 0)
         page = tl.load(TABLE + tl.minimum(tile + VALUE_SPLITS, most_tiles - 1) * KEYS // PAGE)
         v_rows = V_CMP + (slot * HEADS + head) * DV
         v0 = load_piece(v_rows, loaded, 0, V0, DV)

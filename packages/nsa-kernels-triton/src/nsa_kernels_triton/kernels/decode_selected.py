@@ -189,13 +189,14 @@ def decode_selected_kernel(
     entry = split * PART + place
     table = K_SLC_TABLE + sequence.to(tl.int64) * slc_table
     if COUNT == 0:
-        blocks = tl.load(out + entry, mask=(entry < TOPK) & (current >= 0), other=-1)
+        blocks = tl.load(out + entry, mask=entry < tl.where(current >= 0, TOPK, 0), other=-1)
         pages = tl.load(table + blocks // PER_PAGE, mask=blocks >= 0, other=-1)
     else:
         # Forced blocks, or all of few, need no choice: their pages are on the way meanwhile.
         few = current < TOPK
-        blocks = tl.where(few | (entry < INIT), entry, current + 1 - TOPK + entry)
-        sure = (entry < TOPK) & (few | (entry < INIT) | (entry >= INIT + FREE)) & (blocks <= current)
+        leading = entry < tl.where(few, TOPK, INIT)
+        blocks = tl.where(leading, entry, current + 1 - TOPK + entry)
+        sure = (leading | ((entry >= INIT + FREE) & (entry < TOPK))) & (blocks <= current)
         pages = tl.load(table + blocks // PER_PAGE, mask=sure, other=-1)
         blocks = tl.where(sure, blocks, -1)
         rank = tl.full([WIDTH], 1 << 20, tl.int32)
@@ -222,19 +223,19 @@ def decode_selected_kernel(
         block = tl.sum(tl.where(mine, blocks, 0), 0)
         page = tl.sum(tl.where(mine, pages, 0), 0)
         within = step % PIECES * KEYS + key
-        at = block * BLOCK_SIZE + within
-        seen = (block >= 0) & (at <= position)
+        latest = tl.where(block >= 0, position - block * BLOCK_SIZE, -1)
+        seen = within <= latest
         row = page.to(tl.int64) * PAGE + (block % PER_PAGE) * BLOCK_SIZE + within
         v_row, v_page = row, page
         if not SAME:
             v_page = tl.sum(tl.where(mine, v_pages, 0), 0)
             v_row = v_page.to(tl.int64) * PAGE + (block % PER_PAGE) * BLOCK_SIZE + within
         k_rows = K_SLC + (row * HEADS + head) * DK
-        loaded = seen & (page >= 0)
+        loaded = within <= tl.where(page >= 0, latest, -1)
         s = logits(q0, q1, load_piece(k_rows, loaded, 0, K0, DK), load_piece(k_rows, loaded, K0, K1, DK))
         s = tl.where(seen[None, :], s, float("-inf"))
         v_rows = V_SLC + (v_row * HEADS + head) * DV
-        v_loaded = seen & (v_page >= 0)
+        v_loaded = within <= tl.where(v_page >= 0, latest, -1)
         v0 = load_piece(v_rows, v_loaded, 0, V0, DV)
         v1 = load_piece(v_rows, v_loaded, V0, V1, DV)
         m, norm, acc0, acc1 = update(s, scale, m, norm, acc0, acc1, v0, v1)
@@ -246,7 +247,7 @@ def decode_selected_kernel(
             tl.store(out + INIT + tl.cumsum(won.to(tl.int32), 0) - 1, numbers, mask=won)
 
     if MERGE:
-        live = there & (current >= 0)
+        live = member < tl.where(current >= 0, GROUP, 0)
         _, inverse = mean(m, norm)
         number = ((sequence * N + token) * HEADS + head).to(tl.int64) * GROUP + member
         column = tl.arange(0, V0)

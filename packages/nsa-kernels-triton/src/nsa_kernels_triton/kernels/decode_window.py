@@ -22,16 +22,17 @@ def attend_to_window(
     page = tl.load(TABLE + tl.minimum(begin * KEYS // PAGE, last))
     for tile in tl.range(begin, stop):
         at = tile * KEYS + key
-        seen = (at >= earliest) & (at <= position)
+        behind = at >= earliest
+        seen = behind & (at <= position)
         slot = page.to(tl.int64) * PAGE + (tile * KEYS) % PAGE + key
-        loaded = seen & (page >= 0)
+        loaded = behind & (at <= tl.where(page >= 0, position, -1))
         if SAME:
             v_slot = slot
             v_loaded = loaded
         else:
             v_page = tl.load(V_TABLE + tile * KEYS // PAGE)
             v_slot = v_page.to(tl.int64) * PAGE + (tile * KEYS) % PAGE + key
-            v_loaded = seen & (v_page >= 0)
+            v_loaded = behind & (at <= tl.where(v_page >= 0, position, -1))
         page = tl.load(TABLE + tl.minimum((tile + 1) * KEYS // PAGE, last))
         k_rows = K + (slot * HEADS + head) * DK
         s = logits(q0, q1, load_piece(k_rows, loaded, 0, K0, DK), load_piece(k_rows, loaded, K0, K1, DK))
