@@ -4,6 +4,7 @@ And what workflows and scripts are made of: nothing that lets a failure pass.
 """
 
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -14,7 +15,7 @@ import lane
 import pytest
 import routes
 import yaml
-from built_packages import ROOT
+from built_packages import PACKAGES, ROOT
 from nsa_routing.compatibility import TRITON_OF_TORCH, minor, wrong_triton
 
 SCRIPTS = ROOT / ".github" / "scripts"
@@ -37,7 +38,7 @@ class Fake:
 
 
 def run(name: str, fake: Fake, tmp_path: Path, asked: dict[str, str] | None = None, **environment: str) -> Any:
-    return lane.lane(name, tmp_path, asked or {}, environment, fake)
+    return lane.lane(name, tmp_path, asked or {}, environment, run=fake)
 
 
 @pytest.mark.parametrize("name", lane.LANES)
@@ -58,6 +59,21 @@ def test_any_other_failure_stops_nothing_and_fails_the_lane(tmp_path: Path) -> N
     assert len(fake.ran) == len(lane.LANES["gpu"])
     assert [line.split()[0] for line in lines] == ["ok", "FAILED", *["ok"] * (len(lines) - 2)]
     assert run("gpu", Fake(), tmp_path)[0] is True
+
+
+def test_every_test_for_a_gpu_is_in_one_step() -> None:
+    """Of each package and of the integration tests: those that want it alone, and the rest."""
+    beside, alone = [], []
+    for step in lane.LANES["gpu"]:
+        words = shlex.split(step.command)
+        if "-m" in words and "pytest" in words:
+            markers = words[words.index("-m", words.index("pytest") + 1) + 1]
+            assert markers in ("gpu and not alone", "gpu and alone")
+            places = [word for word in words if word.startswith(("packages", "tests-integration"))]
+            (alone if markers == "gpu and alone" else beside).extend(places)
+            assert words[words.index("-n") + 1] == ("0" if markers == "gpu and alone" else "{workers}")
+    assert sorted(beside) == sorted([*(f"packages/{name}" for name in PACKAGES), "tests-integration"])
+    assert sorted(alone) == ["packages", "tests-integration"]
 
 
 @pytest.mark.parametrize("value", [None, "0", "1"])
@@ -108,14 +124,14 @@ def test_the_report_has_every_step_and_every_skip(tmp_path: Path, monkeypatch: p
         return 0
 
     inner = lane.lane
-    monkeypatch.setattr(lane, "lane", lambda *args: inner(*args, run))
+    monkeypatch.setattr(lane, "lane", lambda *args: inner(*args, run=run))
     (tmp_path / "skips-old.txt").write_text("of an earlier run")
     assert lane.main(["gpu", "--out", str(tmp_path), "--skip", "bench=busy"]) == 0
     report = (tmp_path / "lane.txt").read_text().splitlines()
     assert report[0] == "lane gpu: all that ran is well"
     assert "SKIPPED  bench: busy" in report
-    assert [line for line in report if line.startswith("---")] == [f"--- skips-{x}" for x in ("fa2", "suite", "triton")]
-    assert report.count("a::b: too small") == 3
+    assert [line for line in report if line.startswith("---")] == [f"--- skips-{x}" for x in ("alone", "fa2", "suite", "triton")]
+    assert report.count("a::b: too small") == 4
 
 
 @pytest.mark.parametrize("name, step", ALL, ids=[f"{name}-{step.name}" for name, step in ALL])

@@ -4,7 +4,8 @@ The first step is `nsa-routing check`: where torch and Triton do not belong toge
 the installation, nothing else runs. The other steps all run, whatever becomes of one another; one that fails fails the
 lane.
 
-A step is left out by `--skip STEP=REASON` alone, never since a tool is missing. On an RTX 4090 (lane 4090) Triton's
+Tests run in several processes, as they are bound by the host, and those marked `alone` after them in one. A step is left
+out by `--skip STEP=REASON` alone, never since a tool is missing. On an RTX 4090 (lane 4090) Triton's
 kernels are compared with the oracle only with NSA_TRITON_SEL_FORCE=1: docs/adr/0001-triton-selection-off-on-ada.md.
 
 Under --out lie a report, `lane.txt`, of every step and every skip, with its reason, and what steps write.
@@ -26,6 +27,7 @@ RACES = "--part forward --part decode"  # the backward takes racecheck too long
 CHECK = "nsa-routing check --device cuda"
 FORCE = "NSA_TRITON_SEL_FORCE"
 SAFE = "NSA_PRESET=safe"
+WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,11 @@ class Step:
     needs: str = ""
 
 
-def tests(lane: str, name: str, what: str) -> Step:
-    """Tests with the marker gpu; skips for reasons that are not the lane's fail."""
+def tests(lane: str, name: str, what: str, markers: str = "gpu and not alone", workers: str = "{workers}") -> Step:
+    """Tests with these markers; skips for reasons that are not the lane's fail."""
     report = f"--skip-report {{out}}/skips-{name}.txt"
-    return Step(name, f"python -m pytest -p no:cacheprovider -m gpu --lane {lane} {report} {what}")
+    spread = f"-n {workers} --dist worksteal"
+    return Step(name, f'python -m pytest -p no:cacheprovider {spread} -m "{markers}" --lane {lane} {report} {what}')
 
 
 SUITE = "packages/nsa packages/nsa-routing packages/nsa-varlen packages/nsa-bench tests-integration"
@@ -51,6 +54,7 @@ LANES = {
         tests("gpu", "fa2", "packages/nsa-fa2"),
         tests("gpu", "triton", TRITON),
         tests("gpu", "suite", SUITE),
+        tests("gpu", "alone", "packages tests-integration", "gpu and alone", "0"),
         Step("memcheck", f"compute-sanitizer --tool memcheck --error-exitcode 9 python {SANITIZE}"),
         Step("racecheck", f"compute-sanitizer --tool racecheck --error-exitcode 9 python {SANITIZE} {RACES}"),
         Step("bench", "NSA_PRESET=perf nsa-bench run bench_decode --quick --device cuda --out {out}/bench_decode.csv"),
@@ -94,6 +98,7 @@ def lane(
     out: Path,
     asked: dict[str, str],
     environment: dict[str, str],
+    workers: int = WORKERS,
     run: Callable[[str, dict[str, str]], int] = run,
 ) -> tuple[bool, list[str]]:
     """(whether all that ran is well, a line for each step)."""
@@ -103,12 +108,13 @@ def lane(
         if skipped:
             lines.append(f"SKIPPED  {step.name}: {skipped}")
             continue
-        command = step.command.format(out=shlex.quote(str(out)))
+        command = step.command.format(out=shlex.quote(str(out)), workers=workers)
         print(f"::: {step.name}: {command}", flush=True)
         start = time.monotonic()
         status = run(command, environment)
         seconds = time.monotonic() - start
         lines.append(f"{f'FAILED {status}' if status else 'ok':8} {step.name}: {seconds:.0f} s: {command}")
+        print(f"::: {lines[-1]}", flush=True)  # a lane that somebody ends has told so far
         fine &= status == 0
         if status and number == 0:
             lines += [f"NOT RUN  {later.name}: {step.name} failed" for later in LANES[name][1:]]
@@ -133,6 +139,8 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("lane", choices=LANES)
     parser.add_argument("--skip", action="append", default=[], metavar="STEP=REASON", help="leave it out; repeatable")
     parser.add_argument("--out", type=Path, help="where reports go  [default: out/lane-LANE]")
+    processes = "of pytest: fewer where the GPU has little memory  [default: %(default)s]"
+    parser.add_argument("--workers", type=int, default=WORKERS, metavar="N", help=f"processes {processes}")
     arguments = parser.parse_args(words)
     asked = skips(arguments.skip, [step.name for step in LANES[arguments.lane]])
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -141,7 +149,7 @@ def main(words: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     for old in [*out.glob("skips-*.txt"), out / "bench_decode.csv", out / "lane.txt"]:
         old.unlink(missing_ok=True)
-    fine, lines = lane(arguments.lane, out, asked, dict(os.environ))
+    fine, lines = lane(arguments.lane, out, asked, dict(os.environ), arguments.workers)
     lines.insert(0, f"lane {arguments.lane}: {'all that ran is well' if fine else 'FAILED'}")
     for report in sorted(out.glob("skips-*.txt")):
         lines += ["", f"--- {report.stem}", *report.read_text(encoding="utf-8").splitlines()]

@@ -371,6 +371,7 @@ def test_unaligned_and_strided_arguments() -> None:
             assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True)), name
 
 
+@pytest.mark.alone
 def test_long_offsets() -> None:
     """More than 2^31 elements of q: the fold's phases, which are summed over, and its workspace at 256k tokens."""
     if torch.cuda.mem_get_info()[0] < 40 << 30:

@@ -44,9 +44,27 @@ def store_piece(
 
 
 @triton.jit
+def transposed(piece):
+    """A piece [rows, WIDTH] as [WIDTH, rows]. What a loop multiplies by again and again is transposed before it.
+
+    In a loop, Triton 3.9 would copy it to shared memory at each turn.
+    """
+    values = piece
+    if piece is not None:
+        values = tl.trans(piece)
+    return values
+
+
+@triton.jit
+def products(a0, a1, b0, b1):
+    """Rows of `a` times columns of `b`, of which b0 [WIDTH, columns] and b1 are pieces; fp32, IEEE for fp32 inputs."""
+    s = tl.dot(a0, b0, input_precision="ieee")
+    if a1 is not None:
+        s = tl.dot(a1, b1, s, input_precision="ieee")
+    return s
+
+
+@triton.jit
 def logits(q0, q1, k0, k1):
     """q k^T of pieces, fp32 [rows, keys]. IEEE products for fp32 inputs; half precision is not concerned."""
-    s = tl.dot(q0, tl.trans(k0), input_precision="ieee")
-    if q1 is not None:
-        s = tl.dot(q1, tl.trans(k1), s, input_precision="ieee")
-    return s
+    return products(q0, q1, tl.trans(k0), transposed(k1))

@@ -17,7 +17,7 @@ query; columns beyond the blocks that some query of the tile may choose hold any
 import triton
 import triton.language as tl
 
-from nsa_kernels_triton.kernels.pieces import load_piece, logits
+from nsa_kernels_triton.kernels.pieces import load_piece, logits, products, transposed
 from nsa_kernels_triton.kernels.tiles import find_tile, key_rows
 
 
@@ -106,8 +106,8 @@ def block_scores_kernel(
         there = (of_group < GROUP) & (row < end)
         q_heads = (head * GROUP + of_group).to(tl.int64)
         q_rows = Q + row * q_row + q_heads * q_head
-        q0 = load_piece(q_rows, there, 0, D0, DIM)
-        q1 = load_piece(q_rows, there, D0, D1, DIM)
+        q0 = transposed(load_piece(q_rows, there, 0, D0, DIM))
+        q1 = transposed(load_piece(q_rows, there, D0, D1, DIM))
         lse = tl.load(LSE + q_heads * lse_head + row * lse_row, mask=there, other=float("inf"))
         bias = lse * -1.4426950408889634  # -inf of idle heads: they add 0
         first_compressed = tl.load(CU_COMPRESSED + sequence).to(tl.int64)
@@ -129,7 +129,7 @@ def block_scores_kernel(
             k_rows = k_base + tl.minimum(key, last - offset) * k_row  # those beyond the last are of no block asked for
             k0 = load_piece(k_rows, None, 0, D0, DIM)
             k1 = load_piece(k_rows, None, D0, D1, DIM)
-            p = tl.exp2(logits(k0, k1, q0, q1) * scale + bias[None, :])
+            p = tl.exp2(products(k0, k1, q0, q1) * scale + bias[None, :])
             p = tl.sum(tl.reshape(p, [KEYS, GROUP_WIDTH, QUERIES]), 1)
             if LOCAL == 1:
                 p = tl.where((offset + key)[:, None] <= visible[None, :], p, 0.0)
