@@ -97,16 +97,20 @@ def crossover(line: Sequence[Row], rows: Sequence[Row], *, at_most: float) -> An
     return None, f"{words}: {reason}"
 
 
-def exponent(line: Sequence[Row], rows: Sequence[Row], *, at_most: float, at_least: float | None = None) -> Answer:
-    """p of t ~ S^p: the slope of log t over log S by least squares.
+def exponent(
+    line: Sequence[Row], rows: Sequence[Row], *, at_most: float, at_least: float | None = None, **given: float | None
+) -> Answer:
+    """p of t ~ S^p, of lengths from `from` on: the slope of log t over log S by least squares.
 
     With x = log S, p = sum (x_i - x̄) log t_i / Sxx is linear in the log t_i, so its standard error is
     sqrt(sum ((x_i - x̄) e_i)^2) / Sxx for relative errors e_i of the medians. A curve's deviation from the line is not
     noise, and not in it. Where noise could put p on either side of a bound, there is nothing to say.
     """
-    told = _sure(line)
+    start = given.get("from") or 0
+    told = [row for row in _sure(line) if start <= row.S]
     if len({row.S for row in told}) < 2:
-        return None, f"expected two lengths with a time, got {len(told)}"
+        since = f" from {short_length(start)} on" if start else ""
+        return None, f"expected two lengths{since} with a time, got {len(told)}"
     x = [math.log(row.S) for row in told]
     mean = sum(x) / len(x)
     total = sum((each - mean) ** 2 for each in x)
@@ -191,7 +195,7 @@ def faster(
 KINDS: dict[str, Kind] = {
     "follows_budget": Kind(follows_budget, {"tolerance": TWICE}),
     "crossover": Kind(crossover, {"at_most": ...}),
-    "exponent": Kind(exponent, {"at_most": ..., "at_least": None}),
+    "exponent": Kind(exponent, {"at_most": ..., "at_least": None, "from": None}),
     "reads_within_budget": Kind(reads_within_budget, {}),
     "faster": Kind(faster, {"than": ..., "than_backend": None, "by": 1.0, "from": 0}),
 }

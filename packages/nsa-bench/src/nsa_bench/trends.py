@@ -20,6 +20,7 @@ kind = "exponent"             # p of t ~ S^p
 workload = "nsa.prefill"
 at_most = 1.3
 at_least = 0.5                # optional
+from = 8192                   # optional: every length
 
 [[trend]]
 kind = "reads_within_budget"

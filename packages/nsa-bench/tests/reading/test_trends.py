@@ -184,6 +184,15 @@ def test_the_exponent_of_a_power_law(measured: Rows, power: float) -> None:
     assert holds(rows, kind="exponent", at_most=power + 9, at_least=power + 0.05) is False
 
 
+def test_an_exponent_is_of_lengths_from_a_length_on(measured: Rows) -> None:
+    """Short ones take as long as a launch; two lengths are left, or nothing can be said."""
+    rows = measured(time=lambda S: max(1.0, S / 16384), noise=0.001)
+    assert holds(rows, kind="exponent", at_least=0.98, at_most=1.02) is False
+    assert holds(rows, kind="exponent", at_least=0.98, at_most=1.02, **{"from": 16384}) is True
+    (verdict,) = verdicts(rows, kind="exponent", at_most=0, **{"from": 100_000})
+    assert (verdict.holds, verdict.words) == (None, "expected two lengths from 100000 on with a time, got 1")
+
+
 def test_the_exponents_error_is_derived_from_quartiles() -> None:
     """Two lengths: p = log(t2 / t1) / log(S2 / S1), so its error is that of the ratio over log(S2 / S1)."""
     rows = [
@@ -345,7 +354,7 @@ def test_rows_without_time_or_quartiles_are_passed_over(measured: Rows, kind: st
         ({"kind": ["exponent", "faster"], "workload": "w"}, "expected a kind of .*, got .'exponent', 'faster'."),
         ({"kind": "exponent", "workload": "nsa.decode"}, "expected at_most, got kind, workload"),
         ({"kind": "exponent", "at_most": 1}, "expected workload, got kind, at_most"),
-        ({"kind": "exponent", "workload": "w", "at_most": 1, "by": 2}, "expected keys of .*at_least, got by"),
+        ({"kind": "exponent", "workload": "w", "at_most": 1, "by": 2}, "expected keys of .*at_least, from, got by"),
         ({"kind": "exponent", "workload": "w", "at_most": True}, "a number of at least 0 for at_most, got True"),
         ({"kind": "exponent", "workload": "w", "at_most": math.nan}, "a number of at least 0 for at_most, got nan"),
         ({"kind": "exponent", "workload": "w", "at_most": "1"}, "a number of at least 0 for at_most, got '1'"),
