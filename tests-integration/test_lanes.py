@@ -3,6 +3,7 @@
 And what workflows and scripts are made of: nothing that lets a failure pass.
 """
 
+import os
 import re
 import shlex
 import subprocess
@@ -150,6 +151,26 @@ def test_routes_are_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert routes.main(["--device", "cpu", "--expect", "sdpa"]) == 0
     assert routes.main(["--device", "cpu", "--expect", "triton"]) == 1
     assert "FAILED  combine: sdpa" in capsys.readouterr().out
+
+
+ON_A_GPU = """
+import compile_kernels, sanitize, sys
+sanitize.DEVICE, sanitize.finite = "cpu", lambda *results: None
+launches, recorder = sanitize.Counter(), compile_kernels.Recorder()
+recorder.sm = 90
+with recorder.active(), sanitize.counted(launches):
+    for asked in sanitize.product(sanitize.PARTS, sanitize.DTYPES, sanitize.GROUPS):
+        sanitize.PARTS[asked[0]](sanitize.DTYPES[asked[1]], asked[2])
+sys.exit(", ".join(sorted(sanitize.all_kernels() - launches.keys())) or None)
+"""
+
+
+def test_the_sanitizers_script_would_launch_every_kernel_on_a_gpu() -> None:
+    """On its sizes there; launches are noted instead. What kernels leave in memory is anything."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    paths = environment | {"PYTHONPATH": os.pathsep.join([str(SCRIPTS), environment.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", ON_A_GPU], env=paths, capture_output=True, text=True)
+    assert done.returncode == 0, f"never launched: {done.stdout + done.stderr}"
 
 
 @pytest.mark.slow

@@ -39,9 +39,9 @@ KV_HEADS = 2
 SMALL = BlockGeometry(kernel_size=16, kernel_stride=8, block_size=32, topk=11, window_size=40)
 BLOCKS = SMALL if INTERPRETED else BlockGeometry()
 HEAD_DIM = 8 if INTERPRETED else 128
-# Whole, empty, one query behind a prefix, several, more queries than keys. Some queries have more blocks before them
-# than they may choose: without, nothing is scored.
-LENGTHS = ([35, 0, 1, 40], [35, 5, 400, 9]) if INTERPRETED else ([300, 0, 1, 40, 9], [300, 5, 1301, 1200, 4])
+MANY = BLOCKS.topk * BLOCKS.block_size + 48  # tokens: the last ones have more blocks than they may choose, so it scores
+# Whole, empty, one query behind a prefix, several, more queries than keys.
+LENGTHS = ([35, 0, 1, 40], [35, 5, MANY, 9]) if INTERPRETED else ([300, 0, 1, 40, 9], [300, 5, MANY, MANY, 4])
 STEP = ([8, 76], [1, 2]) if INTERPRETED else ([32, 1170, 0, 540], [1, 3, 0, 1])
 
 # Tokens that a step's tables have room for; in chunks of 16 blocks, the choice "apart" then has more than one level.
