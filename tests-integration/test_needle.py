@@ -50,7 +50,11 @@ ROOM = 128  # tokens after the prefill
 SLC = (0.0, 1.0, 0.0)
 ALL = (0.25, 0.5, 0.25)
 
-gpu = [pytest.mark.gpu, pytest.mark.alone, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+gpu = [
+    pytest.mark.gpu,
+    pytest.mark.alone,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 @dataclass(frozen=True)

@@ -462,3 +462,19 @@ def test_the_workflow_runs_what_hatch_has() -> None:
     assert [name for _, name in named] == ["tag", "alone", "check"]
     assert all(script in environments[environment]["scripts"] for environment, script in named)
     assert not any("${{" in run for run in runs)
+
+
+def test_the_workflow_takes_tags_of_main_only(tree: Path, tmp_path: Path) -> None:
+    """In a clone with all of the history, as the step before it makes one."""
+    checkout, asks = yaml.safe_load(WORKFLOW.read_text())["jobs"]["build"]["steps"][:2]
+    assert checkout["with"]["fetch-depth"] == 0
+    commit_of_main = git(tree, "rev-parse", "HEAD")
+    git(tree, "commit", "--quiet", "--allow-empty", "--message", "later, on main")
+    git(tree, "checkout", "--quiet", "-b", "beside")
+    git(tree, "commit", "--quiet", "--allow-empty", "--message", "on a branch")
+    beside = git(tree, "rev-parse", "HEAD")
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "--quiet", str(tree), str(clone))
+    for tagged, accepted in ((commit_of_main, True), (beside, False)):
+        git(clone, "checkout", "--quiet", "--detach", tagged)
+        assert (subprocess.run(asks["run"].split(), cwd=clone).returncode == 0) == accepted

@@ -4,9 +4,9 @@ The first step is `nsa-routing check`: where torch and Triton do not belong toge
 the installation, nothing else runs. The other steps all run, whatever becomes of one another; one that fails fails the
 lane.
 
-Tests run in several processes, as they are bound by the host, and those marked `alone` after them in one. A step is left
-out by `--skip STEP=REASON` alone, never since a tool is missing. On an RTX 4090 (lane 4090) Triton's
-kernels are compared with the oracle only with NSA_TRITON_SEL_FORCE=1: docs/adr/0001-triton-selection-off-on-ada.md.
+Tests run in several processes, as they are bound by the host, and those marked `alone` after them in one. A step is
+left out by `--skip STEP=REASON` alone, never since a tool is missing. On an RTX 4090 (lane 4090) Triton's kernels are
+compared with the oracle only with NSA_TRITON_SEL_FORCE=1: docs/adr/0001-triton-selection-off-on-ada.md.
 
 Under --out lie a report, `lane.txt`, of every step and every skip, with its reason, and what steps write.
 """
@@ -27,6 +27,7 @@ RACES = "--part forward --part decode"  # the backward takes racecheck too long
 CHECK = "nsa-routing check --device cuda"
 FORCE = "NSA_TRITON_SEL_FORCE"
 SAFE = "NSA_PRESET=safe"
+BESIDE, ALONE = "gpu and not alone", "gpu and alone"
 WORKERS = 8
 
 
@@ -39,7 +40,7 @@ class Step:
     needs: str = ""
 
 
-def tests(lane: str, name: str, what: str, markers: str = "gpu and not alone", workers: str = "{workers}") -> Step:
+def pytest_step(lane: str, name: str, what: str, markers: str = BESIDE, workers: str = "{workers}") -> Step:
     """Tests with these markers; skips for reasons that are not the lane's fail."""
     report = f"--skip-report {{out}}/skips-{name}.txt"
     spread = f"-n {workers} --dist worksteal"
@@ -51,10 +52,10 @@ TRITON = "packages/nsa-kernels-triton"
 LANES = {
     "gpu": (
         Step("check", CHECK),
-        tests("gpu", "fa2", "packages/nsa-fa2"),
-        tests("gpu", "triton", TRITON),
-        tests("gpu", "suite", SUITE),
-        tests("gpu", "alone", "packages tests-integration", "gpu and alone", "0"),
+        pytest_step("gpu", "fa2", "packages/nsa-fa2"),
+        pytest_step("gpu", "triton", TRITON),
+        pytest_step("gpu", "suite", SUITE),
+        pytest_step("gpu", "alone", "packages tests-integration", ALONE, "0"),
         Step("memcheck", f"compute-sanitizer --tool memcheck --error-exitcode 9 python {SANITIZE}"),
         Step("racecheck", f"compute-sanitizer --tool racecheck --error-exitcode 9 python {SANITIZE} {RACES}"),
         Step("bench", "NSA_PRESET=perf nsa-bench run bench_decode --quick --device cuda --out {out}/bench_decode.csv"),
@@ -63,8 +64,8 @@ LANES = {
     "4090": (
         Step("check", CHECK),
         Step("defaults", f"{SAFE} python .github/scripts/routes.py --device cuda --expect sdpa"),
-        tests("4090", "sdpa", "tests-integration/test_cuda.py"),
-        Step("parity", tests("4090", "parity", TRITON).command, needs=FORCE),
+        pytest_step("4090", "sdpa", "tests-integration/test_cuda.py"),
+        Step("parity", pytest_step("4090", "parity", TRITON).command, needs=FORCE),
         Step("forced", "NSA_PRESET=perf python .github/scripts/routes.py --device cuda --expect triton", needs=FORCE),
     ),
 }
