@@ -43,6 +43,7 @@ NOT_RUN = {
     "pip install nsa*": "takes from an index",
     "pip install 'nsa*": "takes from an index",
     "pytest -m gpu *": "needs a GPU",
+    "python .github/scripts/lane.py *": "needs a GPU",
     "python bench/*": "needs a GPU",
 }
 # Files that commands above would have made, or that readers bring along: here each is this one.
