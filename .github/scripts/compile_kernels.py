@@ -47,7 +47,12 @@ TENSOR_MEMORY_COLUMNS = 512  # of one program, on SM 10.0
 # spill before and behind their innermost loop; the third does it in fp32, by 8 bytes at most in half precision.
 SPILLS = {"block_gradients_kernel": 384, "interval_dkdv_kernel": 384, "decode_selected_kernel": 192}
 # By Triton 3.9, too: what is computed once and read again at each turn of a loop. Times: docs/triton-forward.md.
-SPILLS_3_9 = {"shared_kernel": 16, "interval_attention_kernel": 40, "file_kernel": 4}
+SPILLS_3_9 = {
+    "shared_kernel": 16,
+    "interval_attention_kernel": 40,
+    "file_kernel": 4,
+    "decode_compressed_kernel": 4,
+}
 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
     SPILLS |= SPILLS_3_9
 PROCESSORS = 132  # multiprocessors that decode steps are cut for

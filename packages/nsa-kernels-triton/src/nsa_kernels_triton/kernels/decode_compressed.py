@@ -176,11 +176,11 @@ def decode_compressed_kernel(
         for tile in tl.range(split, stop, SPLITS):
             block = tile * KEYS + key
             slot = page.to(tl.int64) * CMP_PAGE + (tile * KEYS) % CMP_PAGE + key
-            loaded = block < tl.where(page >= 0, total, 0)
+            loaded = (block < total) & (slot >= 0)  # negative without a page; a bound that is 0 then takes registers
             if not SAME:
                 v_page = tl.load(v_table + tile * KEYS // CMP_PAGE)
                 v_slot = v_page.to(tl.int64) * CMP_PAGE + (tile * KEYS) % CMP_PAGE + key
-                v_loaded = block < tl.where(v_page >= 0, total, 0)
+                v_loaded = (block < total) & (v_slot >= 0)
             else:
                 v_slot = slot
                 v_loaded = loaded
