@@ -1,19 +1,27 @@
-"""No test is skipped in silence: `--lane` fails a run in which one was skipped for a reason that nobody allowed.
+"""What lanes ask of tests: none is skipped in silence, and none takes a GPU from the others that run on it.
 
+`--lane` fails a run in which a test was skipped for a reason that nobody allowed.
 The reasons are those of `.github/skips.toml`, or of the file of `--skips`: tables `[[allowed]]` with `lanes`, with
 `reason`, a regular expression for the whole of it, and with `why` it is allowed. A test that was expected to fail
 counts as skipped, whether it failed or not. Without `--lane` nothing is judged.
+
+A test for a GPU fails, with or without a lane, if it took more than `MEMORY` and is not marked `alone`. Behind each,
+what torch keeps of the memory it had is given back. The summary has those that took most.
 """
 
 import re
 import tomllib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 SKIPS = Path(__file__).parent / ".github" / "skips.toml"
+MEMORY = 8 << 30
+"""Bytes of a GPU that a test may take beside others: as many tests as a lane runs at once fit into 80 GB."""
+TAKEN = "bytes of the GPU"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,6 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     lane, report = config.getoption("--lane"), config.getoption("--skip-report")
     if hasattr(config, "workerinput"):
         return
+    config.pluginmanager.register(Memory(), "memory")
     if lane is not None:
         config.pluginmanager.register(Skips(lane, read(config.getoption("--skips"), lane), report), "skips")
     elif report is not None:
@@ -138,3 +147,54 @@ def reason_of(report: pytest.TestReport | pytest.CollectReport) -> str:
     longrepr = report.longrepr
     text = longrepr[2] if isinstance(longrepr, tuple) else str(longrepr)
     return text.removeprefix("Skipped: ")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Behind a test for a GPU, fixtures included, its memory is free for those of other processes."""
+    result = yield
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        torch.cuda.empty_cache()
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """What fixtures hold counts, and what torch keeps between two tensors: others do not have it either."""
+    if not item.get_closest_marker("gpu"):
+        return (yield)
+    import torch
+
+    if not torch.cuda.is_available():
+        return (yield)
+    torch.cuda.reset_peak_memory_stats()
+    result = yield
+    taken = torch.cuda.max_memory_reserved()
+    item.user_properties.append((TAKEN, taken))
+    if taken > MEMORY and not item.get_closest_marker("alone"):
+        pytest.fail(f"took {gib(taken)} of the GPU: expected at most {gib(MEMORY)}, or the marker alone")
+    return result
+
+
+def gib(size: int) -> str:
+    return f"{size / (1 << 30):.1f} GiB"
+
+
+class Memory:
+    """The summary of what tests took."""
+
+    def __init__(self) -> None:
+        self.taken: dict[str, int] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for name, value in report.user_properties:
+            if name == TAKEN:
+                self.taken[report.nodeid] = value
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self.taken:
+            terminalreporter.section("memory of the GPU")
+        for name, taken in sorted(self.taken.items(), key=lambda item: -item[1])[:5]:
+            terminalreporter.line(f"{gib(taken):>10} {name}")

@@ -134,13 +134,14 @@ LONG = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("lengths", LONG)
+@pytest.mark.parametrize("lengths", ["8k", "ragged", pytest.param("64k", marks=pytest.mark.alone)])
 def test_real_sizes(lengths: str, shape: str) -> None:
     """Sampled queries of each sequence, every branch and the choice of blocks, bf16 against fp64."""
     heads, kv_heads = SHAPES[shape]
     sampled(*LONG[lengths], heads, kv_heads, samples=8)
 
 
+@pytest.mark.alone
 def test_256k_tokens() -> None:
     """More than 2^31 elements of q and of every output."""
     sampled([262_144], None, 64, 1, samples=6)
