@@ -15,6 +15,7 @@ from typing import Any
 import lane
 import pytest
 import routes
+import sanitize
 import yaml
 from built_packages import PACKAGES, ROOT
 from nsa_routing.compatibility import TRITON_OF_TORCH, minor, wrong_triton
@@ -180,6 +181,30 @@ def test_the_sanitizers_script_launches_every_kernel() -> None:
     words = [sys.executable, str(SCRIPTS / "sanitize.py"), "--group", "1"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_each_launch_apart_is_asked_for_once_and_its_failure_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, failing = [], ""
+
+    def run(words: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        asked.append(" ".join(words[2:]))
+        return subprocess.CompletedProcess(words, int(bool(failing) and failing in asked[-1]), "what it did\n", "")
+
+    monkeypatch.setattr(sanitize.subprocess, "run", run)
+    assert sanitize.main(["--processes", "3", "--part", "forward", "--part", "decode"]) == 0
+    assert sorted(asked) == sorted(
+        f"--part {part} --dtype {dtype} --group {group}"
+        for part in ("forward", "decode")
+        for dtype in sanitize.DTYPES
+        for group in sanitize.GROUPS
+    )
+    failing = "--part decode --dtype half --group 4"
+    assert sanitize.main(["--processes", "3"]) == 1
+
+
+def test_launches_are_compiled_before_a_sanitizer_watches() -> None:
+    names = [step.name for step in lane.LANES["gpu"]]
+    assert names.index("launch") + 1 == names.index("memcheck") < names.index("racecheck")
 
 
 # --- versions ---------------------------------------------------------------------------------------------------------

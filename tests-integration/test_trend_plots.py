@@ -123,5 +123,8 @@ def test_the_plots_of_committed_results_are_drawn(tmp_path: Path) -> None:
 def lines(plot: Path) -> list[str]:
     """Of an SVG, its references by order: matplotlib names them by a hash that differs between Pythons."""
     names: dict[str, str] = {}
-    text = plot.read_text(encoding="utf-8")
-    return re.sub(r"\b[mp][0-9a-f]{10}\b", lambda found: names.setdefault(found[0], f"#{len(names)}"), text).splitlines()
+
+    def number(found: re.Match[str]) -> str:
+        return names.setdefault(found[0], f"#{len(names)}")
+
+    return re.sub(r"\b[mp][0-9a-f]{10}\b", number, plot.read_text(encoding="utf-8")).splitlines()

@@ -56,6 +56,7 @@ LANES = {
         pytest_step("gpu", "triton", TRITON),
         pytest_step("gpu", "suite", SUITE),
         pytest_step("gpu", "alone", "packages tests-integration", ALONE, "0"),
+        Step("launch", f"python {SANITIZE} --processes {{workers}}"),
         Step("memcheck", f"compute-sanitizer --tool memcheck --error-exitcode 9 python {SANITIZE}"),
         Step("racecheck", f"compute-sanitizer --tool racecheck --error-exitcode 9 python {SANITIZE} {RACES}"),
         Step("bench", "NSA_PRESET=perf nsa-bench run bench_decode --quick --device cuda --out {out}/bench_decode.csv"),
@@ -140,8 +141,8 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("lane", choices=LANES)
     parser.add_argument("--skip", action="append", default=[], metavar="STEP=REASON", help="leave it out; repeatable")
     parser.add_argument("--out", type=Path, help="where reports go  [default: out/lane-LANE]")
-    processes = "of pytest: fewer where the GPU has little memory  [default: %(default)s]"
-    parser.add_argument("--workers", type=int, default=WORKERS, metavar="N", help=f"processes {processes}")
+    fewer = "at a time: fewer where the GPU has little memory  [default: %(default)s]"
+    parser.add_argument("--workers", type=int, default=WORKERS, metavar="N", help=f"processes {fewer}")
     arguments = parser.parse_args(words)
     asked = skips(arguments.skip, [step.name for step in LANES[arguments.lane]])
     if os.environ.get("TRITON_INTERPRET") == "1":

@@ -1,7 +1,10 @@
 """Launch every Triton kernel on small ragged batches, for compute-sanitizer to watch.
 
+    python .github/scripts/sanitize.py --processes 8
     compute-sanitizer --tool memcheck --error-exitcode 9 python .github/scripts/sanitize.py
     compute-sanitizer --tool racecheck --error-exitcode 9 python .github/scripts/sanitize.py --part decode
+
+What the first leaves in Triton's cache the others need not compile, which took most of their time.
 
 Forward, backward and decode steps, each way in which selected attention and a step can be organised, groups of 16, 4
 and 1 heads, bf16 and fp32. It fails by itself where a value is not finite, or, with no part left out, where a kernel of
@@ -12,10 +15,12 @@ rightly: so it is known to work before a GPU is asked for.
 """
 
 import argparse
+import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import product
 from unittest.mock import patch
@@ -165,17 +170,34 @@ def decode(dtype: torch.dtype, group: int) -> None:
 PARTS: dict[str, Callable[[torch.dtype, int], None]] = {"forward": forward, "backward": backward, "decode": decode}
 
 
+def apart(asked: Iterable[tuple[str, str, int]], processes: int) -> int:
+    """Launch each part, dtype and group in a process of its own, so many at a time; the exit status."""
+
+    def run(one: tuple[str, str, int]) -> int:
+        part, dtype, group = one
+        words = [sys.executable, __file__, "--part", part, "--dtype", dtype, "--group", str(group)]
+        done = subprocess.run(words, capture_output=True, text=True)
+        print(done.stdout.partition("\n")[0] if done.returncode == 0 else done.stdout + done.stderr, flush=True)
+        return done.returncode
+
+    with ThreadPoolExecutor(processes) as pool:
+        return int(any(list(pool.map(run, asked))))
+
+
 def main(words: list[str] | None = None) -> int:
     """Launch what was asked for, print how often each kernel ran, return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", action="append", choices=PARTS, help="only this; repeatable")
     parser.add_argument("--group", action="append", type=int, choices=GROUPS, help="only this; repeatable")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="only this; repeatable")
+    parser.add_argument("--processes", type=int, metavar="N", help="each by itself, N at a time, for Triton's cache")
     arguments = parser.parse_args(words)
     if not INTERPRETED and not torch.cuda.is_available():
         raise SystemExit("needs a CUDA device or TRITON_INTERPRET=1")
-    launches: Counter[str] = Counter()
     asked = product(arguments.part or PARTS, arguments.dtype or DTYPES, arguments.group or GROUPS)
+    if arguments.processes:
+        return apart(asked, arguments.processes)
+    launches: Counter[str] = Counter()
     with counted(launches):
         for part, dtype, group in asked:
             start = time.monotonic()
