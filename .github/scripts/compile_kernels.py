@@ -75,6 +75,8 @@ RAGGED = (
     Batch((40, 1001), (1003, 8191)),  # a prefix is cached, long
     Batch((1, 1, 1), (8191, 500, 1)),  # a decode step
 )
+# Blocks for one level of the choice among 1024 and for two; lists as long as prefixes are cached.
+LONG = (*RAGGED, Batch((300,), (60_000,)), Batch((40,), (140_000,)))
 SINGLE = (Batch((1,), (1001,)), Batch((1,), (1,)), Batch((4096,), (4096,)))  # sizes and strides of 1; multiples of 16
 
 
@@ -100,9 +102,9 @@ OTHER_DECODES = ((2, 2, 16_384, "mean"),)  # of layers unlike those that are tun
 EVERY = tuple(SHARED_LIMITS)
 CASES = (
     # Groups of 16 take one organisation of selected attention, groups of 4 the other; --all has both everywhere.
-    Case("bf16 128 g16", torch.bfloat16, 128, 16, sms=(89, 90, 100)),
-    Case("bf16 128 g4", torch.bfloat16, 128, 4, sms=(80, 89, 90)),
-    Case("bf16 128 g1", torch.bfloat16, 128, 1),
+    Case("bf16 128 g16", torch.bfloat16, 128, 16, batches=LONG, sms=(89, 90, 100)),
+    Case("bf16 128 g4", torch.bfloat16, 128, 4, batches=LONG, sms=(80, 89, 90)),
+    Case("bf16 128 g1", torch.bfloat16, 128, 1, batches=LONG),
     Case("bf16 128 g4 one sequence", torch.bfloat16, 128, 4, num_kv_heads=1, batches=SINGLE),
     Case("bf16 128 g4 block 32 top 64", torch.bfloat16, 128, 4, block_size=32, topk=64),
     Case("bf16 128 g4 block 128", torch.bfloat16, 128, 4, block_size=128),
@@ -252,7 +254,7 @@ def calls(case: Case, batch: Batch) -> dict[str, Callable[[], object]]:
         "combine": lambda: run.combine(gates, out, out, out),
     }
     qkv = [q, k, v]
-    tuned = (case.dtype, case.head_dim, case.block_size) == (torch.bfloat16, 128, 64) and case.batches is RAGGED
+    tuned = (case.dtype, case.head_dim, case.block_size) == (torch.bfloat16, 128, 64) and case.batches is LONG
     decodes = DECODES if tuned else OTHER_DECODES
     forward |= {f"decode_attention {points}": decode_step(case, *points) for points in decodes}
     return forward | {

@@ -5,6 +5,7 @@ The clock is made up: a backend moves it by what a call of it costs.
 
 import csv
 import datetime
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,8 +19,9 @@ import pytest
 import torch
 import yaml
 from nsa_routing import Policy, Problem, backends, load_profile, plan, probe, reset
+from nsa_routing.profile import SHIPPED
 from nsa_routing.tuning import COLUMNS, TuningError, _tune, measuring, tune
-from nsa_routing.tuning.findings import crossover, wins
+from nsa_routing.tuning.findings import _advice, crossover, wins
 from nsa_routing.tuning.measuring import Timing, compare, stopwatch
 from torch import Tensor
 
@@ -274,6 +276,25 @@ def test_what_the_extended_profile_goes_on_believing_is_said(
     followed = {"thresholds": {"window_attention": {"fa2": None}}, "order": {"window_attention": ["fa2-torch", "sdpa"]}}
     (tmp_path / "followed.yaml").write_text(text + yaml.safe_dump(followed))
     assert "fa2" not in load_profile(tmp_path / "followed.yaml").thresholds["window_attention"]
+
+
+@pytest.mark.parametrize("shipped", sorted(file.stem for file in SHIPPED.glob("*.yaml") if file.stem != "base"))
+def test_what_is_said_to_stop_a_backend_loads_and_stops_it(shipped: str, tmp_path: Path) -> None:
+    """Of each operation and backend that a preset takes at any length."""
+    profile = load_profile(shipped)
+    for op, order in profile.order.items():
+        for name in order[:-1]:
+            said = re.findall(r"\w+: \{\w+: (?:\[[^]]*\]|\{[^}]*\})\}", _advice(op, name, profile))
+            mappings = [yaml.safe_load(each) for each in said]
+            document = {"name": "mine", "extends": shipped, "source": "a test"}
+            file = tmp_path / f"{op}-{name}.yaml"  # a file is read once
+            file.write_text(yaml.safe_dump(document | {key: value for each in mappings for key, value in each.items()}))
+            found = load_profile(file)
+            assert name not in found.thresholds.get(op, {})
+            always = "always" in [modes.get(name) for modes in profile.presets.values()]
+            if always and name not in profile.denials.get(op, {}):  # what is denied no preset takes
+                assert list(found.order[op]) == [other for other in order if other != name]
+                assert name not in found.prefer.get(op, {})
 
 
 def off(x: Tensor, by: float) -> tuple[Tensor, Tensor]:

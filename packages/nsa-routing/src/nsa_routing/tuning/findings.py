@@ -127,10 +127,13 @@ def _advice(op: str, name: str, profile: Profile) -> str:
         words += f"; the {kind} threshold of profile {profile.name} holds on: "
         words += f"thresholds: {{{op}: {{{name}: null}}}} removes it"
     always = [preset for preset, modes in profile.presets.items() if modes.get(name) == "always"]
-    if always and name in profile.order[op]:
+    if always and name in profile.order[op] and name not in profile.denials.get(op, {}):
         words += f"; preset {always[0]} takes it at every length that no threshold excludes: "
         others = ", ".join(other for other in profile.order[op] if other != name)
-        words += f"order: {{{op}: [{others}]}} stops that"
+        words += f"order: {{{op}: [{others}]}}"
+        if name in profile.prefer.get(op, {}):  # may only name what the order has
+            words += f" and prefer: {{{op}: {{{name}: null}}}}"
+        words += " stops that"
     return words
 
 
