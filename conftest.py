@@ -83,41 +83,41 @@ class Skips:
     lane: str
     allowed: list[Allowed]
     report: Path | None
-    seen: dict[str, tuple[str, str]] = field(default_factory=dict)  # (kind, reason) by what was skipped
+    seen: set[tuple[str, str, str]] = field(default_factory=set)  # (what, kind, reason): subtests share a name
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if hasattr(report, "wasxfail"):
             kind = "expected to fail" if report.skipped else "expected to fail and passed"
-            self.seen[report.nodeid] = kind, report.wasxfail.removeprefix("reason: ")
+            self.seen.add((report.nodeid, kind, report.wasxfail.removeprefix("reason: ")))
         elif report.skipped:
-            self.seen[report.nodeid] = "skipped", reason_of(report)
+            self.seen.add((report.nodeid, "skipped", reason_of(report)))
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.skipped:  # a whole module; with xdist every worker says it
-            self.seen[report.nodeid] = "skipped", reason_of(report)
+            self.seen.add((report.nodeid, "skipped", reason_of(report)))
 
     def not_allowed(self) -> list[tuple[str, str, str]]:
         """(kind, reason, what) of each skip that no entry covers."""
         return sorted(
             (kind, reason, name)
-            for name, (kind, reason) in self.seen.items()
+            for name, kind, reason in self.seen
             if not any(re.fullmatch(entry.reason, reason, re.DOTALL) for entry in self.allowed)
         )
 
     def unused(self) -> list[Allowed]:
         """The entries that covered nothing."""
-        reasons = {reason for _, reason in self.seen.values()}
+        reasons = {reason for _, _, reason in self.seen}
         return [x for x in self.allowed if not any(re.fullmatch(x.reason, reason, re.DOTALL) for reason in reasons)]
 
     def lines(self) -> list[str]:
         """The report: every reason with its number of tests, then every skip, then what is wrong or idle."""
-        counts = Counter(self.seen.values())
+        counts = Counter((kind, reason) for _, kind, reason in self.seen)
         refused = self.not_allowed()
         return [
             f"lane {self.lane}: {len(self.seen)} skipped, {len(refused)} of them for a reason that is not allowed",
             *(f"{number:5} {kind}: {reason}" for (kind, reason), number in sorted(counts.items())),
             "",
-            *(f"{name}: {kind}: {reason}" for name, (kind, reason) in sorted(self.seen.items())),
+            *(f"{name}: {kind}: {reason}" for name, kind, reason in sorted(self.seen)),
             *(f"NOT ALLOWED: {name}: {kind}: {reason}" for kind, reason, name in refused),
             *(f"allowed and not met: {entry.reason} ({entry.why})" for entry in self.unused()),
         ]
@@ -132,7 +132,7 @@ class Skips:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
         terminalreporter.section(f"skips in lane {self.lane}")
-        counts = Counter(self.seen.values())
+        counts = Counter((kind, reason) for _, kind, reason in self.seen)
         for (kind, reason), number in sorted(counts.items()):
             terminalreporter.line(f"{number:5} {kind}: {reason}")
         for kind, reason, name in self.not_allowed():

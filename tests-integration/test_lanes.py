@@ -111,10 +111,19 @@ def test_commands_run_with_this_python_their_variables_and_their_status() -> Non
     assert lane.run("no-such-program-anywhere", {}) == 127
 
 
-def test_a_lane_of_compiled_kernels_refuses_the_interpreter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+@pytest.mark.parametrize("value", ["1", "true"])
+def test_a_lane_of_compiled_kernels_refuses_the_interpreter(
+    value: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", value)
     with pytest.raises(SystemExit, match="expected a lane of compiled kernels"):
         lane.main(["gpu", "--out", str(tmp_path)])
+
+
+def test_a_lane_without_processes_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(SystemExit, match="--workers: expected at least 1, got -3"):
+        lane.main(["gpu", "--workers", "-3", "--out", str(tmp_path)])
 
 
 def test_the_report_has_every_step_and_every_skip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,6 +263,8 @@ FORGIVING = {
     "or true": r"\|\|\s*(true|:|exit 0)(\s|$)",
     "a failure goes on": r"continue-on-error",
     "errors are let pass": r"set \+e|set \+o",
+    "true at the end": r";\s*true\b",
+    "Hatch's own way": r"""["']- """,  # a script's line that begins with a dash
 }
 
 
@@ -261,7 +272,13 @@ def forgiven(text: str) -> list[str]:
     return [name for name, pattern in FORGIVING.items() if re.search(pattern, text, re.MULTILINE)]
 
 
-@pytest.mark.parametrize("line", ["pytest || true", "x ||:", "  continue-on-error: true", "set +e", "set +o pipefail"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("pytest || true", "x ||:", "  continue-on-error: true", "set +e", "set +o pipefail"),
+        *("x | tee log; true", 'tests = "- pytest"'),
+    ],
+)
 def test_what_forgives_is_recognised(line: str) -> None:
     assert forgiven(f"first\n{line}\nlast")
 
@@ -285,6 +302,10 @@ def test_a_workflow_is_strict(name: str) -> None:
     assert found["permissions"] in ({}, {"contents": "read"})
     assert "pull_request_target" not in found["on"]
     for job in found["jobs"].values():
+        assert "defaults" not in job
+        for step in job["steps"]:
+            assert "shell" not in step, "it would take -eo pipefail away"
+            assert "||" not in step.get("run", "")
         assert job["timeout-minutes"] <= 120
         own = any("self-hosted" in word for word in job["runs-on"]) if isinstance(job["runs-on"], list) else False
         if own:

@@ -121,6 +121,16 @@ def test_any_other_reason_fails(processes: str, pytester: pytest.Pytester, lane:
     assert {f"NOT ALLOWED in lane cpu: {line}" for line in refused} <= set(result.outlines)
 
 
+def test_subtests_are_told_one_by_one(pytester: pytest.Pytester, lane: Callable) -> None:
+    """They share their test's name: the last reason is not that of all."""
+    code = "def test_parts(subtests):\n"
+    for part, reason in enumerate(["odd: nobody allowed it", "needs a tool"]):
+        code += f"    with subtests.test(part={part}):\n        pytest.skip('{reason}')\n"
+    pytester.makepyfile("import pytest\n" + code)
+    assert lane("cpu").ret == pytest.ExitCode.TESTS_FAILED
+    assert report(pytester)[0] == "lane cpu: 2 skipped, 1 of them for a reason that is not allowed"
+
+
 def test_what_one_lane_may_skip_another_may_not(pytester: pytest.Pytester, lane: Callable) -> None:
     pytester.makepyfile(FINE)
     assert lane("gpu").ret == pytest.ExitCode.TESTS_FAILED

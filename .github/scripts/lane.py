@@ -145,8 +145,12 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=WORKERS, metavar="N", help=f"processes {fewer}")
     arguments = parser.parse_args(words)
     asked = skips(arguments.skip, [step.name for step in LANES[arguments.lane]])
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise SystemExit("TRITON_INTERPRET: expected a lane of compiled kernels, got 1; `hatch run gpu:lane` unsets it")
+    interpret = os.environ.get("TRITON_INTERPRET", "0")
+    if interpret != "0":
+        said = "expected a lane of compiled kernels"
+        raise SystemExit(f"TRITON_INTERPRET: {said}, got {interpret}; `hatch run gpu:lane` unsets it")
+    if arguments.workers < 1:
+        raise SystemExit(f"--workers: expected at least 1, got {arguments.workers}")
     out = (arguments.out or ROOT / "out" / f"lane-{arguments.lane}").resolve()
     out.mkdir(parents=True, exist_ok=True)
     for old in [*out.glob("skips-*.txt"), out / "bench_decode.csv", out / "lane.txt"]:

@@ -63,6 +63,13 @@ def interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     return request.param
 
 
+@pytest.mark.parametrize("value", ["0", "1", "true", "YES", "on", "Y", "2", ""])
+def test_the_interpreter_is_on_in_tritons_words(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert contracts.interpreted() == triton.knobs.runtime.interpret
+
+
 def refusal(op: str, machine: Any = None, **asked: Any) -> str | None:
     return BACKEND.refuse(op, Problem(**asked), Machine() if machine is None else machine)
 

@@ -152,12 +152,12 @@ def reason(found: dict[str, Any], name: str) -> str:
 def test_check_of_a_sound_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     found = answer("check")
     assert found["ok"] is True
-    names = ["flags", "profile", "torch-triton", "entry-points", "sdpa"]
+    names = ["flags", "device", "profile", "torch-triton", "entry-points", "sdpa"]
     names += [f"backend:{name}" for name in ("fa2", "sdpa", "triton")] + [f"plan:{op}" for op in OPS]
     assert statuses(found) == dict.fromkeys(names, "ok")
     text = run("check").stdout
     assert "FAIL" not in text
-    assert text.endswith("15 checks, 0 failed\n")
+    assert text.endswith("16 checks, 0 failed\n")
 
 
 def failing(name: str, *words: str) -> str:
@@ -243,6 +243,16 @@ def test_check_of_what_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     with_versions(monkeypatch, unknown=("driver: OSError: none",))
     found = answer("check")
     assert (statuses(found)["environment"], reason(found, "environment")) == ("warn", "driver: OSError: none")
+
+
+def test_check_of_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lane that asks for a GPU stops; a device that torch knows by name alone is one."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (_ for _ in ()).throw(RuntimeError("none")))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: (_ for _ in ()).throw(RuntimeError("none")))
+    assert failing("device", "--device", "cuda") == "cuda was asked for, and torch finds none"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    found = answer("check", "--device", "cuda")
+    assert (statuses(found)["device"], reason(found, "device")) == ("ok", "a GPU")
 
 
 def test_check_of_backends(offer: Callable) -> None:

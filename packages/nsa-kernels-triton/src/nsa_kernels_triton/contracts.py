@@ -105,8 +105,8 @@ def missing(environment: Any) -> str | None:
 
 
 def interpreted() -> bool:
-    """Whether Triton interprets its kernels, on CPU tensors: it reads the variable when it is imported."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    """Whether Triton interprets its kernels, on CPU tensors: it reads the variable when it is imported, in these words."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -23,7 +23,7 @@ class Check:
     """One thing that was looked at.
 
     Fields:
-        name: "flags", "environment", "profile", "torch-triton", "entry-points", "backend:NAME" for each installed
+        name: "flags", "environment", "device", "profile", "torch-triton", "entry-points", "backend:NAME" for each installed
             backend, "sdpa", "plan:OP" for each operation, "pin:DISTRIBUTION" for each pin of the profile.
         status: "ok"; "warn", works but is not as it should be; "fail", will not work.
         reason: what was found.
@@ -50,6 +50,7 @@ def run_checks(environment: Environment, workload: Workload, profile: str | None
         yield Check("flags", "ok", " ".join(given) or "none set")
     for reason in environment.unknown:
         yield Check("environment", "warn", reason)
+    yield _device(environment)
     loaded = None
     name, note = profile_of(environment.device, environment.sm, profile or policy.profile)
     try:
@@ -77,6 +78,12 @@ def run_checks(environment: Environment, workload: Workload, profile: str | None
     if loaded is not None:
         yield from _plans(replace(environment, backends=tuple(sound)), loaded, workload, policy)
         yield from _pins(loaded)
+
+
+def _device(environment: Environment) -> Check:
+    if environment.device == "cuda" and environment.sm is None and environment.name is None:
+        return Check("device", "fail", "cuda was asked for, and torch finds none")
+    return Check("device", "ok", environment.name or environment.device)
 
 
 def _triton(environment: Environment) -> Check:
