@@ -53,6 +53,7 @@ NVIDIA = {
     "cuda-bindings",
     "cuda-toolkit",
     "nvidia-cublas",
+    "nvidia-cuda-cccl",
     "nvidia-cuda-cupti",
     "nvidia-cuda-nvrtc",
     "nvidia-cuda-runtime",

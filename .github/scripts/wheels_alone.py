@@ -172,9 +172,11 @@ def try_alone(
     if not (package.folder / "tests").is_dir():
         raise Failure("it has no tests")
     shutil.copytree(package.folder / "tests", bench / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-    (bench / "conftest.py").write_text(ONE_CASE)
+    (bench / "conftest.py").write_text((ROOT / "conftest.py").read_text(encoding="utf-8") + ONE_CASE)
     report = bench / "report.xml"
-    words = ["-q", "-m", "not slow and not once", f"--junitxml={report}", "tests"]
+    skips = ROOT / ".github" / "skips.toml"
+    lane = ["--lane=wheels", f"--skips={skips}"]  # without `=` pytest would look there for tests
+    words = ["-q", "-m", "not slow and not once", f"--junitxml={report}", *lane, "tests"]
     tested = run([python_of(child), "-P", "-m", "pytest", *words], cwd=bench)
     say(tested.stdout)
     if tested.returncode:  # 5, no test collected, included

@@ -23,8 +23,8 @@ class Check:
     """One thing that was looked at.
 
     Fields:
-        name: "flags", "environment", "device", "profile", "torch-triton", "entry-points", "backend:NAME" for each installed
-            backend, "sdpa", "plan:OP" for each operation, "pin:DISTRIBUTION" for each pin of the profile.
+        name: "flags", "environment", "device", "profile", "torch-triton", "entry-points", "backend:NAME" for each
+            installed backend, "sdpa", "plan:OP" for each operation, "pin:DISTRIBUTION" for each pin of the profile.
         status: "ok"; "warn", works but is not as it should be; "fail", will not work.
         reason: what was found.
     """
