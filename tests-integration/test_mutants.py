@@ -394,9 +394,11 @@ def denials_ignored_for_requests(patch: pytest.MonkeyPatch) -> None:
 @mutant(f"{ROUTING}/test_thresholds.py", "inclusive")
 def thresholds_off_by_one(patch: pytest.MonkeyPatch) -> None:
     right = planning._outside
-    patch.setattr(
-        planning, "_outside", lambda threshold, problem: right(threshold, replace(problem, total_q=problem.total_q - 1))
-    )
+
+    def outside(threshold: Any, problem: Problem) -> str | None:
+        return right(threshold, replace(problem, total_q=max(0, problem.total_q - 1)))
+
+    patch.setattr(planning, "_outside", outside)
 
 
 @mutant(f"{ROUTING}/test_thresholds.py", "agrees_with_the_plan")

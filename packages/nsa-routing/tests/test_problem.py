@@ -81,3 +81,20 @@ def test_reserved_features_are_stated(feature: str, problem: Problem) -> None:
 def test_a_dtype_is_torchs() -> None:
     with pytest.raises(TypeError, match=r"^dtype: expected a torch.dtype, got 'float32' of type str$"):
         Problem("combine", "cpu", "float32", 64, 64, 4)
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+@pytest.mark.parametrize(
+    "length, error, message",
+    [
+        (-1, ValueError, "expected at least 0, got -1"),
+        (8.0, TypeError, "expected an int, got 8.0 of type float"),
+        (True, TypeError, "expected an int, got True of type bool"),
+        (None, TypeError, "expected an int, got None of type NoneType"),
+    ],
+)
+def test_lengths_are_numbers_of_tokens(
+    length: object, error: type[Exception], message: str, name: str, problem: Problem
+) -> None:
+    with pytest.raises(error, match=rf"^{name}: {message}$"):
+        replace(problem, **{name: length})

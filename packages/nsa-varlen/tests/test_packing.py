@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nsa_varlen import pack, unpack
+from nsa_varlen import VarlenLayout, pack, unpack
 
 
 @settings(deadline=None, derandomize=True, database=None, max_examples=60)
@@ -128,3 +128,8 @@ def test_unpack_refuses() -> None:
         unpack(torch.ones(2, 3), torch.zeros(1, 2, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"pad_index: expected shape \[B, S\], got \[2\]"):
         unpack(torch.ones(2, 3), torch.zeros(2, dtype=torch.int64))
+    for pad_index, kind in ((5, "int"), (VarlenLayout.from_lengths([2]), "VarlenLayout")):
+        with pytest.raises(TypeError, match=rf"^pad_index: expected a tensor, got {kind}$"):
+            unpack(torch.ones(2, 3), pad_index)
+    with pytest.raises(TypeError, match=r"^packed: expected a tensor, got list$"):
+        unpack([[1.0]], torch.zeros(1, 1, dtype=torch.int64))

@@ -153,6 +153,16 @@ def test_arguments_are_checked_before_anything_runs(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("op", ["compressed_attention", "selected_attention", "window_attention"])
+@pytest.mark.parametrize("deterministic, kind", [("yes", "str"), (1, "int")])
+def test_deterministic_is_a_bool(deterministic: object, kind: str, op: str) -> None:
+    x = arguments()
+    keys, values = (x["k_cmp"], x["v_cmp"]) if op == "compressed_attention" else (x["k_slc"], x["v_slc"])
+    extra = (torch.zeros(23, 2, 4, dtype=torch.int32),) if op == "selected_attention" else ()
+    with pytest.raises(TypeError, match=rf"^deterministic: expected a bool or None, got {kind}$"):
+        getattr(ops, op)(x["q"], keys, values, *extra, LAYOUT, BLOCKS, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("op", ["compressed_attention", "selected_attention", "window_attention"])
 def test_each_attention_names_its_arguments(op: str) -> None:
     x = arguments()
     k, v = ("k_cmp", "v_cmp") if op == "compressed_attention" else ("k", "v")
@@ -242,7 +252,7 @@ TEN = VarlenLayout.from_lengths([5, 5])
         ({"x": X.to("meta").half()}, (TypeError, ValueError), "x: expected"),
         ({"x": X[..., :20]}, ValueError, r"x: expected shape \[B, S, 24\] or packed \[T, 24\], got \[2, 5, 20\]"),
         ({"x": X[0, 0]}, ValueError, r"x: expected shape \[B, S, 24\] or packed \[T, 24\], got \[24\]"),
-        ({"x": PACKED}, ValueError, r"layout: expected one for packed x"),
+        ({"x": PACKED}, ValueError, "layout: expected one for packed x .*, and no padding_mask, got None$"),
         ({"x": PACKED, "layout": [5, 5]}, TypeError, "layout: expected a VarlenLayout, got list"),
         ({"x": X, "layout": [5, 5]}, (TypeError, ValueError), "layout: expected"),
         ({"x": X, "layout": TEN}, ValueError, "layout: expected None for x"),
@@ -256,7 +266,7 @@ TEN = VarlenLayout.from_lengths([5, 5])
         (
             {"x": PACKED, "layout": TEN, "padding_mask": torch.ones(2, 5, dtype=torch.bool)},
             ValueError,
-            "layout: expected one for packed x .*, and no padding_mask",
+            "layout: expected one for packed x .*, and no padding_mask, got a padding_mask$",
         ),
         ({"x": X, "padding_mask": torch.ones(2, 5)}, TypeError, "mask: expected a bool tensor .*, got torch.float32"),
         ({"x": X, "padding_mask": torch.ones(2, 4) > 0}, ValueError, r"mask: expected shape \[2, 5\] .*, got \[2, 4\]"),
@@ -324,6 +334,27 @@ def test_calls_that_raise_write_nothing(
     before = state(cache)
     with torch.no_grad(), pytest.raises(error, match=rf"^{message}"):
         layer(**(call | {"x": call["x"].double()}), cache=cache)
+    assert_untouched(cache, before)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((None,), "cache: expected an NSACache, got NoneType$"),
+        (({},), "cache: expected an NSACache, got dict$"),
+        (("the cache", [1, 1]), r"counts: expected a torch.int32 tensor \[2\] or None, got list$"),
+        (("the cache", 1), r"counts: expected a torch.int32 tensor \[2\] or None, got int$"),
+    ],
+)
+@torch.no_grad()
+def test_decode_steps_that_raise_write_nothing(
+    arguments: tuple, message: str, started: tuple[NSAAttention, NSACache]
+) -> None:
+    layer, cache = started
+    cache.reserve(1)
+    before = state(cache)
+    with pytest.raises(TypeError, match=rf"^{message}"):
+        layer.decode(X[:, :1], *(cache if each == "the cache" else each for each in arguments))
     assert_untouched(cache, before)
 
 

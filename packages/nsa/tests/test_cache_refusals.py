@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from nsa import CacheFull, NSACache, NSAConfig, PagePool
+from nsa import CacheFull, DecodeGraph, NSACache, NSAConfig, PagePool
 from nsa.cache import SequenceState, SharedPrefix
+from nsa.reads import ReadCounters
 from nsa_varlen import VarlenLayout
 from torch import Tensor
 
@@ -301,6 +302,48 @@ def test_a_prefix_of_no_tokens_begins_a_whole_sequence(cache: NSACache) -> None:
 def test_a_pool(arguments: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=rf"^{message}$"):
         PagePool(**({"num_pages": 4, "page_size": 16, "num_heads": 2, "dims": (8, 6)} | arguments))
+
+
+@pytest.mark.parametrize("config, kind", [({"num_kv_heads": 2}, "dict"), (None, "NoneType")])
+def test_a_pool_for_no_configuration(config: object, kind: str) -> None:
+    with pytest.raises(TypeError, match=rf"^config: expected an NSAConfig, got {kind}$"):
+        PagePool.for_config(config, 1)
+
+
+@pytest.mark.parametrize(
+    "counters, error, message",
+    [
+        (ReadCounters(2), ValueError, "expected batch_size 3 on cpu, got 2 on cpu"),
+        (ReadCounters(4), ValueError, "expected batch_size 3 on cpu, got 4 on cpu"),
+        (ReadCounters(3, "meta"), ValueError, "expected batch_size 3 on cpu, got 3 on meta"),
+        (torch.zeros(3, 4), TypeError, "expected a ReadCounters or None, got Tensor"),
+    ],
+)
+def test_counters(counters: object, error: type[Exception], message: str, cache: NSACache) -> None:
+    """Where they are assigned: a step would find out when it has stored its tokens."""
+    cache.counters = before = ReadCounters(3)
+    with pytest.raises(error, match=rf"^counters: {message}$"):
+        cache.counters = counters
+    assert cache.counters is before
+    cache.counters = None
+    assert cache.counters is None
+
+
+@pytest.mark.parametrize(
+    "caches, error, message",
+    [
+        (lambda cache: cache, TypeError, "expected a sequence of NSACaches, got NSACache"),
+        (lambda cache: {"first": cache}, TypeError, "expected a sequence of NSACaches, got dict"),
+        (lambda cache: None, TypeError, "expected a sequence of NSACaches, got NoneType"),
+        (lambda cache: [cache, None], TypeError, "expected NSACaches, got NoneType"),
+        (lambda cache: [], ValueError, "expected at least one, got none"),
+    ],
+)
+def test_the_caches_of_a_graph(caches: Callable, error: type[Exception], message: str, cache: NSACache) -> None:
+    before = snapshot(cache)
+    with pytest.raises(error, match=rf"^caches: {message}$"):
+        DecodeGraph(lambda x, counts: x, caches(cache), torch.zeros(3, 1, 24))
+    assert snapshot(cache) == before
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,8 @@ class Problem:
             the device knows: the rows of q for a sequence and the room of its pages; total_q counts all rows of q.
 
     Raises:
-        TypeError: dtype is no torch.dtype.
-        ValueError: an unknown op.
+        TypeError: dtype is no torch.dtype, or a length no int.
+        ValueError: an unknown op, or a length below 0.
 
     Example:
         >>> Problem("window_attention", "cuda", torch.bfloat16, 128, 128, 16, max_seqlen_k=65_536).block_size
@@ -83,6 +83,14 @@ class Problem:
             raise ValueError(f"op: expected one of {list(OPS)}, got {self.op!r}")
         if not isinstance(self.dtype, torch.dtype):
             raise TypeError(f"dtype: expected a torch.dtype, got {self.dtype!r} of type {type(self.dtype).__name__}")
+        if torch.compiler.is_compiling():
+            return  # lengths may be symbolic there, and a comparison a guard
+        for name in LENGTHS:
+            length = getattr(self, name)
+            if type(length) is not int:
+                raise TypeError(f"{name}: expected an int, got {length!r} of type {type(length).__name__}")
+            if length < 0:
+                raise ValueError(f"{name}: expected at least 0, got {length}")
 
 
 STATIC = tuple(field.name for field in fields(Problem) if field.name not in LENGTHS)  # all but the lengths

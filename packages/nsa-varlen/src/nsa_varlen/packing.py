@@ -57,9 +57,12 @@ def unpack(packed: Tensor, pad_index: Tensor) -> Tensor:
     """Undo `pack`: packed rows [T, ...] to [B, S, ...], zeros where `pad_index` [B, S] is -1. Differentiable.
 
     Raises:
-        TypeError: pad_index is not int64.
+        TypeError: not tensors, or pad_index is not int64.
         ValueError: it is not 2-D.
     """
+    for name, x in (("packed", packed), ("pad_index", pad_index)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if pad_index.dtype != torch.int64:
         raise TypeError(f"pad_index: expected dtype torch.int64, got {pad_index.dtype}")
     if pad_index.ndim != 2:

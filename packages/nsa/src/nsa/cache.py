@@ -113,7 +113,7 @@ class NSACache:
         self._ready = [0] * batch_size
         self._step: CacheStep | None = None  # the one that is open
         self._ahead = False  # the device's lengths are ahead of the host's
-        self.counters: ReadCounters | None = None
+        self._counters: ReadCounters | None = None
         self.chosen: ChosenBlocks | None = None  # an observed layer's
         self._layouts: dict[int, VarlenLayout] = {}
         # Made here, so that no graph's capture has to.
@@ -134,6 +134,27 @@ class NSACache:
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each sequence, known on the host; `device_lengths` int32 [B] has them on the device."""
         return tuple(self._lengths)
+
+    @property
+    def counters(self) -> ReadCounters | None:
+        """Where steps count what their queries read; None counts nothing.
+
+        Raises:
+            TypeError, ValueError: set to what does not fit. A step would find out when its tokens are stored.
+        """
+        return self._counters
+
+    @counters.setter
+    def counters(self, counters: ReadCounters | None) -> None:
+        if counters is not None:
+            if not isinstance(counters, ReadCounters):
+                raise TypeError(f"counters: expected a ReadCounters or None, got {type(counters).__name__}")
+            batch_size, device = len(counters.last), counters.last.device
+            if batch_size != self.batch_size or device != self.device:
+                raise ValueError(
+                    f"counters: expected batch_size {self.batch_size} on {self.device}, got {batch_size} on {device}"
+                )
+        self._counters = counters
 
     def pages_for(self, tokens: int, chunk: int = 1) -> int:
         """The most pages that a sequence holds while it grows to `tokens`, in steps of at most `chunk`.
@@ -186,6 +207,10 @@ class NSACache:
         known = None
         if counts is None:
             counts, known = torch.full_like(self.device_lengths, rows), [rows] * self.batch_size
+        elif not isinstance(counts, Tensor):
+            raise TypeError(
+                f"counts: expected a torch.int32 tensor [{self.batch_size}] or None, got {type(counts).__name__}"
+            )
         elif counts.dtype != torch.int32 or counts.shape != (self.batch_size,) or counts.device != self.device:
             raise ValueError(
                 f"counts: expected torch.int32 [{self.batch_size}] on {self.device}, got {counts.dtype} "

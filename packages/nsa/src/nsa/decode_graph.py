@@ -28,6 +28,7 @@ class DecodeGraph:
         x: an input of the shape that all will have, [B, N, ...].
 
     Raises:
+        TypeError: caches that are no sequence of NSACache.
         ValueError: no caches, or x that is not on their CUDA device or not of their batch.
 
     Example:
@@ -38,8 +39,13 @@ class DecodeGraph:
     """
 
     def __init__(self, step: Callable[[Tensor, Tensor], Tensor], caches: Sequence[NSACache], x: Tensor) -> None:
+        if not isinstance(caches, Sequence):
+            raise TypeError(f"caches: expected a sequence of NSACaches, got {type(caches).__name__}")
         if not caches:
             raise ValueError("caches: expected at least one, got none")
+        for cache in caches:
+            if not isinstance(cache, NSACache):
+                raise TypeError(f"caches: expected NSACaches, got {type(cache).__name__}")
         batch, device = caches[0].batch_size, caches[0].device
         if device.type != "cuda" or x.device != device:
             raise ValueError(f"x: expected a CUDA device, that of the caches, got {x.device} and {device}")

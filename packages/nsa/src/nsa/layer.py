@@ -119,7 +119,8 @@ class NSAAttention(nn.Module):
             >>> out.shape, cache.lengths
             (torch.Size([2, 1, 64]), (101, 101))
         """
-        self._check(x, None, None, cache)
+        self._check(x, None, None, None)
+        self._check_cache(x, None, cache)
         if x.ndim != 3:
             raise ValueError(f"x: expected shape [B, N, {self.config.hidden_size}], got {list(x.shape)}")
         step, batch = cache.decode(x.shape[1], counts), x.shape[:2]
@@ -218,7 +219,8 @@ class NSAAttention(nn.Module):
             raise ValueError(f"x: expected device {weight.device} of the layer, got {x.device}")
         if x.ndim == 2:
             if layout is None or padding_mask is not None:
-                raise ValueError("layout: expected one for packed x [T, hidden_size], and no padding_mask")
+                got = "None" if padding_mask is None else "a padding_mask"
+                raise ValueError(f"layout: expected one for packed x [T, hidden_size], and no padding_mask, got {got}")
             if not isinstance(layout, VarlenLayout):
                 raise TypeError(f"layout: expected a VarlenLayout, got {type(layout).__name__}")
             if layout.total_q != x.shape[0] or layout.device != x.device:

@@ -310,6 +310,8 @@ def _problem(
     op: str, layout: VarlenLayout, blocks: BlockGeometry, q: Tensor, *kv: KV, deterministic: bool | None = None
 ) -> Problem:
     """What the choice of a backend depends on; the last of `kv` are the values, or all there is."""
+    if deterministic is not None and not isinstance(deterministic, bool):
+        raise TypeError(f"deterministic: expected a bool or None, got {type(deterministic).__name__}")
     num_kv_heads, v_head_dim = heads_and_dim(kv[-1])
     paged = [x for x in kv if isinstance(x, PagedKV)]
     return Problem(

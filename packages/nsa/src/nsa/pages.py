@@ -79,6 +79,8 @@ class PagePool:
         dtype: torch.dtype | None = None,
     ) -> Self:
         """A pool whose rows are those of layers of `config`; `NSACache.pages_for` says how many a sequence needs."""
+        if not isinstance(config, NSAConfig):
+            raise TypeError(f"config: expected an NSAConfig, got {type(config).__name__}")
         dims = config.head_dim, config.value_dim
         return cls(num_pages, page_size, config.num_kv_heads, dims, device=device, dtype=dtype)
 
