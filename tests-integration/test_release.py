@@ -285,8 +285,35 @@ def before_a_sibling_of_an_extra(tree: Path) -> None:
     git(tree, "tag", "nsa-bench-v0.0.1")
 
 
+def add_to(tree: Path, name: str) -> None:
+    """A name that no release of the package has."""
+    package = read_packages(tree)[name]
+    with (package.about.parent / "__init__.py").open("a") as module:
+        module.write("UNRELEASED = True\n")
+    commit(tree)
+
+
+def with_news_in_a_sibling(tree: Path) -> None:
+    add_to(tree, "nsa-varlen")
+
+
+def with_news_in_a_sibling_of_an_extra(tree: Path) -> None:
+    add_to(tree, "nsa-fa2")
+
+
+def with_news_in_a_sibling_s_pre_release(tree: Path) -> None:
+    """pip leaves it out where there is another."""
+    add_to(tree, "nsa-varlen")
+    git(tree, "tag", f"nsa-varlen-v{later(tree, 'nsa-varlen')}rc1")
+
+
 def as_it_is(tree: Path) -> None:
     pass
+
+
+def as_released(name: str) -> str:
+    """What is said where its source is not."""
+    return rf"^{name}: expected its source as {name}-v[\d.]+ has it, got changes since: release {name} first$"
 
 
 @pytest.mark.parametrize(
@@ -308,6 +335,9 @@ def as_it_is(tree: Path) -> None:
         ("nsa", "patch", on_a_branch, r"branch: expected main, got topic"),
         ("nsa", "patch", before_a_sibling, r"^nsa-routing<[\d.]+,>=[\d.]+: expected a release of it, got none: who is"),
         ("nsa", "patch", before_a_sibling_of_an_extra, r"^nsa-bench<[\d.]+,>=[\d.]+: expected a release of it, got"),
+        ("nsa", "patch", with_news_in_a_sibling, as_released("nsa-varlen")),
+        ("nsa", "patch", with_news_in_a_sibling_of_an_extra, as_released("nsa-fa2")),
+        ("nsa-fa2", "patch", with_news_in_a_sibling_s_pre_release, as_released("nsa-varlen")),
         (
             "nsa",
             "patch",
@@ -321,6 +351,41 @@ def test_what_is_refused(name: str, wanted: str, prepare: Callable[[Path], None]
     before = state(tree)
     with pytest.raises(Refused, match=why):
         release(name, wanted, tree, suite=never)
+    assert state(tree) == before
+
+
+@pytest.mark.usefixtures("no_wheels")
+def test_a_sibling_with_news_goes_first(tree: Path) -> None:
+    """Then its users get what the package was tested with. Nobody waits for who does not require it."""
+    add_to(tree, "nsa-varlen")
+    assert release("nsa-bench", "patch", tree, suite=no_suite).package == "nsa-bench"
+    with pytest.raises(Refused, match=as_released("nsa-varlen")):
+        release("nsa", "patch", tree, suite=never)
+    for name in ("nsa-varlen", "nsa"):
+        assert release(name, "patch", tree, suite=no_suite).package == name
+
+
+@pytest.mark.usefixtures("no_wheels")
+def test_what_users_do_not_import_of_a_sibling_may_be_unreleased(tree: Path) -> None:
+    for name, package in read_packages(tree).items():
+        if name != "nsa":
+            (package.folder / "tests").mkdir()
+            (package.folder / "tests" / "test_more.py").write_text("")
+            (package.folder / "changelog.d" / "+more.fixed.md").write_text("More.\n")
+            (package.folder / "CHANGELOG.md").write_text("<!-- towncrier release notes start -->\n")
+            package.about.write_text(f'__version__ = "{later(tree, name)}"\n')
+    commit(tree)
+    assert release("nsa", "patch", tree, suite=no_suite).package == "nsa"
+
+
+@pytest.mark.usefixtures("no_wheels")
+def test_another_branch_has_dry_runs_only(tree: Path) -> None:
+    """A tag of it would never be published."""
+    on_a_branch(tree)
+    before = state(tree)
+    with pytest.raises(Refused, match=r"^--branch: expected main, or --dry-run beside it, got topic"):
+        release("nsa", "patch", tree, branch="topic", suite=never)
+    assert release("nsa", "patch", tree, branch="topic", dry=True, suite=no_suite).package == "nsa"
     assert state(tree) == before
 
 
@@ -396,6 +461,10 @@ def test_the_command_line(tree: Path) -> None:
     done = subprocess.run([*script, "nsa-bench", "patch", "--skip-suite"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "--skip-suite: expected --dry-run beside it" in done.stderr
+
+    done = subprocess.run([*script, "nsa-bench", "patch", "--branch", "topic"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("release: --branch: expected main, or --dry-run beside it, got topic")
     assert state(tree) == before
 
 
@@ -462,6 +531,26 @@ def test_the_workflow_runs_what_hatch_has() -> None:
     assert [name for _, name in named] == ["tag", "alone", "check"]
     assert all(script in environments[environment]["scripts"] for environment, script in named)
     assert not any("${{" in run for run in runs)
+
+
+def test_the_workflow_installs_from_the_index_before_it_publishes() -> None:
+    """The wheel that was built and nothing else of the tree; CPU torch first, or pip would fetch the CUDA build."""
+    jobs = yaml.safe_load(WORKFLOW.read_text())["jobs"]
+    steps = jobs["build"]["steps"]
+    commands = [step.get("run", step.get("uses", "")) for step in steps]
+    build, install, hand_on = (
+        next(place for place, command in enumerate(commands) if word in command)
+        for word in ("wheels:alone", "-m venv", "upload-artifact")
+    )
+    assert build < install < hand_on, "what is handed on is what is published"
+    assert jobs["publish"]["needs"] == "build"
+    step = steps[install]
+    assert "if" not in step
+    _, torch, wheel, imported = step["run"].splitlines()
+    assert torch.endswith(" install --index-url https://download.pytorch.org/whl/cpu torch")
+    assert wheel.endswith(' install "dist/$FILES-py3-none-any.whl"')
+    assert imported.endswith(' -Ic "import ${PACKAGE//-/_}"')
+    assert step["env"]["PIP_EXTRA_INDEX_URL"] == ""
 
 
 def test_the_workflow_takes_tags_of_main_only(tree: Path, tmp_path: Path) -> None:

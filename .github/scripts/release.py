@@ -15,10 +15,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from packaging.utils import canonicalize_name
 from packaging.version import Version
-from release_checks import Refused, check_fragments, check_ranges, check_siblings, named, next_version, tag_of
+from release_checks import (
+    Refused,
+    check_fragments,
+    check_ranges,
+    check_siblings,
+    named,
+    newest_release,
+    next_version,
+    tag_of,
+)
 from workspace import ROOT, VERSION, Package, read_packages
 
+MAIN = "main"  # release.yml publishes tags of no other branch: a version released from one would be lost
 Suite = Callable[[Path, Path], None]  # given a tree and a folder of wheels; raises Refused
 
 
@@ -95,6 +106,25 @@ def clean_head(tree: Path, branch: str) -> str:
     return git(tree, "rev-parse", "HEAD")
 
 
+def check_sources(tree: Path, packages: dict[str, Package], package: Package, tags: list[str]) -> None:
+    """The source of each sibling that it requires, also by an extra, is that of the release users get beside it.
+
+    The suite runs against the siblings of the tree: it cannot see that the package uses what no release has.
+    """
+    wrong = []
+    for requirement in package.ranges():
+        name, version = canonicalize_name(requirement.name), newest_release(requirement, tags)
+        if name not in packages or version is None:
+            continue
+        sibling, tag = packages[name], tag_of(name, version)
+        # The file of its version says nothing of what it can do.
+        paths: list[str | Path] = [sibling.folder / "src", f":(exclude){sibling.about.relative_to(tree).as_posix()}"]
+        if git(tree, "diff", "--name-only", f"refs/tags/{tag}", "HEAD", "--", *paths):
+            wrong.append(f"{name}: expected its source as {tag} has it, got changes since: release {name} first")
+    if wrong:
+        raise Refused("\n".join(dict.fromkeys(wrong)))
+
+
 def clone_of(tree: Path, branch: str, folder: Path) -> Path:
     """A clone in which the same person commits and signs as in the tree."""
     git(tree, "var", "GIT_COMMITTER_IDENT")  # says who that is, or what is missing
@@ -145,20 +175,22 @@ def take(tree: Path, clone: Path, tag: str, head: str, branch: str) -> None:
 
 
 def release(
-    name: str, wanted: str, tree: Path = ROOT, *, branch: str = "main", dry: bool = False, suite: Suite = integration
+    name: str, wanted: str, tree: Path = ROOT, *, branch: str = MAIN, dry: bool = False, suite: Suite = integration
 ) -> Release:
     """Release a package of the tree.
 
     Args:
         name, wanted: the package; its version, or the part of the version to count up.
         tree: a git checkout.
-        branch: the branch that must be checked out.
+        branch: the branch that must be checked out; another than main in a dry run only.
         dry: leave the checkout as it is.
         suite: raises where the wheels must not be released.
 
     Raises:
         Refused: why not; the checkout is as it was.
     """
+    if branch != MAIN and not dry:
+        raise Refused(f"--branch: expected {MAIN}, or --dry-run beside it, got {branch}: tags of {MAIN} are published")
     packages = read_packages(tree)
     package = named(packages, name)
     tags = git(tree, "tag", "--list").split()
@@ -167,6 +199,7 @@ def release(
     check_ranges(packages, package, version, tree)
     check_siblings(packages, package, tags)
     head = clean_head(tree, branch)
+    check_sources(tree, packages, package, tags)
     with tempfile.TemporaryDirectory(prefix="release-") as folder:
         clone, wheels = clone_of(tree, branch, Path(folder, "tree")), Path(folder, "wheels")
         news = write(clone, read_packages(clone)[name], version)
@@ -184,7 +217,7 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="hatch run release", description=__doc__.splitlines()[0])
     parser.add_argument("package")
     parser.add_argument("version", help="a version such as 0.2.0, or major, minor, patch")
-    parser.add_argument("--branch", default="main", help="the branch to release from (main)")
+    parser.add_argument("--branch", default=MAIN, help="with --dry-run: the branch that is checked out (main)")
     parser.add_argument("--dry-run", action="store_true", help="say what would change and leave the checkout as it is")
     parser.add_argument("--skip-suite", action="store_true", help="with --dry-run: no integration suite")
     given = parser.parse_args(words)
@@ -201,7 +234,7 @@ def main(words: list[str] | None = None) -> int:
     if given.dry_run:
         print("dry run: the checkout is as it was")
     else:
-        print(f"next: git push --atomic origin {given.branch} {made.tag}")
+        print(f"next: git push --atomic origin {MAIN} {made.tag}")
     return 0
 
 

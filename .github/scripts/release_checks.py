@@ -135,6 +135,17 @@ def check_siblings(packages: dict[str, Package], package: Package, tags: Iterabl
         raise Refused("\n".join(dict.fromkeys(wrong)))
 
 
+def newest_release(requirement: Requirement, tags: Iterable[str]) -> Version | None:
+    """The release that an installer takes for it: a pre-release only where there is nothing else.
+
+    Example:
+        >>> tags = ["nsa-varlen-v0.1.0", "nsa-varlen-v0.1.2rc1", "nsa-varlen-v0.2.0"]
+        >>> newest_release(Requirement("nsa-varlen>=0.1,<0.2"), tags)
+        <Version('0.1.0')>
+    """
+    return max(requirement.specifier.filter(releases(canonicalize_name(requirement.name), tags)), default=None)
+
+
 def admits(specifier: SpecifierSet, version: Version) -> bool:
     """Whether the version lies in the range. A pre-release may; `<0.2` still leaves out 0.2.0rc1."""
     return specifier.contains(version, prereleases=True)
