@@ -182,7 +182,7 @@ def test_flash_attn_that_does_not(version: str) -> None:
 
 
 def test_flash_attn_that_is_not_there() -> None:
-    expected = 'needs flash-attn >=2.8,<3: pip install --no-build-isolation flash-attn'
+    expected = "needs flash-attn >=2.8,<3: pip install --no-build-isolation flash-attn"
     assert refusal("fa2", CMP, Machine(flash_attn=None)) == expected
 
 

@@ -21,7 +21,7 @@ def no_flash_attn(environment: Any) -> str | None:
     if reason is not None:
         return reason
     if environment.flash_attn is None:
-        return 'needs flash-attn >=2.8,<3: pip install --no-build-isolation flash-attn'
+        return "needs flash-attn >=2.8,<3: pip install --no-build-isolation flash-attn"
     version = re.match(r"2\.(\d+)", environment.flash_attn)  # such as 2.8.3.post2
     if version is None or int(version[1]) < 8:
         return f"needs flash-attn >=2.8,<3, got {environment.flash_attn}"

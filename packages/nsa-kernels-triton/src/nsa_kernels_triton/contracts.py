@@ -105,7 +105,7 @@ def missing(environment: Any) -> str | None:
 
 
 def interpreted() -> bool:
-    """Whether Triton interprets its kernels, on CPU tensors: it reads the variable when it is imported. In its words."""
+    """Whether Triton interprets its kernels, on CPU tensors: it reads the variable, in these words, on import."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
