@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import routes
 import sanitize
 import yaml
 from built_packages import PACKAGES, ROOT
+from nsa_kernels_triton.contracts import OLDEST_TRITON
+from nsa_routing import load_profile
 from nsa_routing.compatibility import TRITON_OF_TORCH, minor, wrong_triton
 
 SCRIPTS = ROOT / ".github" / "scripts"
@@ -162,6 +165,19 @@ def test_routes_are_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert routes.main(["--device", "cpu", "--expect", "sdpa"]) == 0
     assert routes.main(["--device", "cpu", "--expect", "triton"]) == 1
     assert "FAILED  combine: sdpa" in capsys.readouterr().out
+    assert routes.main(["--device", "cpu", "--expect", "sdpa", "--op", "combine"]) == 0
+    assert capsys.readouterr().out == "ok      combine: sdpa\n"
+    with pytest.raises(SystemExit, match=r"--op: expected some of compress_mean, .*, got choose"):
+        routes.main(["--device", "cpu", "--expect", "sdpa", "--op", "choose"])
+
+
+def test_on_a_4090_the_preset_that_takes_triton_is_asked_whether_adr_0001_holds() -> None:
+    (step,) = (step for step in lane.LANES["4090"] if step.name == "denied")
+    words = shlex.split(step.command)
+    assert not step.needs
+    assert {"NSA_PRESET=perf", "NSA_TRITON_SEL_FORCE=0"} <= set(words)
+    denied = {op for op, names in load_profile("sm89").denials.items() if "triton" in names}
+    assert {op for word, op in pairwise(words) if word == "--op"} == denied
 
 
 ON_A_GPU = """
@@ -225,13 +241,14 @@ def pins(name: str) -> dict[str, str]:
 
 
 def test_pins_are_pairs_that_belong_together() -> None:
-    for name in ("constraints.txt", "constraints/oldest.txt", "constraints/newest.txt"):
+    for name in ("constraints.txt", *(f"constraints/{each}.txt" for each in ("oldest", "kernels", "newest"))):
         found = pins(name)
         assert wrong_triton(found["torch"], found["triton"]) is None, name
     assert minor(pins("constraints/newest.txt")["torch"]) == list(TRITON_OF_TORCH)[-1]
     lower = re.search(r'"torch>=([\d.]+)"', (ROOT / "packages/nsa-varlen/pyproject.toml").read_text(encoding="utf-8"))
     assert lower is not None
     assert minor(pins("constraints/oldest.txt")["torch"]) == lower[1]
+    assert minor(pins("constraints/kernels.txt")["triton"]) == ".".join(map(str, OLDEST_TRITON))
 
 
 def test_ci_runs_the_matrix_of_hatch() -> None:

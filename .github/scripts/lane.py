@@ -27,6 +27,8 @@ RACES = "--part forward --part decode"  # the backward takes racecheck too long
 CHECK = "nsa-routing check --device cuda"
 FORCE = "NSA_TRITON_SEL_FORCE"
 SAFE = "NSA_PRESET=safe"
+UNFORCED = f"NSA_PRESET=perf {FORCE}=0"
+SELECTING = "--op select_blocks --op selected_attention --op decode_attention"
 BESIDE, ALONE = "gpu and not alone", "gpu and alone"
 WORKERS = 8
 
@@ -65,6 +67,8 @@ LANES = {
     "4090": (
         Step("check", CHECK),
         Step("defaults", f"{SAFE} python .github/scripts/routes.py --device cuda --expect sdpa"),
+        # Of what chooses blocks, in the preset that would take Triton for it: ADR 0001, not the preset, keeps it away.
+        Step("denied", f"{UNFORCED} python .github/scripts/routes.py --device cuda --expect sdpa {SELECTING}"),
         pytest_step("4090", "sdpa", "tests-integration/test_cuda.py"),
         Step("parity", pytest_step("4090", "parity", TRITON).command, needs=FORCE),
         Step("forced", "NSA_PRESET=perf python .github/scripts/routes.py --device cuda --expect triton", needs=FORCE),
