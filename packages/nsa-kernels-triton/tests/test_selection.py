@@ -59,6 +59,25 @@ def check(
     assert torch.equal(found, expected)
 
 
+def test_memory_may_hold_signalling_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the blocks that compete memory is as it was found: it is added up with the rest, and then not looked at.
+
+    A sum of a signalling NaN is an invalid operation to numpy, of which it warns where a GPU does not.
+    """
+    make = Tensor.new_empty
+
+    def found(self: Tensor, *size: Any, **options: Any) -> Tensor:
+        x = make(self, *size, **options)
+        return x.view(torch.int32).fill_(0x7FA00000).view(torch.float32) if x.dtype == torch.float32 else x
+
+    layout, blocks = VarlenLayout.from_lengths(*LONG), GEOMETRIES["wide"]
+    inputs, k_cmp = certified_inputs(layout, blocks, dtype=torch.float32, **SIZES)
+    _, lse = reference.compressed_attention(inputs.q.double(), k_cmp.double(), k_cmp.double(), layout, blocks)
+    expected = reference.select_blocks(inputs.q.double(), k_cmp.double(), lse, layout, blocks)
+    monkeypatch.setattr(Tensor, "new_empty", found)
+    assert torch.equal(BACKEND.select_blocks(inputs.q, k_cmp, lse.float(), layout, blocks), expected)
+
+
 GEOMETRIES = {
     "usual": geometry(block_size=64),
     "two": geometry(),
