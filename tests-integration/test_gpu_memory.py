@@ -1,15 +1,14 @@
 """Does a test for a GPU give back what it had, and fail where it takes what others beside it need?"""
 
-import shutil
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
+import inner_runs
 import pytest
 import torch
 
 pytest_plugins = ["pytester"]
 
-ROOT = Path(__file__).parents[1]
 TESTS = """
 import pytest
 import torch
@@ -44,8 +43,7 @@ INI = "[pytest]\nmarkers =\n    gpu\n    alone\n"
 @pytest.fixture
 def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Callable[..., pytest.RunResult]:
     """Run TESTS with the repository's conftest, and torch's account of a GPU in a list, `torch.cuda.taken`."""
-    shutil.copy(ROOT / "conftest.py", pytester.path)
-    (pytester.mkdir("beside") / "conftest.py").touch()  # where folders differ in plugins, pytest compares those
+    inner_runs.prepare(pytester)
     pytester.makeini(INI)
     pytester.makepyfile(test_those=TESTS)
     taken: list[int] = []
@@ -54,12 +52,7 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Callable[
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: max(taken, default=0))
     monkeypatch.setattr(torch.cuda, "empty_cache", taken.clear)
-
-    def run(*words: str) -> pytest.RunResult:
-        plain = [word for name in ("randomly", "hypothesispytest", "cacheprovider") for word in ("-p", f"no:{name}")]
-        return pytester.runpytest_inprocess(*plain, *words)
-
-    return run
+    return partial(inner_runs.run, pytester)
 
 
 def test_who_takes_much_says_so(run: Callable[..., pytest.RunResult]) -> None:

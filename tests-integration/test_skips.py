@@ -1,11 +1,11 @@
 """Does a lane fail where a test is skipped for a reason that nobody allowed, and does its report leave none out?"""
 
 import re
-import shutil
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+import inner_runs
 import pytest
 
 pytest_plugins = ["pytester"]
@@ -67,14 +67,12 @@ pytest.skip("odd: a module", allow_module_level=True)
 @pytest.fixture
 def lane(pytester: pytest.Pytester) -> Callable[..., pytest.RunResult]:
     """Run the folder's tests in a lane, with the repository's conftest."""
-    shutil.copy(ROOT / "conftest.py", pytester.path)
-    (pytester.mkdir("beside") / "conftest.py").touch()  # where folders differ in plugins, pytest compares those
+    inner_runs.prepare(pytester)
     (pytester.path / "skips.toml").write_text(ALLOWED)
 
     def run(name: str, *words: str) -> pytest.RunResult:
         words = "--lane", name, "--skips", "skips.toml", "--skip-report", "out/skips.txt", *words
-        plain = [word for name in ("randomly", "hypothesispytest", "cacheprovider") for word in ("-p", f"no:{name}")]
-        return pytester.runpytest_inprocess(*plain, *words)
+        return inner_runs.run(pytester, *words)
 
     return run
 

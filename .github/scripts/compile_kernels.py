@@ -52,7 +52,7 @@ SPILLS_3_9 = {
     "interval_attention_kernel": 40,
     "file_kernel": 4,
     "decode_compressed_kernel": 4,
-    "topk_kernel": 24,  # of 1,024 blocks a warp
+    "topk_kernel": 32,  # of 1,024 blocks a warp
 }
 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
     SPILLS |= SPILLS_3_9

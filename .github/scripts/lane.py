@@ -149,7 +149,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=WORKERS, metavar="N", help=f"processes {fewer}")
     arguments = parser.parse_args(words)
     asked = skips(arguments.skip, [step.name for step in LANES[arguments.lane]])
-    interpret = os.environ.get("TRITON_INTERPRET", "0")
+    interpret = os.environ.get("TRITON_INTERPRET") or "0"
     if interpret != "0":
         said = "expected a lane of compiled kernels"
         raise SystemExit(f"TRITON_INTERPRET: {said}, got {interpret}; `hatch run gpu:lane` unsets it")
