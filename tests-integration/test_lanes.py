@@ -227,6 +227,12 @@ def test_each_launch_apart_is_asked_for_once_and_its_failure_counts(monkeypatch:
     assert sanitize.main(["--processes", "3"]) == 1
 
 
+def test_launches_in_no_process_are_refused() -> None:
+    for number in ("0", "-1"):
+        with pytest.raises(SystemExit, match=f"--processes: expected at least 1, got {number}"):
+            sanitize.main(["--processes", number])
+
+
 def test_launches_are_compiled_before_a_sanitizer_watches() -> None:
     names = [step.name for step in lane.LANES["gpu"]]
     assert names.index("launch") + 1 == names.index("memcheck") < names.index("racecheck")

@@ -6,8 +6,8 @@ would compile and launch, the launch is noted instead. What was noted is compile
 launch once, in a process of its own.
 
 It fails where an operation raises, or a kernel does not compile, wants more shared or tensor memory than the GPU has,
-spills more on SM 9.0 at head_dim 128 than `SPILLS` allows it, was launched by no case, or, of a decode step, sums
-products over threads. It tells which rules of the configurations no case takes.
+spills more on SM 9.0 at head_dim 128 than `SPILLS` allows it, reads a register that nothing set, was launched by no
+case, or, of a decode step, sums products over threads. It tells which rules of the configurations no case takes.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import astuple, dataclass, fields, replace
 from itertools import product
@@ -40,6 +40,7 @@ from nsa_varlen.testing import gradients
 from public_kernels import all_kernels
 from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import triton_key
+from unset_registers import disassembled, unset_reads
 
 SHARED_LIMITS = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes one program may have
 TENSOR_MEMORY_COLUMNS = 512  # of one program, on SM 10.0
@@ -111,6 +112,9 @@ CASES = (
     Case("bf16 128 g4 block 128", torch.bfloat16, 128, 4, block_size=128),
     Case("fp16 64 g4", torch.float16, 64, 4),
     Case("bf16 192/128 g12", torch.bfloat16, 192, 12, v_head_dim=128),
+    # Rows of k and v that lie differently in shared memory: what `unset_register` is for.
+    Case("bf16 96/80 g4", torch.bfloat16, 96, 4, v_head_dim=80, batches=RAGGED[:1]),
+    Case("bf16 128/32 g16", torch.bfloat16, 128, 16, v_head_dim=32, batches=RAGGED[:1]),
     Case("fp32 128 g4", torch.float32, 128, 4, sms=(89, 90)),  # 89 has the least shared memory
     Case("bf16 256 g4", torch.bfloat16, 256, 4, sms=(89, 90)),
     Case("fp32 256 g4 block 128", torch.float32, 256, 4, block_size=128, sms=(89,)),
@@ -370,7 +374,7 @@ def compiled(launch: Launch) -> Row:
         spilled = sum(map(int, re.findall(r"(\d+) bytes spill stores", log.getvalue())))
         shared = kernel.metadata.shared
         error = refusal(launch, spilled, shared, getattr(kernel.metadata, "tmem_size", None) or 0)
-        error = error or unequal_sum(launch, kernel.asm["ptx"])
+        error = error or unequal_sum(launch, kernel.asm["ptx"]) or unset_register(kernel.asm)
     return outcome(launch, registers, spilled, shared, time.monotonic() - start, error)
 
 
@@ -396,6 +400,14 @@ def unequal_sum(launch: Launch, ptx: str) -> str:
     received = set(re.findall(r"shfl\.sync\.\w+\.b32\s+(%r\d+)", ptx))
     unequal = [x for x in re.findall(r"fma\.\S+\s+[^;]*;", ptx) if received & set(re.findall(r"%r\d+", x))]
     return f"sums products over threads: {unequal[0]}" if unequal else ""
+
+
+def unset_register(asm: Mapping[str, Any]) -> str:
+    """What is wrong with how a kernel's tensor cores find tiles in shared memory, or nothing: see `unset_registers`."""
+    if not re.search("wgmma|tcgen05", asm["ptx"]):
+        return ""
+    unset = unset_reads(disassembled(asm["cubin"]))
+    return f"reads a register that nothing set: {unset[0]}" if unset else ""
 
 
 def outcome(

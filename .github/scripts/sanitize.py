@@ -52,11 +52,16 @@ STEP = ([8, 76], [1, 2]) if INTERPRETED else ([32, 1170, 0, 540], [1, 3, 0, 1])
 # Tokens that a step's tables have room for; in chunks of 16 blocks, the choice "apart" then has more than one level.
 ROOM = {"apart": BLOCKS.block_size * 16 * 72}
 
+# Seconds for autograd's thread to let go of the last graph. It wants the interpreter for that, and aborts the process
+# of one that ends meanwhile: "terminate called without an active exception" (pytorch#38228).
+SETTLING = 1.0
+
 # Numbers by which operations take each organisation, whatever a file says; several chunks wherever there can be.
 Numbers = dict[str, dict[str, int]]
 ROWS = 16 if INTERPRETED else 64
 FORWARD: dict[str, Numbers] = {
     "by-query": {"selected_attention": {"by_block": 0, "tma": 0, "rows": ROWS, "keys": 32}},
+    "by-query-described": {"selected_attention": {"by_block": 0, "tma": 1, "rows": ROWS, "keys": 64}},
     "by-block": {
         "selected_attention": {"by_block": 1, "tma": 1, "rows": ROWS, "chunk_rows": 96, "programs": 2, "turns": 2}
     },
@@ -195,7 +200,9 @@ def main(words: list[str] | None = None) -> int:
     if not INTERPRETED and not torch.cuda.is_available():
         raise SystemExit("needs a CUDA device or TRITON_INTERPRET=1")
     asked = product(arguments.part or PARTS, arguments.dtype or DTYPES, arguments.group or GROUPS)
-    if arguments.processes:
+    if arguments.processes is not None:
+        if arguments.processes < 1:
+            raise SystemExit(f"--processes: expected at least 1, got {arguments.processes}")
         return apart(asked, arguments.processes)
     launches: Counter[str] = Counter()
     with counted(launches):
@@ -205,6 +212,8 @@ def main(words: list[str] | None = None) -> int:
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
             print(f"{part}, {dtype}, groups of {group}: {time.monotonic() - start:.1f} s", flush=True)
+    if DEVICE == "cuda":
+        time.sleep(SETTLING)
     for kernel, number in sorted(launches.items()):
         print(f"{number:6} {kernel}")
     never = set() if arguments.part else all_kernels() - launches.keys()

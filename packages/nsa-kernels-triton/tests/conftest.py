@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from nsa_kernels_triton.contracts import interpreted
+from nsa_kernels_triton.ops import spread
 
 
 @pytest.fixture
@@ -16,6 +17,13 @@ def device() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device or TRITON_INTERPRET=1")
     return torch.device("cuda")
+
+
+@pytest.fixture(params=[100, spread.UNKNOWN], ids=["neighbours-agree", "nothing-known"])
+def known_spread(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What every call knows of neighbouring queries' lists: of selected attention it chooses the organisation."""
+    monkeypatch.setattr(spread, "_known", {})
+    monkeypatch.setattr(spread.Spread, "read", lambda self, num_slots: setattr(self, "percent", request.param))
 
 
 @pytest.fixture(autouse=True)

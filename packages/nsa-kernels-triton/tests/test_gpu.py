@@ -86,8 +86,11 @@ def test_branches_over_a_ragged_batch(group: int, dtype: torch.dtype, organisati
             check(case, layout, BLOCKS)
 
 
-@pytest.mark.parametrize("blocks", [SMALL, ODD], ids=["small", "odd"])
-@pytest.mark.parametrize("dims", [(128, 128), (192, 128), (32, 256), (96, 80), (256, 256)], ids=str)
+@pytest.mark.usefixtures("known_spread")
+@pytest.mark.parametrize("blocks", [BLOCKS, SMALL, ODD], ids=["default", "small", "odd"])
+@pytest.mark.parametrize(
+    "dims", [(128, 128), (192, 128), (32, 256), (96, 80), (256, 256), (64, 32), (128, 16)], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_head_dims_and_geometries(dims: tuple[int, int], dtype: torch.dtype, blocks: BlockGeometry) -> None:
     layout = VarlenLayout.from_lengths(*RAGGED, device="cuda")
@@ -97,12 +100,15 @@ def test_head_dims_and_geometries(dims: tuple[int, int], dtype: torch.dtype, blo
 
 
 @pytest.mark.parametrize("blocks", [BLOCKS, SMALL, ODD], ids=["default", "small", "odd"])
-@pytest.mark.parametrize("heads", [(16, 1), (8, 2), (2, 2), (6, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(16, 1, 32), (8, 2, 32), (2, 2, 32), (6, 2, 32), (8, 2, 80), (8, 2, 192)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_the_whole_choice_equals_the_oracles(heads: tuple[int, int], dtype: torch.dtype, blocks: BlockGeometry) -> None:
+def test_the_whole_choice_equals_the_oracles(
+    shape: tuple[int, int, int], dtype: torch.dtype, blocks: BlockGeometry
+) -> None:
     """Where margins are certified; both start from the same compressed keys and the oracle's LSE."""
     layout = VarlenLayout.from_lengths([130, 1, 0, 40], [500, 300, 7, 40], device="cuda")
-    inputs, k_cmp = certified_inputs(layout, blocks, dtype=dtype, heads=heads[0], kv_heads=heads[1], head_dim=32)
+    sizes = dict(zip(("heads", "kv_heads", "head_dim"), shape, strict=True))
+    inputs, k_cmp = certified_inputs(layout, blocks, dtype=dtype, **sizes)
     doubles = inputs.q.double(), k_cmp.double()
     _, lse = reference.compressed_attention(*doubles, doubles[1], layout, blocks)
     expected = reference.select_blocks(*doubles, lse, layout, blocks)

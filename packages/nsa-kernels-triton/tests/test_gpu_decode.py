@@ -17,7 +17,13 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 BLOCKS = BlockGeometry()
 PAGE = 64
-SHAPES = {"g16": (16, 1, 128, 128), "g4": (16, 4, 64, 64), "g1": (4, 4, 128, 128), "mla": (16, 1, 192, 128)}
+SHAPES = {
+    "g16": (16, 1, 128, 128),
+    "g4": (16, 4, 64, 64),
+    "g1": (4, 4, 128, 128),
+    "mla": (16, 1, 192, 128),
+    "odd": (8, 2, 96, 80),
+}
 STREAMS = ("cmp", "slc", "win")
 
 
@@ -201,7 +207,7 @@ def lengths_of(batch: int, room: int) -> list[int]:
         *(("g16", "bfloat16", *sizes) for sizes in ((1, 8192), (8, 8192), (64, 8192), (1, 65_536), (8, 65_536))),
         *(("g4", "bfloat16", *sizes) for sizes in ((8, 8192), (1, 65_536))),
         *(("g1", "bfloat16", *sizes) for sizes in ((1, 8192), (64, 8192))),
-        *(("mla", "bfloat16", *sizes) for sizes in ((1, 65_536), (8, 8192))),
+        *((shape, "bfloat16", *sizes) for shape in ("mla", "odd") for sizes in ((1, 65_536), (8, 8192))),
         *((shape, "float16", 8, 8192) for shape in ("g16", "g1")),
     ],
 )

@@ -189,7 +189,8 @@ def test_a_ragged_batch(group: int, dtype: torch.dtype, parts: int) -> None:
         check_ragged(2 * group, 2, (64, 64), dtype)
 
 
-@pytest.mark.parametrize("dims", [(192, 128), (96, 80)], ids=str)
+@pytest.mark.usefixtures("known_spread")
+@pytest.mark.parametrize("dims", [(192, 128), (96, 80), (128, 128), (128, 32)], ids=str)
 def test_head_dims(dims: tuple[int, int]) -> None:
     check_ragged(8, 2, dims, torch.bfloat16)
 

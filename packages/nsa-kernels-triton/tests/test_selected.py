@@ -56,12 +56,16 @@ def test_any_list_over_a_ragged_batch(heads: int, kv_heads: int) -> None:
     check(VarlenLayout.from_lengths(*RAGGED), heads, kv_heads, (24, 40), entries=6)
 
 
+@pytest.mark.parametrize("dims", [(64, 128), (16, 32)], ids=str)
 @pytest.mark.parametrize("lengths", [([40, 12], [40, 100]), RAGGED], ids=["two", "ragged"])
 @pytest.mark.parametrize("numbers", DESCRIBED.values(), ids=DESCRIBED)
-def test_descriptors(numbers: dict[str, int], lengths: tuple[list[int], list[int]]) -> None:
-    """Where the copy engine could load k and v: heads side by side, whose width is a power of two."""
+def test_descriptors(numbers: dict[str, int], lengths: tuple[list[int], list[int]], dims: tuple[int, int]) -> None:
+    """Where the copy engine could load k and v: heads side by side, whose width is a power of two.
+
+    By query it does not where it would put rows of k and of v otherwise than their padded tiles lie.
+    """
     with configurations.overridden("selected_attention", **numbers):
-        check(VarlenLayout.from_lengths(*lengths), 4, 2, (16, 32), entries=4)
+        check(VarlenLayout.from_lengths(*lengths), 4, 2, dims, entries=4)
 
 
 @pytest.mark.usefixtures("organisation")

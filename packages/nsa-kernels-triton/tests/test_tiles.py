@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from nsa_kernels_triton.kernels.pieces import load_piece, store_piece
 from nsa_kernels_triton.kernels.tiles import find_tile, key_rows
-from nsa_kernels_triton.tiles import count_tiles, pieces, power_of_two
+from nsa_kernels_triton.tiles import SWIZZLED, count_tiles, pieces, pieces_alike, power_of_two
 from nsa_varlen import VarlenLayout
 
 
@@ -86,6 +86,19 @@ def test_a_head_fits_its_pieces(dim: int) -> None:
     assert first + second >= dim
     assert first + second <= power_of_two(max(16, dim))
     assert second == 0 or first < dim
+
+
+def test_pieces_beside_each_other_lie_alike() -> None:
+    some = [1, 15, 17, 31, 33, 63, 65, 127, 129, 255, *range(16, 257, 16)]
+    for dims in product(some, some):
+        both = pieces_alike(*dims)
+        for widths, dim in zip(both, dims, strict=True):
+            assert widths[0] + widths[1] >= dim
+            assert widths[1] == 0 or widths[0] < dim  # no piece is padding alone
+            assert dim < max(dims) or widths == pieces(dim)
+        for k, v in zip(*both, strict=True):
+            assert 0 in (k, v) or min(k, SWIZZLED) == min(v, SWIZZLED)
+        assert both == pieces_alike(*dims[::-1])[::-1]
 
 
 def test_powers_of_two() -> None:

@@ -1,5 +1,7 @@
 """How many programs a packed batch takes, and how a head is cut: the host's side of `kernels.tiles` and `pieces`."""
 
+from functools import cache
+
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634  # exponentials are taken in base 2
@@ -27,6 +29,30 @@ def pieces(dim: int) -> tuple[int, int]:
         return first, 0
     second = max(16, 1 << (dim - first - 1).bit_length())
     return (2 * first, 0) if second == first else (first, second)
+
+
+SWIZZLED = 64  # columns of half precision that shared memory arranges alike, whatever more a row has
+
+
+@cache
+def pieces_alike(head_dim: int, v_head_dim: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """`pieces` of rows of k and of v, the narrower padded until its pieces lie in shared memory as those beside them.
+
+    For tiles of k and v that take turns in one place. Where they lie there differently, ptxas 12.8 reads one of them
+    from a register that it never set: docs/triton-forward.md.
+
+    Example:
+        >>> pieces_alike(96, 80), pieces_alike(192, 128)
+        (((64, 32), (64, 32)), ((128, 64), (128, 0)))
+    """
+    widest = max(head_dim, v_head_dim)
+
+    def fits(widths: tuple[int, int]) -> bool:
+        both = ((a, b) for a, b in zip(widths, pieces(widest), strict=True) if a and b)
+        return all(min(a, SWIZZLED) == min(b, SWIZZLED) for a, b in both)
+
+    k, v = (next(filter(fits, map(pieces, range(dim, widest + 1)))) for dim in (head_dim, v_head_dim))
+    return k, v
 
 
 def row_bytes(q: Tensor, v: Tensor) -> int:

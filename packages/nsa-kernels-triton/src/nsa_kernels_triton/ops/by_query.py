@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nsa_kernels_triton.configurations import Launch, launch
 from nsa_kernels_triton.ops.selected_call import SelectedCall
-from nsa_kernels_triton.tiles import count_tiles, evenly, power_of_two
+from nsa_kernels_triton.tiles import count_tiles, evenly, pieces_alike, power_of_two
 
 LISTS = 256 << 20  # bytes, about, for the shared lists; a tile's own may exceed it
 ENTRIES = 1024  # of block_indices that one warp sorts and merges
@@ -26,13 +26,17 @@ def by_query(call: SelectedCall, config: Launch) -> None:
     from nsa_kernels_triton.kernels.sharing import shared_kernel
 
     rows, queries, keys = _tile(call, config)
-    kv_tiles = call.kv_tiles(config, keys)
+    constants = _constants(call, config, rows, queries, keys)
+    (k0, k1), (v0, v1) = pieces_alike(call.head_dim, call.v_head_dim)
+    widths = {"K0": k0, "K1": k1, "V0": v0, "V1": v1}
+    padded = constants != constants | widths
+    kv_tiles = (None, None) if padded else call.kv_tiles(config, keys)
     for tiles in _shared(call, queries):
         shared_kernel[tiles.grid](
             *(call.q, call.k, call.v, *kv_tiles, *tiles.lists, call.cu_seqlens_q, call.cu_seqlens_k),
             *(call.out, call.lse, call.batch_size, call.total_q, call.num_slots, tiles.first, call.scale),
             *call.strides(),
-            **_constants(call, config, rows, queries, keys),
+            **constants | widths,
         )
 
 
