@@ -176,6 +176,7 @@ def test_decode_continues_prefill(compression: str) -> None:
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.alone
 def test_long_prefill_stays_bounded() -> None:
     """64k tokens, 16 query and 4 kv heads, bf16: far less memory than one [Tq, Tk] matrix of logits."""
     layout = VarlenLayout.from_lengths([65_536], device="cuda")
