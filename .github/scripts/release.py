@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from packaging.utils import canonicalize_name
 from packaging.version import Version
 from release_checks import (
     Refused,
@@ -25,6 +24,7 @@ from release_checks import (
     named,
     newest_release,
     next_version,
+    siblings,
     tag_of,
 )
 from workspace import ROOT, VERSION, Package, read_packages
@@ -107,20 +107,21 @@ def clean_head(tree: Path, branch: str) -> str:
 
 
 def check_sources(tree: Path, packages: dict[str, Package], package: Package, tags: list[str]) -> None:
-    """The source of each sibling that it requires, also by an extra, is that of the release users get beside it.
+    """The source of each sibling that it requires is that of the release users get beside it.
 
     The suite runs against the siblings of the tree: it cannot see that the package uses what no release has.
     """
     wrong = []
-    for requirement in package.ranges():
-        name, version = canonicalize_name(requirement.name), newest_release(requirement, tags)
-        if name not in packages or version is None:
+    for sibling, requirement in siblings(packages, package):
+        version = newest_release(requirement, tags)
+        if version is None:
             continue
-        sibling, tag = packages[name], tag_of(name, version)
+        tag = tag_of(sibling.name, version)
         # The file of its version says nothing of what it can do.
         paths: list[str | Path] = [sibling.folder / "src", f":(exclude){sibling.about.relative_to(tree).as_posix()}"]
         if git(tree, "diff", "--name-only", f"refs/tags/{tag}", "HEAD", "--", *paths):
-            wrong.append(f"{name}: expected its source as {tag} has it, got changes since: release {name} first")
+            expected = f"expected its source as {tag} has it, got changes since"
+            wrong.append(f"{sibling.name}: {expected}: release {sibling.name} first")
     if wrong:
         raise Refused("\n".join(dict.fromkeys(wrong)))
 

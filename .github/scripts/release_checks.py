@@ -1,6 +1,6 @@
 """What must hold before a package is released. Each check raises `Refused`; none writes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import yaml
@@ -122,14 +122,20 @@ def check_ranges(packages: dict[str, Package], package: Package, version: Versio
         raise Refused("\n".join(wrong))
 
 
+def siblings(packages: dict[str, Package], package: Package) -> Iterator[tuple[Package, Requirement]]:
+    """Those that it requires, also by an extra, with the range."""
+    for requirement in package.ranges():
+        if sibling := packages.get(canonicalize_name(requirement.name)):
+            yield sibling, requirement
+
+
 def check_siblings(packages: dict[str, Package], package: Package, tags: Iterable[str]) -> None:
-    """Each sibling that it requires, also by an extra, has a release that it may be installed with."""
+    """Each sibling that it requires has a release that it may be installed with."""
     tags = list(tags)
     wrong = [
         f"{requirement.name}{requirement.specifier}: expected a release of it, got none: who is required goes first"
-        for requirement in package.ranges()
-        if canonicalize_name(requirement.name) in packages
-        and not any(admits(requirement.specifier, version) for version in releases(requirement.name, tags))
+        for sibling, requirement in siblings(packages, package)
+        if not any(admits(requirement.specifier, version) for version in releases(sibling.name, tags))
     ]
     if wrong:
         raise Refused("\n".join(dict.fromkeys(wrong)))

@@ -346,6 +346,11 @@ def test_the_caches_of_a_graph(caches: Callable, error: type[Exception], message
     assert snapshot(cache) == before
 
 
+def test_the_input_of_a_graph(cache: NSACache) -> None:
+    with pytest.raises(TypeError, match=r"^x: expected a tensor, got list$"):
+        DecodeGraph(lambda x, counts: x, [cache], [[[1.0]]])
+
+
 @pytest.mark.parametrize(
     "options, error, message",
     [

@@ -152,5 +152,7 @@ def test_inputs_of_another_shape(flagged: None) -> None:
         ValueError, match=r"^x: expected torch.bfloat16 \[1, 1, 128\], got torch.float32 \[1, 1, 128\]$"
     ):
         graph.replay(x.float())
+    with pytest.raises(TypeError, match=r"^x: expected a tensor, got list$"):
+        graph.replay(x.tolist())
     with pytest.raises(ValueError, match=r"^counts: expected at most 1, got \[2\]$"):
         graph.replay(x, [2])

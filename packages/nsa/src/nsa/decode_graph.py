@@ -28,7 +28,7 @@ class DecodeGraph:
         x: an input of the shape that all will have, [B, N, ...].
 
     Raises:
-        TypeError: caches that are no sequence of NSACache.
+        TypeError: caches that are no sequence of NSACache, x that is no tensor.
         ValueError: no caches, or x that is not on their CUDA device or not of their batch.
 
     Example:
@@ -46,6 +46,8 @@ class DecodeGraph:
         for cache in caches:
             if not isinstance(cache, NSACache):
                 raise TypeError(f"caches: expected NSACaches, got {type(cache).__name__}")
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
         batch, device = caches[0].batch_size, caches[0].device
         if device.type != "cuda" or x.device != device:
             raise ValueError(f"x: expected a CUDA device, that of the caches, got {x.device} and {device}")
@@ -77,6 +79,8 @@ class DecodeGraph:
             TypeError, ValueError: arguments that do not fit.
             CacheFull: a pool has not enough pages. Nothing ran.
         """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
         if x.shape != self.x.shape or x.dtype != self.x.dtype:
             raise ValueError(f"x: expected {self.x.dtype} {list(self.x.shape)}, got {x.dtype} {list(x.shape)}")
         lengths = [x.shape[1]] * x.shape[0] if counts is None else list(counts)
