@@ -9,6 +9,7 @@ from built_packages import ROOT
 from unset_registers import unset_reads
 
 # One line an instruction, as nvdisasm prints them: what is said of each below is of code in this form.
+SUM = "UIADD3 UR5, UR4, 0x1, URZ"
 TILE = "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT, gsb0"
 
 
@@ -24,16 +25,19 @@ def code(*lines: str) -> str:
     [
         ["UMOV UR4, 0x1", "UIADD3 UR5, UP0, UR4, 0x20, URZ"],
         ["ULDC.64 UR4, c[0x0][0x218]", "UIADD3 UR6, UR5, 0x1, URZ"],
-        ["UIADD3.64 UR4, UR8, 0x2, URZ", "UMOV UR6, UR5"],
+        ["MOV.SPILL R6, UR4", "R2UR.FILL UR4, R6", SUM],
+        ["UMOV UR6, UR4", "UMOV UR4, 0x1", SUM],
+        ["UIADD3.64 UR4, UR8, 0x2, URZ", "UIADD3 UR6, UR5, 0x1, URZ"],
+        ["UMOV UR4, 0x1", "@P0 UMOV UR4, UR6", SUM],
         ["R2UR UR4, R3", "LDG.E R2, desc[UR4][R2.64]"],
         ["REDUX.SUM.S32 UR4, R5", "IMAD.U32 R11, RZ, RZ, UR4"],
         ["VOTEU.ANY UR4, UPT, PT", "UFLO.U32 UR5, UR4"],
-        ["@P0 UMOV UR4, 0x1", "UMOV UR5, UR4"],
-        ["@P0 BRA `(.L_x_1)", "UMOV UR4, 0x1", ".L_x_1:", "UMOV UR5, UR4"],
-        [".L_x_1:", "@UP0 UMOV UR5, UR4", "UMOV UR4, 0x1", "@P0 BRA `(.L_x_1)"],
-        ["BRA.U UP0, `(.L_x_1)", "UMOV UR4, 0x1", ".L_x_1:", "UMOV UR5, UR4"],
-        ["CALL.REL.NOINC `(.L_f)", "UMOV UR5, UR4", "EXIT", ".L_f:", "UMOV UR4, 0x1", "RET.REL.NODEC R2 `(k)"],
-        ["BRA `(.L_x_1)", "UMOV UR5, UR4", ".L_x_1:"],
+        ["@P0 UMOV UR4, 0x1", SUM],
+        ["@P0 BRA `(.L_x_1)", "UMOV UR4, 0x1", ".L_x_1:", SUM],
+        [".L_x_1:", "@UP0 UIADD3 UR5, UR4, 0x1, URZ", "UMOV UR4, 0x1", "@P0 BRA `(.L_x_1)"],
+        ["BRA.U UP0, `(.L_x_1)", "UMOV UR4, 0x1", ".L_x_1:", SUM],
+        ["CALL.REL.NOINC `(.L_f)", SUM, "EXIT", ".L_f:", "UMOV UR4, 0x1", "RET.REL.NODEC R2 `(k)"],
+        ["BRA `(.L_x_1)", SUM, ".L_x_1:"],
         ["UMOV UR6, 0x1", "UMOV UR7, 0x2", "HGMMA.64x16x16.F32.BF16 R88, R24, gdesc[UR4].tnspB, R88, gsb0"],
         ["UMOV UR4, 0x1", "UMOV UR5, 0x2", "UTCHMMA gdesc[UR4], gdesc[UR8], tmem[UR4], tmem[UR5], idesc[UR5], !UPT"],
     ],
@@ -49,12 +53,14 @@ def test_what_is_set_on_some_way_is_well(lines: list[str]) -> None:
         # What ptxas 12.8 made of a descriptor's low and high half: sums of registers that are their own results.
         ("UR34", ["UIADD3 UR34, UP0, UR34, 0x20, URZ"]),
         ("UR35", ["UIADD3.X UR35, UR35, -0x3ffffff0, URZ, UP0, !UPT"]),
-        ("UR4", ["UMOV UR5, UR4", "UMOV UR4, 0x1"]),
-        ("UR4", ["BRA `(.L_x_1)", "UMOV UR4, 0x1", ".L_x_1:", "UMOV UR5, UR4"]),
+        ("UR4", [SUM, "UMOV UR4, 0x1"]),
+        ("UR4", ["BRA `(.L_x_1)", "UMOV UR4, 0x1", ".L_x_1:", SUM]),
+        ("UR4", ["UMOV UR4, UR6", SUM]),
+        ("UR4", ["UMOV UR4, 0x1", "UMOV UR4, UR6", SUM]),
         ("UR5", ["UMOV UR4, 0x1", "UIADD3 UR6, UR5, 0x1, URZ"]),
         ("UR7", ["UMOV UR6, 0x1", "HGMMA.64x16x16.F32.BF16 R88, R24, gdesc[UR4].tnspB, R88, gsb0"]),
         ("UR5", ["UMOV UR4, 0x1", "UMOV UR6, 0x1", "UMOV UR7, 0x1", TILE.replace("UR8", "UR4")]),
-        ("UR4", ["UTMALDG.2D [UR4], [UR8]", "UMOV UR5, UR4"]),
+        ("UR4", ["UTMALDG.2D [UR4], [UR8]", SUM]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -33,6 +33,8 @@ def disassembled(cubin: bytes) -> str:
 def unset_reads(code: str) -> list[str]:
     """The instructions that read a uniform register which no instruction on any way to them has written.
 
+    One that moves it elsewhere does not count: of a pair, ptxas may move the half that it sets afterwards.
+
     Raises ValueError where there are none, or none that reads a tile from shared memory: they are written otherwise
     than this knows.
     """
@@ -50,7 +52,10 @@ def unset_reads(code: str) -> list[str]:
     waiting = [0]
     while waiting:
         number = waiting.pop()
-        behind = written[number] | effects[number][1]
+        (name, _, guarded), (reads, writes) = instructions[number], effects[number]
+        behind = written[number] | writes
+        if name == "UMOV" and not guarded and not reads <= written[number]:
+            behind = written[number] - writes
         for target in following[number]:
             if target not in written or not behind <= written[target]:
                 written[target] = behind | written.get(target, set())
@@ -58,6 +63,7 @@ def unset_reads(code: str) -> list[str]:
     return [
         f"UR{register} in {instructions[number][0]} {instructions[number][1]}"
         for number, before in sorted(written.items())
+        if instructions[number][0] not in ("UMOV", "MOV.SPILL")
         for register in sorted(effects[number][0] - before)
     ]
 
