@@ -140,7 +140,7 @@ def assert_close(got: list[Tensor], expected: list[Tensor], tolerance: float = 1
 
 
 @pytest.mark.parametrize("backend, name, check", ONE_GRAPH, indirect=["backend"])
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["padded", "packed"])
 def test_forward_and_backward_are_one_graph(packed: bool, name: str, check: str, backend: str, flags: Callable) -> None:
     flags(CHECK_FINITE=check)
     layer = make_layer(**VARIANTS[name])

@@ -109,6 +109,7 @@ def test_committed_results_are_of_committed_code_and_right() -> None:
             assert not row.status.startswith(("wrong", "failed")), (path, row)
 
 
+@pytest.mark.slow
 def test_the_plots_of_committed_results_are_drawn(tmp_path: Path) -> None:
     committed = {path.name: path for path in (BENCH / "plots").glob("*.svg")}
     for path in RESULTS:

@@ -109,7 +109,7 @@ def test_groups(heads: int, kv_heads: int, dtype: torch.dtype, ties: bool) -> No
     check(([3], [600]), geometry(block_size=64), dtype=dtype, ties=ties, heads=heads, kv_heads=kv_heads, head_dim=16)
 
 
-@pytest.mark.parametrize("keys", [32, 64])
+@pytest.mark.parametrize("keys", [32, pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("group", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_pairs_of_blocks_in_fp32(group: int, keys: int) -> None:
     """The kernel for small groups, which fp32 inputs do not take by themselves, and over more than one tile."""

@@ -29,7 +29,7 @@ def by_query(call: SelectedCall, config: Launch) -> None:
     constants = _constants(call, config, rows, queries, keys)
     (k0, k1), (v0, v1) = pieces_alike(call.head_dim, call.v_head_dim)
     widths = {"K0": k0, "K1": k1, "V0": v0, "V1": v1}
-    padded = constants != constants | widths
+    padded = constants != constants | widths  # which tiles by a descriptor are not
     kv_tiles = (None, None) if padded else call.kv_tiles(config, keys)
     for tiles in _shared(call, queries):
         shared_kernel[tiles.grid](
