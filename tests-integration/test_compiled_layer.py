@@ -44,7 +44,7 @@ def run(layer: Callable[..., Tensor], x: Tensor, layout: VarlenLayout | None = N
     return out.detach(), grad
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True], ids=["padded", "packed"])
 def test_a_compiled_layer_equals_the_layer(packed: bool, layer: NSAAttention) -> None:
     compiled = torch.compile(layer, backend="eager")
     x = torch.randn(40, 24) if packed else torch.randn(2, 20, 24)
@@ -92,7 +92,8 @@ def make_layer(**changes: object) -> NSAAttention:
 ONE_GRAPH = [("opaque", name, "flag") for name in VARIANTS] + [("opaque", "mean", "off")]
 # Checks are nothing to a compression.
 ONE_GRAPH += [pytest.param("opaque", name, "off", marks=pytest.mark.slow) for name in VARIANTS if name != "mean"]
-ONE_GRAPH += [("triton", "mean", "flag")]  # interpreted kernels are slow, and the rest of the graph is the same
+# Interpreted kernels are slow, and the rest of the graph is the same.
+ONE_GRAPH += [pytest.param("triton", "mean", "flag", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(params=["opaque", pytest.param("triton", marks=pytest.mark.slow)])
@@ -150,7 +151,7 @@ def test_forward_and_backward_are_one_graph(packed: bool, name: str, check: str,
     assert poll() == frozenset()
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True], ids=["padded", "packed"])
 def test_other_lengths_make_no_more_than_two_graphs(
     packed: bool, install: Callable, opaque: type, flags: Callable
 ) -> None:

@@ -185,7 +185,9 @@ def is_float(x: object) -> bool:
     return isinstance(x, torch.Tensor) and x.is_floating_point()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=pytest.mark.slow if x == "gradients by query" else ()) for x in CASES]
+)
 def test_a_request_launches_the_kernels(name: str) -> None:
     check(CASES[name])
 

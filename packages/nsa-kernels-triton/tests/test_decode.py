@@ -409,7 +409,7 @@ def test_each_sequence_is_as_alone(name: str) -> None:
                 assert_equal(f"sequence {sequence}", got[0], x[sequence])
 
 
-@pytest.mark.parametrize("new", [None, "weights", "blocks"])
+@pytest.mark.parametrize("new", [slow(None), slow("weights"), "blocks"])
 @pytest.mark.parametrize("together", [1, slow(2)])
 def test_more_sequences_than_scratch_holds(together: int, new: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = seen(monkeypatch)
@@ -447,7 +447,7 @@ def test_more_sequences_than_scratch_holds(together: int, new: str | None, monke
     [
         slow("mean", None),  # as (mean, interleaved), less the rotation
         ("mean", "interleaved"),
-        ("weights", "halves"),
+        slow("weights", "halves"),
         ("blocks", None),
         slow("mean", "halves"),
         slow("weights", None),
@@ -465,7 +465,7 @@ def test_new_tokens(new: str, rotated: str | None, name: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("name", ["apart", slow("added-first"), slow("added-first-of-chunks")])
-@pytest.mark.parametrize("new, rotated", [("mean", None), ("weights", "halves"), ("blocks", None)])
+@pytest.mark.parametrize("new, rotated", [slow("mean", None), ("weights", "halves"), slow("blocks", None)])
 def test_one_new_token(new: str, rotated: str | None, name: str) -> None:
     """Over the emission of a block, at the end and at the beginning of a page of them, of a tile, of a block."""
     lengths = [7, 8, 32, 131, 132, 135, 136, 259, 260, 264]
@@ -485,7 +485,7 @@ def test_new_tokens_of_other_blocks(sizes: tuple[int, int], new: str) -> None:
         decode_case([70, 33], [5, 1], blocks, heads=1, kv_heads=1, head_dim=8, new=new).check(BACKEND)
 
 
-@pytest.mark.parametrize("new", ["weights", "blocks"])
+@pytest.mark.parametrize("new", [slow("weights"), "blocks"])
 def test_several_kv_heads_store_their_own(new: str) -> None:
     with organised("alone-merged-apart"):
         case = decode_case([76, 36], [3, 1], SMALL, heads=6, kv_heads=3, new=new, apart=True, head_dim=8, v_head_dim=12)
@@ -501,7 +501,7 @@ def test_pages_of_slc_may_serve_the_window(name: str) -> None:
         shared.check(BACKEND)
 
 
-@pytest.mark.parametrize("new", ["mean", "weights", "blocks"])
+@pytest.mark.parametrize("new", [slow("mean"), "weights", slow("blocks")])
 @pytest.mark.parametrize("name", [slow("alone"), "apart-of-chunks"])
 def test_again_stores_the_same(name: str, new: str) -> None:
     case = decode_case([8, 76, 33], [1, 3, 1], SMALL, heads=2, kv_heads=1, new=new).copy()

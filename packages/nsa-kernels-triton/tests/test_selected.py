@@ -127,7 +127,7 @@ def test_strided_inputs() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN", "ignore:invalid value")  # numpy's, of the rows that do hold NaN
-@pytest.mark.parametrize("keys", [40, 9])
+@pytest.mark.parametrize("keys", [40, pytest.param(9, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tma", [0, 1])
 @pytest.mark.parametrize("name", ORGANISATIONS)
 def test_keys_of_other_sequences_do_not_matter(name: str, tma: int, keys: int) -> None:

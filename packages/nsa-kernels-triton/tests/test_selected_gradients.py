@@ -204,7 +204,7 @@ def test_strided_inputs() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN", "ignore:invalid value")  # numpy's, of the rows that do hold NaN
-@pytest.mark.parametrize("keys", [40, 9])
+@pytest.mark.parametrize("keys", [40, pytest.param(9, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("parts, tma", [(0, 0), (0, 1), (1, 0)])
 def test_other_sequences_may_be_nan(parts: int, tma: int, keys: int) -> None:
     """NaN there would show: 0 * NaN is NaN. The last block is not full, and of 9 keys not even a tile."""
@@ -239,7 +239,7 @@ def test_keys_that_nobody_chose_get_zeros() -> None:
         assert bool((x[~unseen] != 0).all(-1).all())
 
 
-@pytest.mark.parametrize("parts, kv_heads", [(0, 1), (1, 3)])
+@pytest.mark.parametrize("parts, kv_heads", [pytest.param(0, 1, marks=pytest.mark.slow), (1, 3)])
 def test_chunks(parts: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One cell and one head at a time, whatever asks for it; some numbers that cells may have are of none."""
     layout = VarlenLayout.from_lengths(*LONGER)

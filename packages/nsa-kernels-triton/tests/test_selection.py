@@ -169,7 +169,7 @@ def test_levels_halve_at_least() -> None:
             assert levels[-1].spans == 1
 
 
-@pytest.mark.parametrize("bound", [1, 20_000])
+@pytest.mark.parametrize("bound", [1, pytest.param(20_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "lengths",
     [([150], [170]), pytest.param(([150], [100]), marks=pytest.mark.slow), ([40, 0, 30], [100, 0, 200])],
