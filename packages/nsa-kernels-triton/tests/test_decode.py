@@ -124,7 +124,7 @@ def test_organisations(name: str, dtype: torch.dtype, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("kind", ["margin", "ties"])
-@pytest.mark.parametrize("name", ["choice-of-chunks", "apart-of-chunks", "added-first-of-chunks"])
+@pytest.mark.parametrize("name", [slow("choice-of-chunks"), "apart-of-chunks", "added-first-of-chunks"])
 def test_many_candidates_are_thinned_out(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In two levels: 6 chunks leave 4 candidates each, of which at most 8 may be left to the last choice."""
     plans = seen(monkeypatch)
@@ -159,7 +159,7 @@ def test_an_early_start_is_left_out_where_kernels_are_interpreted() -> None:
 # --- heads, tokens, dims ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["alone", "apart-of-chunks-merged-apart", "added-first-of-chunks"])
+@pytest.mark.parametrize("name", ["alone", slow("apart-of-chunks-merged-apart"), "added-first-of-chunks"])
 @pytest.mark.parametrize("group", [1, slow(2), 3, slow(6), 16])
 def test_groups(group: int, name: str) -> None:
     with organised(name):
@@ -194,7 +194,7 @@ def test_tokens(tokens: int, group: int, name: str, dtype: torch.dtype) -> None:
         decode_case(lengths, counts, BLOCKS, heads=group, kv_heads=1, head_dim=8, dtype=dtype).check(BACKEND)
 
 
-@pytest.mark.parametrize("name", ["alone", slow("apart"), "added-first-of-chunks"])
+@pytest.mark.parametrize("name", [slow("alone"), slow("apart"), "added-first-of-chunks"])
 @pytest.mark.parametrize("dims", [(24, 40), (40, 24), (8, 100), (80, 16), (192, 128)], ids=str)
 def test_head_dims(dims: tuple[int, int], name: str) -> None:
     """In one piece or two, neither of them full."""
@@ -282,7 +282,7 @@ def test_nobody_has_a_new_token(new: str | None, lengths: list[int], rows: int) 
     assert (indices == -1).all()
 
 
-@pytest.mark.parametrize("name", ["alone", "apart-of-chunks", "added-first-of-chunks"])
+@pytest.mark.parametrize("name", ["alone", "apart-of-chunks", slow("added-first-of-chunks")])
 @pytest.mark.parametrize("stream", ["k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win"])
 def test_a_missing_page_holds_zeros(stream: str, name: str) -> None:
     """As it does for the oracle; its number is -1."""
