@@ -3,7 +3,6 @@
 And what workflows and scripts are made of: nothing that lets a failure pass.
 """
 
-import os
 import re
 import shlex
 import subprocess
@@ -13,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import ahead_of_time
 import lane
 import pytest
 import routes
@@ -194,9 +194,7 @@ sys.exit(", ".join(sorted(sanitize.all_kernels() - launches.keys())) or None)
 
 def test_the_sanitizers_script_would_launch_every_kernel_on_a_gpu() -> None:
     """On its sizes there; launches are noted instead. What kernels leave in memory is anything."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    paths = environment | {"PYTHONPATH": os.pathsep.join([str(SCRIPTS), environment.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, "-c", ON_A_GPU], env=paths, capture_output=True, text=True)
+    done = ahead_of_time.run(ON_A_GPU)
     assert done.returncode == 0, f"never launched: {done.stdout + done.stderr}"
 
 

@@ -600,8 +600,10 @@ def gradients_of_gathered_keys_to_the_other_head(patch: pytest.MonkeyPatch) -> N
 # The first tier plants one mistake of each kind; the second, its like in the same or another implementation.
 FIRST_TIER = {
     "eq_9_off_by_one_in_the_oracle",
+    "gradients_of_gathered_keys_to_the_other_head",
     "last_key_of_the_previous_sequence_let_in",
     "thresholds_off_by_one",
+    "top_left_mask_in_sdpa",
 }
 
 

@@ -1,11 +1,7 @@
 """Is machine code that reads a register which nothing set told from code that is well?"""
 
-import os
-import subprocess
-import sys
-
+import ahead_of_time
 import pytest
-from built_packages import ROOT
 from unset_registers import unset_reads
 
 # One line an instruction, as nvdisasm prints them: what is said of each below is of code in this form.
@@ -94,10 +90,7 @@ print(raised, compile_kernels.unset_register(kernel.asm), triton.knobs.nvidia.pt
 @pytest.mark.parametrize("pieces", ["alike", "apart"])
 def test_rows_that_lie_alike_are_read_from_where_they_are(pieces: str) -> None:
     """ptxas 12.8, which Triton 3.6 and 3.7 have, forgets a register where they lie otherwise."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    paths = [str(ROOT / ".github" / "scripts"), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
-    done = subprocess.run([sys.executable, "-c", COMPILED, pieces], env=environment, capture_output=True, text=True)
+    done = ahead_of_time.run(COMPILED, pieces)
     assert done.returncode == 0, done.stderr
     raised, unset, version = done.stdout.strip().split("|")
     assert raised == "[]"
